@@ -1,0 +1,33 @@
+"""The document's formulas, each a `torch.autograd.Function` with its backward written by hand."""
+
+from torch_nnmath.formulas.affine import Affine
+from torch_nnmath.formulas.categorical_cross_entropy import CategoricalCrossEntropy
+from torch_nnmath.formulas.cost import Cost
+from torch_nnmath.formulas.cross_entropy import CrossEntropy
+from torch_nnmath.formulas.feedforward import ACTIVATIONS, Feedforward
+from torch_nnmath.formulas.linear_cross_entropy import LinearCrossEntropy
+from torch_nnmath.formulas.relu import ReLU, ReLUInPlace
+from torch_nnmath.formulas.sigmoid import Sigmoid
+from torch_nnmath.formulas.sigmoid_squared_error import SigmoidSquaredError
+from torch_nnmath.formulas.softmax import LogSoftmax, Softmax, softmax_jacobian
+from torch_nnmath.formulas.squared_error import SquaredError
+from torch_nnmath.formulas.tanh import Tanh
+
+__all__ = [
+    "ACTIVATIONS",
+    "Affine",
+    "CategoricalCrossEntropy",
+    "Cost",
+    "CrossEntropy",
+    "Feedforward",
+    "LinearCrossEntropy",
+    "LogSoftmax",
+    "ReLU",
+    "ReLUInPlace",
+    "Sigmoid",
+    "SigmoidSquaredError",
+    "Softmax",
+    "SquaredError",
+    "Tanh",
+    "softmax_jacobian",
+]

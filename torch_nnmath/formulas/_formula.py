@@ -1,0 +1,127 @@
+"""The machinery that every formula shares: forward mode, batching, saving, precision."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+
+class _TangentRule:
+    """`Function.jvp`: the formula's `tangent`, out of sight of Dynamo.
+
+    Dynamo refuses a Function that overrides `jvp`, and does not need it: it traces forward and
+    backward, and differentiates what it traced.
+    """
+
+    def __get__(self, instance: object, owner: type[Formula]) -> Callable[..., Any]:
+        if torch.compiler.is_compiling():
+            return Function.jvp
+        return functools.partial(_differentiable, owner.tangent)
+
+
+def _differentiable(tangent: Callable[..., Any], ctx: Any, *tangents: Any) -> Any:
+    """Applies a tangent rule so that an outer forward mode sees it.
+
+    PyTorch turns forward mode off around a rule, for every level of nesting: a jvp of a jvp would
+    silently lose its second term. So it is turned on again, over saved tensors without the tangent
+    of the innermost level, which the rule itself accounts for.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):  # nothing public does this
+        return tangent(_Primals(ctx), *tangents)
+
+
+class _Primals:
+    """A context whose saved tensors carry no tangent of the current level."""
+
+    def __init__(self, ctx: Any):
+        self._ctx = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor | None, ...]:
+        saved = self._ctx.saved_tensors
+        return tuple(x if x is None else forward_ad.unpack_dual(x).primal for x in saved)
+
+
+class Formula(Function):
+    """A formula of the document: `forward`, `backward` by hand, and `tangent` for forward mode.
+
+    `tangent(ctx, *tangents)` gets a tangent, or None, for each input and returns the output's.
+    A backward or a tangent consists of differentiable operations and of other formulas, so that
+    derivatives of every order follow from it; the batching rule is derived from the three.
+    """
+
+    generate_vmap_rule = True
+    jvp = _TangentRule()  # type: ignore[assignment]
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("this formula has no tangent rule")
+
+
+class KernelFormula(Formula):
+    """A formula computed by an operator of ours, which cannot be traced for its batching rule.
+
+    The rule applies the formula to each member of the batch: right, and flat in memory, however
+    deeply transforms are nested.
+    """
+
+    generate_vmap_rule = False
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:  # type: ignore[override]
+        def member(i: int) -> Any:
+            pairs = zip(args, in_dims, strict=True)
+            return cls.apply(*(x if d is None else _select(x, d, i) for x, d in pairs))
+
+        members = [member(i) for i in range(info.batch_size)]
+        if not isinstance(members[0], tuple):
+            return torch.stack(members), 0
+        outputs = [None if m[0] is None else torch.stack(m) for m in zip(*members, strict=True)]
+        return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
+
+
+def _select(x: Any, dim: Any, i: int) -> Any:
+    return x.select(dim, i) if isinstance(x, Tensor) else x
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves for backward, and for the tangent rule (of which Dynamo knows nothing)."""
+    ctx.save_for_backward(*tensors)
+    if not torch.compiler.is_compiling():
+        ctx.save_for_forward(*tensors)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision as float32, in which sums and products of several factors are taken."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def rounded_once(
+    product: Callable[..., Tensor],
+) -> Callable[..., Tensor]:
+    """Makes `product(a, v)` compute in float32 where a or v is half, and round its result once."""
+
+    @functools.wraps(product)
+    def rounded(a: Tensor, v: Tensor, *options: Any) -> Tensor:
+        return product(wide(a), wide(v), *options).to(v.dtype)
+
+    return rounded
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """The sum of the terms that are there; None if none is."""
+    present = [term for term in terms if term is not None]
+    return functools.reduce(torch.add, present) if present else None
+
+
+def summed(x: Tensor, dim: Sequence[int]) -> Tensor:
+    """The sum over the axes `dim`, which stay with size 1 (`sum` takes no axes for all axes)."""
+    return x.sum(tuple(dim), keepdim=True) if len(dim) else x

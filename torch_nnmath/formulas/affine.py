@@ -1,0 +1,63 @@
+"""The affine map of a layer and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_nnmath.formulas._formula import Formula, save, total
+
+
+class Affine(Formula):
+    r"""F1, F8: Z = X Wᵀ + b;  from Δ = dc/dZ:  dX = Δ W,  dW = Δᵀ X,  db = Σ_rows Δ.
+
+    x (*, n), W (m, n), b (m) or None -> z (*, m).
+    """
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x, W, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, z: Tensor) -> None:
+        x, W, b = inputs
+        save(ctx, x, W)
+        ctx.b_shape = None if b is None else b.shape
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Any:
+        x, W = ctx.saved_tensors
+        return affine_gradients(dz, x, W, ctx.b_shape, ctx.needs_input_grad)
+
+    @staticmethod
+    def tangent(ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:
+        x, W = ctx.saved_tensors
+        dz = affine_tangent(x, W, dx, dW, db)
+        return dz.expand(*x.shape[:-1], W.shape[0])
+
+
+def affine_gradients(
+    dz: Tensor, x: Tensor, W: Tensor, b_shape: Sequence[int] | None, wants: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """F8: (Δ W, Δᵀ X, Σ_rows Δ), those that are wanted."""
+    rows = tuple(range(x.dim() - 1))
+    dx = dz @ W if wants[0] else None
+    dW = torch.tensordot(dz, x, dims=(rows, rows)) if wants[1] else None
+    db = dz.sum_to_size(b_shape) if wants[2] and b_shape is not None else None
+    return dx, dW, db
+
+
+def affine_tangent(
+    x: Tensor, W: Tensor, dx: Tensor | None, dW: Tensor | None, db: Tensor | None
+) -> Tensor:
+    """F1: ż = W ẋ + Ẇ x + ḃ, for the tangents that are there."""
+    dz = total(
+        None if dx is None else torch.nn.functional.linear(dx, W),
+        None if dW is None else torch.nn.functional.linear(x, dW),
+        db,
+    )
+    assert dz is not None
+    return dz

@@ -1,0 +1,51 @@
+"""Cross entropy on probabilities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_nnmath.formulas._formula import Formula, save, total, wide
+
+
+class CategoricalCrossEntropy(Formula):
+    r"""F5, F16: c = -Σ_j t_j log_β a_j,  dc/da = -(1/ln β) t/a,  dc/dt = -log_β a.
+
+    a, t of one shape, n classes at dim -> c, with size 1 at dim. 0 log 0 is 0, as is 0/0.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, t: Tensor, dim: int, base: float) -> Tensor:
+        return -torch.xlogy(wide(t), wide(a)).sum(dim, keepdim=True) / math.log(base)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
+        a, t, ctx.dim, ctx.base = inputs
+        save(ctx, a, t)
+
+    @staticmethod
+    def backward(ctx: Any, dc: Tensor) -> Any:
+        a, t = ctx.saved_tensors
+        k = -dc / math.log(ctx.base)
+        wants_a, wants_t, *_ = ctx.needs_input_grad
+        da = (k * ratio(wide(t), wide(a))).to(a.dtype) if wants_a else None
+        dt = (k * wide(a).log()).to(t.dtype) if wants_t else None
+        return da, dt, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, da: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
+        a, t = (wide(x) for x in ctx.saved_tensors)
+        change = total(
+            None if da is None else ratio(t, a) * wide(da),
+            None if dt is None else torch.xlogy(wide(dt), a),
+        )
+        assert change is not None
+        return -change.sum(ctx.dim, keepdim=True) / math.log(ctx.base)
+
+
+def ratio(t: Tensor, a: Tensor) -> Tensor:
+    """t/a, and 0 where both are 0."""
+    return t / a.masked_fill((t == 0) & (a == 0), 1)

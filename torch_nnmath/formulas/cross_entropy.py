@@ -1,0 +1,96 @@
+"""Softmax and cross entropy as one formula, on logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_nnmath.formulas._formula import Formula, save, wide
+from torch_nnmath.formulas.softmax import LogSoftmax
+
+
+class CrossEntropy(Formula):
+    r"""F13: c = (1/ln β)(T lse(z) - t·z), T = Σ t;  dc/dz = (1/ln β)(T a - t), a = softmax(z),
+    dc/dt = (1/ln β)(lse(z) - z).
+
+    z (*, n, *) with n at dim -> c, with size 1 at dim. The target is `p e_y + t`: y, p the class and
+    its weight, shaped as c; t shaped as z, or broadcasting to it; each may be None. Where keep,
+    shaped as c, is False, c and its derivatives of every order are 0, whatever z is.
+    """
+
+    @staticmethod
+    def forward(
+        z: Tensor,
+        p: Tensor | None,
+        t: Tensor | None,
+        y: Tensor | None,
+        keep: Tensor | None,
+        dim: int,
+        base: float,
+    ) -> Tensor:
+        l = torch.log_softmax(wide(z), dim)  # noqa: E741 the formula's symbol
+        return kept(keep, -dot(l, p, t, y, dim) / math.log(base))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
+        *tensors, ctx.dim, ctx.base = inputs
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dc: Tensor) -> Any:
+        z, p, t, y, keep = ctx.saved_tensors
+        wants_z, wants_p, wants_t, *_ = ctx.needs_input_grad
+        k = kept(keep, dc) / math.log(ctx.base)
+        l = LogSoftmax.apply(wide(kept(keep, z)), ctx.dim)  # noqa: E741
+        dz = k * less_target(sum_of(p, t, ctx.dim) * l.exp(), p, t, y, ctx.dim) if wants_z else None
+        dp = -exact(k, l.gather(ctx.dim, y)) if wants_p else None
+        dt = -exact(k, l).sum_to_size(t.shape) if wants_t else None
+        return None if dz is None else dz.to(z.dtype), dp, dt, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, dz: Tensor | None, dp: Any, dt: Any, *_: None) -> Tensor:
+        z, p, t, y, keep = ctx.saved_tensors
+        l = LogSoftmax.apply(wide(kept(keep, z)), ctx.dim)  # noqa: E741
+        dc = -dot(l, dp, dt, y, ctx.dim)
+        if dz is not None:
+            delta = less_target(sum_of(p, t, ctx.dim) * l.exp(), p, t, y, ctx.dim)
+            dc = dc + (delta * kept(keep, dz)).sum(ctx.dim, keepdim=True)
+        return kept(keep, dc) / math.log(ctx.base)
+
+
+def kept(keep: Tensor | None, x: Tensor) -> Tensor:
+    """x, 0 where it is ignored."""
+    return x if keep is None else x.masked_fill(~keep, 0)
+
+
+def exact(t: Tensor, v: Tensor) -> Tensor:
+    """t v, and 0 where t is 0 and v is -inf."""
+    return t * v.masked_fill((t == 0) & (v == -math.inf), 0)
+
+
+def dot(v: Tensor, p: Tensor | None, t: Tensor | None, y: Tensor | None, dim: int) -> Tensor:
+    """(p e_y + t)·v."""
+    result = torch.zeros_like(v.narrow(dim, 0, 0).sum(dim, keepdim=True))
+    if p is not None and y is not None:
+        result = result + exact(p, v.gather(dim, y))
+    if t is not None:
+        result = result + exact(t, v).sum(dim, keepdim=True)
+    return result
+
+
+def sum_of(p: Tensor | None, t: Tensor | None, dim: int) -> Tensor | float:
+    """T = Σ (p e_y + t)."""
+    T: Tensor | float = 0.0 if p is None else p
+    return T if t is None else T + t.sum(dim, keepdim=True)
+
+
+def less_target(
+    v: Tensor, p: Tensor | None, t: Tensor | None, y: Tensor | None, dim: int
+) -> Tensor:
+    """v - (p e_y + t)."""
+    if p is not None and y is not None:
+        v = v.scatter_add(dim, y, -p)
+    return v if t is None else v - t

@@ -1,0 +1,102 @@
+"""The feed-forward network, and its backward layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_nnmath.formulas._formula import Formula, save, total
+from torch_nnmath.formulas.affine import affine_gradients, affine_tangent
+from torch_nnmath.formulas.relu import ReLU
+from torch_nnmath.formulas.sigmoid import Sigmoid
+from torch_nnmath.formulas.softmax import Softmax
+from torch_nnmath.formulas.tanh import Tanh
+
+
+class Activation(NamedTuple):
+    """a = f(z) over the last axis, and the product J v of its symmetric Jacobian from a and v."""
+
+    f: Callable[[Tensor], Tensor]
+    product: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS = {
+    "sigmoid": Activation(torch.sigmoid, Sigmoid.product),
+    "tanh": Activation(torch.tanh, Tanh.product),
+    "relu": Activation(torch.relu, ReLU.product),
+    "softmax": Activation(lambda z: torch.softmax(z, -1), Softmax.product),
+    "identity": Activation(lambda z: z, lambda a, v: v),
+}
+
+
+class Feedforward(Formula):
+    r"""F10, F12: a^l = f(W^l a^{l-1} + b^l);  δ^l = ((W^{l+1})ᵀ δ^{l+1} + da^l) ∘ f'(z^l),
+    dW^l = δ^l (a^{l-1})ᵀ,  db^l = δ^l.
+
+    x (*, n_0), then W^1 .. W^L (n_l, n_{l-1}), then b^1 .. b^L (n_l) or None -> a^1 .. a^L.
+    Every layer's activation is an output, so that a derivative of the backward, which reads them,
+    finds its way; da^l is the gradient that comes to a^l from outside (None but for the last).
+    """
+
+    @staticmethod
+    def forward(activations: tuple[str, ...], x: Tensor, *parameters: Tensor | None) -> Any:
+        outputs, a = [], x
+        for name, W, b in layers(activations, parameters):
+            a = ACTIVATIONS[name].f(torch.nn.functional.linear(a, W, b))
+            outputs.append(a)
+        return tuple(outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
+        ctx.activations, x, *parameters = inputs
+        weights, biases = halves(parameters)
+        ctx.b_shapes = [None if b is None else b.shape for b in biases]
+        ctx.set_materialize_grads(False)
+        save(ctx, x, *weights, *outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *das: Tensor | None) -> Any:
+        x, *saved = ctx.saved_tensors
+        weights, outputs = halves(saved)
+        wants_weights, wants_biases = halves(ctx.needs_input_grad[2:])
+        dWs: list[Tensor | None] = [None] * len(weights)
+        dbs: list[Tensor | None] = [None] * len(weights)
+        dx = None  # (W^{l+1})ᵀ δ^{l+1}: what the layer above sends down
+        for l in reversed(range(len(weights))):  # noqa: E741 the formula's symbol
+            da = total(dx, das[l])
+            if da is None:
+                continue
+            dz = ACTIVATIONS[ctx.activations[l]].product(outputs[l], da)
+            below = outputs[l - 1] if l else x
+            wants = (l > 0 or ctx.needs_input_grad[1], wants_weights[l], wants_biases[l])
+            dx, dWs[l], dbs[l] = affine_gradients(dz, below, weights[l], ctx.b_shapes[l], wants)
+        return None, dx, *dWs, *dbs
+
+    @staticmethod
+    def tangent(ctx: Any, _: None, dx: Tensor | None, *dparameters: Tensor | None) -> Any:
+        x, *saved = ctx.saved_tensors
+        weights, outputs = halves(saved)
+        dWs, dbs = halves(dparameters)
+        tangents = []
+        below, da = x, dx
+        for l, W in enumerate(weights):  # noqa: E741
+            if any(d is not None for d in (da, dWs[l], dbs[l])):
+                dz = affine_tangent(below, W, da, dWs[l], dbs[l]).expand_as(outputs[l])
+                da = ACTIVATIONS[ctx.activations[l]].product(outputs[l], dz)
+            tangents.append(torch.zeros_like(outputs[l]) if da is None else da)
+            below = outputs[l]
+        return tuple(tangents)
+
+
+def halves(items: Any) -> tuple[Any, Any]:
+    """The first half and the second."""
+    middle = len(items) // 2
+    return items[:middle], items[middle:]
+
+
+def layers(activations: tuple[str, ...], parameters: Any) -> Any:
+    """(activation, W, b) of each layer."""
+    return zip(activations, *halves(parameters), strict=True)

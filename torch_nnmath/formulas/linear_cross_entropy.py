@@ -1,0 +1,189 @@
+"""Affine, softmax and cross entropy as one formula: the head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_nnmath import kernels
+from torch_nnmath.formulas._formula import KernelFormula, save, wide
+from torch_nnmath.formulas.affine import Affine
+from torch_nnmath.formulas.cross_entropy import dot, kept, less_target, sum_of
+from torch_nnmath.formulas.softmax import LogSoftmax
+
+
+class LinearCrossEntropy(KernelFormula):
+    r"""F14, F15: c = F13(z), z = W x + b;  δ = (1/ln β)(T a - t):  dW = δ xᵀ, dx = Wᵀ δ, db = δ;
+    dc/dt = (1/ln β)(lse(z) - z).
+
+    x (N, D), W (C, D), b (C) -> c (N). The target of a row is `p e_y + t`: y, p (N) a class and its
+    weight, t (N, C), or (1, C) for all rows; each may be None. Rows where keep (N) is False have
+    c = 0 and take part in nothing. The logits z exist for a block of rows at a time.
+    """
+
+    @staticmethod
+    def forward(x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float) -> Tensor:
+        c, *_ = kernels.head(None, x, W, b, y, p, t, keep, base, [False] * 5)
+        return c
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
+        *tensors, ctx.base = inputs
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dc: Tensor) -> Any:
+        wants = ctx.needs_input_grad[:5]
+        gradients = HeadGradient.apply(dc, *ctx.saved_tensors, ctx.base, wants)
+        return *gradients, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, dx: Any, dW: Any, db: Any, dp: Any, dt: Any, *_: None) -> Tensor:
+        x, W, b, p, t, y, keep = ctx.saved_tensors
+        one = torch.ones_like(x[:, 0], dtype=wide(x[:0]).dtype)
+        direction, wants = (dx, dW, db, dp, dt), (False,) * 5
+        dc, *_rest = HeadSecond.apply(
+            one, x, W, b, p, t, *direction, y, keep, ctx.base, wants
+        )
+        return dc
+
+
+class HeadGradient(KernelFormula):
+    r"""F15 batch: the gradients of Σ γ c in x, W, b, p, t; None for one that is not wanted."""
+
+    @staticmethod
+    def forward(
+        γ: Any, x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float, wants: Any
+    ) -> Any:
+        _, *gradients = kernels.head(γ, x, W, b, y, p, t, keep, base, list(wants))
+        return only(wants, gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, gradients: Any) -> None:
+        *tensors, ctx.base, ctx.wants = inputs
+        ctx.set_materialize_grads(False)
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *direction: Tensor | None) -> Any:
+        γ, x, W, b, p, t, y, keep = ctx.saved_tensors
+        wants = ctx.needs_input_grad[1:6]
+        derivatives = HeadSecond.apply(
+            γ, x, W, b, p, t, *direction, y, keep, ctx.base, wants
+        )
+        return *derivatives, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, dγ: Tensor | None, *rest: Any) -> Any:
+        γ, x, W, b, p, t, y, keep = ctx.saved_tensors
+        direction = rest[:5]
+        tangents = [None] * 5
+        if dγ is not None:
+            tangents = HeadGradient.apply(dγ, x, W, b, p, t, y, keep, ctx.base, ctx.wants)
+        if any(d is not None for d in direction):
+            _, *second = HeadSecond.apply(
+                γ, x, W, b, p, t, *direction, y, keep, ctx.base, ctx.wants
+            )
+            tangents = [s if d is None else d + s for d, s in zip(tangents, second)]
+        return tuple(tangents)
+
+
+class HeadSecond(KernelFormula):
+    r"""F15 batch, "then": along the direction (u, V, s, π, τ) of x, W, b, p, t
+
+    R = U Wᵀ + X Vᵀ + s,  Q = dΔ = (γ/ln β)(T A ∘ (R - rowsum(A ∘ R)) + T' A - t'):
+    ρ = dc = (1/ln β)((T A - t)·R + (lse(Z) - Z)·t'), and the gradients of Σ γ ρ:
+    Q W + Δ V in x, Qᵀ X + Δᵀ U in W, Σ_rows Q in b, (γ/ln β)(A·R - R) in t.
+    """
+
+    @staticmethod
+    def forward(γ: Any, x: Any, W: Any, b: Any, p: Any, t: Any, *rest: Any) -> Any:
+        *direction, y, keep, base, wants = rest
+        ρ, *gradients = kernels.head_second(
+            γ, x, W, b, y, p, t, keep, *direction, base, list(wants)
+        )
+        return ρ, *only(wants, gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, derivatives: Any) -> None:
+        *tensors, ctx.base, ctx.wants = inputs
+        ctx.set_materialize_grads(False)
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        f = InTheOpen(ctx, [c is not None for c in cotangents])
+        wanted = [i for i in f.present if ctx.needs_input_grad[i]]
+        _, pull = torch.func.vjp(f.of(wanted), *(f.tensors[i] for i in wanted))
+        found = dict(zip(wanted, pull(tuple(c for c in cotangents if c is not None)), strict=True))
+        return *(found.get(i) for i in range(11)), None, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Any) -> Any:
+        f = InTheOpen(ctx, (True, *ctx.wants))
+        moved = [i for i in f.present if tangents[i] is not None]
+        values, pull = torch.func.vjp(f.of(moved), *(f.tensors[i] for i in moved))
+        # pull is linear, so its own pullback is the tangent map
+        _, push = torch.func.vjp(lambda c: pull(c), tuple(torch.zeros_like(v) for v in values))
+        (changes,) = push(tuple(tangents[i] for i in moved))
+        found = iter(changes)
+        return tuple(next(found) if there else None for there in (True, *ctx.wants))
+
+
+class InTheOpen:
+    """What HeadSecond computes, with the logits in memory, for its derivative: third order."""
+
+    def __init__(self, ctx: Any, outputs: Any):
+        *self.tensors, self.y, self.keep = ctx.saved_tensors
+        self.base, self.outputs = ctx.base, outputs
+        self.present = [i for i, x in enumerate(self.tensors) if x is not None]
+
+    def of(self, places: list[int]) -> Any:
+        """As a function of the tensors in these places."""
+
+        def f(*values: Tensor) -> tuple[Tensor, ...]:
+            tensors = list(self.tensors)
+            for i, value in zip(places, values, strict=True):
+                tensors[i] = value
+            return tuple(
+                out for out, there in zip(self(*tensors), self.outputs, strict=True) if there
+            )
+
+        return f
+
+    def __call__(
+        self, γ: Any, x: Any, W: Any, b: Any, p: Any, t: Any, u: Any, V: Any, s: Any, π: Any, τ: Any
+    ) -> tuple[Tensor | None, ...]:
+        y = None if self.y is None else self.y[:, None]
+        keep = None if self.keep is None else self.keep[:, None]
+        p, π, γ = (None if v is None else v[:, None] for v in (p, π, γ))
+        x, u = kept(keep, x), None if u is None else kept(keep, u)
+        V = torch.zeros_like(W) if V is None else V
+        u = torch.zeros_like(x) if u is None else u
+        g, k = kept(keep, γ) / math.log(self.base), 1 / math.log(self.base)
+
+        l = LogSoftmax.apply(wide(kept(keep, Affine.apply(x, W, b))), 1)  # noqa: E741
+        a = l.exp()
+        r = wide(kept(keep, Affine.apply(u, W, None) + Affine.apply(x, V, s)))
+        ar = (a * r).sum(1, keepdim=True)
+        Δ = less_target(sum_of(p, t, 1) * a, p, t, y, 1)
+        Q = less_target(sum_of(p, t, 1) * a * (r - ar) + sum_of(π, τ, 1) * a, π, τ, y, 1)
+        ρ = kept(keep, k * ((Δ * r).sum(1, keepdim=True) - dot(l, π, τ, y, 1))).squeeze(1)
+        Q, Δ = g * Q, g * Δ
+        ht = g * (ar - r)
+        return (
+            ρ,
+            (Q @ wide(W) + Δ @ wide(V)).to(x.dtype),
+            (Q.T @ wide(x) + Δ.T @ wide(u)).to(W.dtype),
+            Q.sum(0).to(W.dtype),
+            None if p is None else ht.gather(1, y).squeeze(1),
+            None if t is None else ht.sum_to_size(t.shape),
+        )
+
+
+def only(wants: Any, results: Any) -> tuple[Tensor | None, ...]:
+    """The results that are wanted, None for the others."""
+    return tuple(result if wanted else None for wanted, result in zip(wants, results, strict=True))

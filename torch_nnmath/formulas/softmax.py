@@ -1,0 +1,66 @@
+"""Softmax, its logarithm, and its Jacobian."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_nnmath.formulas._formula import Formula, rounded_once, save
+
+
+class Softmax(Formula):
+    r"""F7: a_j = e^{z_j} / Σ_i e^{z_i},  da_j/dz_k = a_j (δ_jk - a_k).  z, a (*, n, *), n at dim."""
+
+    @staticmethod
+    def forward(z: Tensor, dim: int) -> Tensor:
+        return torch.softmax(z, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, a: Tensor) -> None:
+        save(ctx, a)
+        _, ctx.dim = inputs
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor) -> Any:
+        return Softmax.product(*ctx.saved_tensors, da, ctx.dim), None
+
+    @staticmethod
+    def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
+        return Softmax.product(*ctx.saved_tensors, dz, ctx.dim)  # the Jacobian is symmetric
+
+    @staticmethod
+    @rounded_once
+    def product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:
+        """J v = a ∘ (v - a·v)."""
+        return a * (v - (a * v).sum(dim, keepdim=True))
+
+
+class LogSoftmax(Formula):
+    r"""ln of F7: l = z - lse(z),  dl_j/dz_k = δ_jk - e^{l_k}.  z, l (*, n, *), n at dim."""
+
+    @staticmethod
+    def forward(z: Tensor, dim: int) -> Tensor:
+        return torch.log_softmax(z, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, l: Tensor) -> None:  # noqa: E741 the formula's symbol
+        save(ctx, l)
+        _, ctx.dim = inputs
+
+    @staticmethod
+    def backward(ctx: Any, dl: Tensor) -> Any:
+        (l,) = ctx.saved_tensors  # noqa: E741
+        return dl - l.exp() * dl.sum(ctx.dim, keepdim=True), None
+
+    @staticmethod
+    def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
+        (l,) = ctx.saved_tensors  # noqa: E741
+        return dz - (l.exp() * dz).sum(ctx.dim, keepdim=True)
+
+
+def softmax_jacobian(z: Tensor, dim: int) -> Tensor:
+    r"""F17: J = diag(a) - a aᵀ,  z (*, n, *) with n at dim -> J (*, *, n, n)."""
+    a = Softmax.apply(z, dim).movedim(dim, -1)
+    return torch.diag_embed(a) - a.unsqueeze(-1) * a.unsqueeze(-2)

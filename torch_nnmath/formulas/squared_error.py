@@ -1,0 +1,39 @@
+"""The squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torch_nnmath.formulas._formula import Formula, save, summed, total, wide
+
+
+class SquaredError(Formula):
+    r"""F4: c = ½ Σ_j (t_j - a_j)²,  dc/da = a - t,  dc/dt = t - a; all times `scale`.
+
+    a, t of one shape -> c, in which the axes `dim` of the sum have size 1.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, t: Tensor, dim: Sequence[int], scale: float) -> Tensor:
+        return summed((wide(t) - wide(a)).square(), dim) * (scale / 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
+        a, t, ctx.dim, ctx.scale = inputs
+        save(ctx, a, t)
+
+    @staticmethod
+    def backward(ctx: Any, dc: Tensor) -> Any:
+        a, t = ctx.saved_tensors
+        da = ctx.scale * dc * (wide(a) - wide(t))
+        wants_a, wants_t, *_ = ctx.needs_input_grad
+        return da.to(a.dtype) if wants_a else None, -da.to(t.dtype) if wants_t else None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, da: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
+        a, t = ctx.saved_tensors
+        change = total(da, None if dt is None else -dt)
+        return ctx.scale * summed((wide(a) - wide(t)) * change, ctx.dim)

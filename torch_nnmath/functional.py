@@ -1,0 +1,789 @@
+"""The formulas as functions: PyTorch's signatures, argument checks, shapes and reductions.
+
+What bears PyTorch's name takes PyTorch's arguments, raises PyTorch's exception types and returns
+PyTorch's values; the gradients are this library's own (see `torch_nnmath.formulas`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from torch_nnmath import formulas, kernels
+
+__all__ = [
+    "categorical_cross_entropy",
+    "cross_entropy",
+    "feedforward",
+    "linear",
+    "linear_cross_entropy",
+    "mse_loss",
+    "relu",
+    "sigmoid",
+    "sigmoid_squared_error",
+    "softmax",
+    "softmax_jacobian",
+    "squared_error",
+    "tanh",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _public(function: Callable[P, R]) -> Callable[P, R]:
+    """Honours `__torch_function__` of every argument, also of those in a sequence."""
+
+    @functools.wraps(function)
+    def public(*args: P.args, **kwargs: P.kwargs) -> R:
+        flat: list[Any] = []
+        for arg in (*args, *kwargs.values()):
+            flat.extend(arg if isinstance(arg, list | tuple) else (arg,))
+        if has_torch_function(tuple(flat)):
+            return handle_torch_function(public, tuple(flat), *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return public
+
+
+@_public
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: input weightᵀ + bias (F1, F8).
+
+    Args:
+        input: (*, in_features).
+        weight: (out_features, in_features), or (in_features).
+        bias: (out_features), or () beside a one-dimensional weight.
+
+    Returns:
+        (*, out_features), or (*) for a one-dimensional weight.
+
+    Raises:
+        RuntimeError: if shapes or dtypes do not fit together.
+        TypeError: if an argument is complex or no tensor.
+
+    >>> linear(torch.ones(1, 2), torch.tensor([[1., 2.], [3., 4.]]))
+    tensor([[3., 7.]])
+    """
+    _check_real(input=input, weight=weight, bias=bias)
+    _check_product("weight", input, weight, bias, dims=(1, 2))
+    input, weight, bias = _for_product(input, weight, bias)
+    if weight.dim() == 2:
+        return formulas.Affine.apply(input, weight, bias)
+    product = formulas.Affine.apply(input, weight.unsqueeze(0), None).squeeze(-1)
+    return product if bias is None else product + bias
+
+
+@_public
+def sigmoid(input: Tensor) -> Tensor:
+    """`torch.sigmoid`: 1/(1 + e^-input), elementwise (F6). Complex input is a TypeError.
+
+    >>> sigmoid(torch.tensor([0.]))
+    tensor([0.5000])
+    """
+    _check_real(input=input)
+    return formulas.Sigmoid.apply(input)
+
+
+@_public
+def tanh(input: Tensor) -> Tensor:
+    """`torch.tanh`, elementwise (F2). Complex input is a TypeError.
+
+    >>> tanh(torch.tensor([0.]))
+    tensor([0.])
+    """
+    _check_real(input=input)
+    return formulas.Tanh.apply(input)
+
+
+@_public
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """`F.relu`: max(0, input), elementwise; nan stays nan, the derivative at 0 is 0 (F2).
+
+    Complex input is a TypeError, bool a RuntimeError. With `inplace`, the input is written over.
+
+    >>> relu(torch.tensor([-1., 2.]))
+    tensor([0., 2.])
+    """
+    _check_real(input=input)
+    return formulas.ReLUInPlace.apply(input) if inplace else formulas.ReLU.apply(input)
+
+
+@_public
+def softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`F.softmax`: e^input / Σ e^input over `dim` (F7).
+
+    Args:
+        input: any shape.
+        dim: the axis that sums to 1; without it PyTorch's old choice is made, with a warning.
+        dtype: the input is cast to it first.
+
+    Raises:
+        IndexError: if `dim` is out of range.
+        NotImplementedError: if the type to compute in is an integer.
+        TypeError: if input is complex or no tensor.
+
+    >>> softmax(torch.tensor([0., 0.]), dim=0)
+    tensor([0.5000, 0.5000])
+    """
+    _check_real(input=input)
+    if dim is None:
+        dim = 0 if input.dim() in (0, 1, 3) else 1
+        warnings.warn(
+            "Implicit dimension choice for softmax has been deprecated. "
+            "Change the call to include dim=X as an argument.",
+            stacklevel=_stacklevel + 1,  # one frame is _public's
+        )
+    if dtype is None and input.device.type == "cuda" and _is_autocast(input):
+        dtype = torch.float32 if input.dtype != torch.float64 else None
+    return formulas.Softmax.apply(input if dtype is None else input.to(dtype), dim)
+
+
+@_public
+def softmax_jacobian(input: Tensor, dim: int) -> Tensor:
+    """The Jacobian of softmax as a matrix, diag(a) - a aᵀ (F17): for teaching and checking.
+
+    Args:
+        input: (*, n, *), the n at `dim`.
+
+    Returns:
+        (*, *, n, n): the matrix of each vector, da_j/dz_k in row j, column k.
+
+    Raises:
+        IndexError: if `dim` is out of range, or input has no axis.
+        TypeError: if input is complex or no tensor.
+
+    >>> softmax_jacobian(torch.tensor([0., 0.]), dim=0)
+    tensor([[ 0.2500, -0.2500],
+            [-0.2500,  0.2500]])
+    """
+    _check_real(input=input)
+    if input.dim() == 0:
+        raise IndexError("softmax_jacobian needs an input with at least one axis, got shape ()")
+    return formulas.softmax_jacobian(input, dim)
+
+
+@_public
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """`F.mse_loss`: (input - target)², twice F4 of each element.
+
+    Args:
+        input, target: of one shape; another is broadcast, with a warning.
+        size_average, reduce: deprecated, as in PyTorch.
+        reduction: "none", "sum", or "mean" over the elements.
+        weight: of input's shape; factors of the elements, whose sum "mean" divides by.
+
+    Raises:
+        ValueError: for an unknown reduction, or a weight of another shape.
+        RuntimeError: if input and target do not broadcast.
+        NotImplementedError: if input and target are both integers.
+        TypeError: if an argument is complex or no tensor.
+
+    >>> mse_loss(torch.tensor([1., 2.]), torch.tensor([1., 4.]))
+    tensor(2.)
+    """
+    _check_real(input=input, target=target, weight=weight)
+    if target.shape != input.shape:
+        warnings.warn(
+            f"Using a target size ({tuple(target.shape)}) that is different to the input size "
+            f"({tuple(input.shape)}). This will likely lead to incorrect results due to "
+            "broadcasting. Please ensure they have the same size.",
+            stacklevel=3,
+        )
+    reduction = _reduction(reduction, size_average, reduce)
+    if weight is not None and weight.shape != input.shape:
+        raise ValueError(
+            f"Weights and input must have the same size, got {tuple(weight.shape)} and "
+            f"{tuple(input.shape)}"
+        )
+    dtype = torch.result_type(input, target)
+    if weight is None and not dtype.is_floating_point:
+        raise NotImplementedError(f"mse_loss of {dtype}: cast input or target to a float type")
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    dtype, input, target, weight = _for_loss(dtype, input, target, weight)
+    input, target = torch.broadcast_tensors(input, target)
+    if weight is not None:
+        c = formulas.SquaredError.apply(input, target, (), 2.0) * _wide(weight)
+        loss = _reduced(c, reduction, _wide(weight).sum())
+        return loss.to(dtype) if dtype.is_floating_point or reduction != "mean" else loss
+    axes = () if reduction == "none" else tuple(range(input.dim()))
+    c = formulas.SquaredError.apply(input, target, axes, 2.0)
+    count = torch.full((), input.numel(), dtype=c.dtype, device=c.device)
+    return _reduced(c, reduction, count).to(dtype)
+
+
+@_public
+def squared_error(
+    input: Tensor, target: Tensor, *, reduction: str = "mean", dim: int | Sequence[int] = -1
+) -> Tensor:
+    """½ Σ (target - input)² over the axes `dim` of an example (F4), and its cost (F3).
+
+    Args:
+        input, target: of exactly one shape.
+        reduction: "none" (a loss for each example), "sum", or "mean" over the examples.
+        dim: the axis or axes of one example.
+
+    Raises:
+        ValueError: if the shapes differ, or for an unknown reduction or a repeated axis.
+        IndexError: if an axis is out of range.
+        TypeError: if an argument is not a tensor of real floating-point numbers.
+
+    >>> squared_error(torch.tensor([.7, .2]), torch.tensor([1., 0.]))
+    tensor(0.0650)
+    """
+    _check_floating(input=input, target=target)
+    apply = formulas.SquaredError.apply
+    return _per_example("squared_error", input, target, reduction, dim, lambda *a: apply(*a, 1.0))
+
+
+@_public
+def sigmoid_squared_error(
+    input: Tensor, target: Tensor, *, reduction: str = "mean", dim: int | Sequence[int] = -1
+) -> Tensor:
+    """½ Σ (target - σ(input))² over the axes `dim` of an example (F9, F11), and its cost (F3).
+
+    `input` are pre-activations; arguments and errors are those of `squared_error`.
+
+    >>> sigmoid_squared_error(torch.tensor([0., 0.]), torch.tensor([1., 0.]))
+    tensor(0.2500)
+    """
+    _check_floating(input=input, target=target)
+    apply = formulas.SigmoidSquaredError.apply
+    return _per_example("sigmoid_squared_error", input, target, reduction, dim, apply)
+
+
+@_public
+def categorical_cross_entropy(
+    probs: Tensor,
+    target: Tensor,
+    *,
+    base: float = math.e,
+    reduction: str = "mean",
+    dim: int = -1,
+) -> Tensor:
+    """-Σ target log_base probs over the axis `dim` (F5), and its cost (F3).
+
+    Args:
+        probs: (*, C, *) probabilities, the C classes at `dim`.
+        target: class indices, (*, *), or probabilities of probs' shape.
+        base: the logarithm's, positive and not 1.
+        reduction: "none" (a loss for each example), "sum", or "mean" over the examples.
+
+    0 log 0 is 0; a true class of probability 0 costs inf.
+
+    Raises:
+        ValueError: for an unknown reduction, a bad base, or a target of another shape.
+        IndexError: if a class index or `dim` is out of range.
+        TypeError: if probs are not real floating-point numbers.
+
+    >>> categorical_cross_entropy(torch.tensor([.5, .25, .25]), torch.tensor(1), base=2)
+    tensor(2.)
+    """
+    _check_floating(probs=probs)
+    _check_real(target=target)
+    _check_base(base)
+    reduction = _reduction(reduction)
+    (dim,) = _axes(probs, dim) or (0,)
+    dtype = torch.result_type(probs, target)
+    dtype, probs, target = _for_loss(dtype, probs, target)
+    if target.is_floating_point():
+        _check_shape("target with class probabilities", target, probs.shape)
+    else:
+        _check_shape("target with class indices", target, probs.sum(dim).shape)
+        y, _ = kernels.class_indices(target, probs.shape[dim], None)
+        probs = probs.gather(dim, y.unsqueeze(dim))
+        target = torch.ones_like(probs)
+    c = formulas.CategoricalCrossEntropy.apply(probs, target, dim, base).squeeze(dim)
+    return _reduced(c, reduction).to(dtype)
+
+
+@_public
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    base: float = math.e,
+) -> Tensor:
+    """`F.cross_entropy`: softmax and cross entropy on logits (F13), to any base.
+
+    Args:
+        input: logits (C), (N, C) or (N, C, d_1, ..., d_K).
+        target: class indices (int64 or uint8), (), (N) or (N, d_1, ..., d_K), or probabilities of
+            input's shape.
+        weight: (C), a factor for each class.
+        size_average, reduce: deprecated, as in PyTorch.
+        ignore_index: rows with this index add nothing, at any order, whatever their logits are.
+        reduction: "none", "sum", or "mean": over the weights of the indices, or over the examples
+            where targets are probabilities.
+        label_smoothing: in [0, 1], the share of the target that is spread evenly.
+        base: the logarithm's, positive and not 1.
+
+    Raises:
+        ValueError: for an unknown reduction, a bad base, or another batch size in target.
+        RuntimeError: for other shapes or types that do not fit.
+        IndexError: if a class index is outside [0, C) and is not `ignore_index`.
+        TypeError: if an argument is complex or no tensor.
+
+    >>> cross_entropy(torch.tensor([[0., 0.]]), torch.tensor([1]), base=2)
+    tensor(1.)
+    """
+    _check_real(input=input, target=target, weight=weight)
+    _check_base(base)
+    reduction = _reduction(reduction, size_average, reduce)
+    _check_smoothing(label_smoothing)
+    dtype, input, target, weight = _for_loss(input.dtype, input, target, weight)
+    if not input.is_floating_point():
+        raise NotImplementedError(f"cross_entropy of {input.dtype} logits: cast to a float type")
+    dim = 0 if input.dim() == 1 else 1
+    if input.shape == target.shape:
+        _check_probabilities(target, ignore_index)
+        C = input.size(dim)
+        t, dtype = _probabilities(target, weight, label_smoothing, dim, C, dtype)
+        c = formulas.CrossEntropy.apply(input, None, t, None, None, dim, base).squeeze(dim)
+        count = torch.full((), c.numel() if C else 0, dtype=c.dtype, device=c.device)
+        return _reduced(c, reduction, count).to(dtype)
+    _check_indices(input, target)
+    C, loss_shape = input.size(dim), target.shape
+    if input.dim() == 1:
+        target = target.reshape(())
+    y, keep, p, q, count = _indices(target, C, weight, ignore_index, label_smoothing, input)
+    y, keep, p = (v.unsqueeze(dim) for v in (y, keep, p))
+    t = None if q is None else q.view(-1, *[1] * (input.dim() - 1 - dim))
+    c = formulas.CrossEntropy.apply(input, p, t, y, keep, dim, base)
+    return _reduced(c.reshape(loss_shape), reduction, count).to(dtype)
+
+
+@_public
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    base: float = math.e,
+) -> Tensor:
+    """`F.linear_cross_entropy`: cross_entropy(linear(input, ...), target), the head (F14, F15).
+
+    The logits are never all in memory, at first and at second order.
+
+    Args:
+        input: features, (in_features) or (N, in_features); with a two-dimensional weight any
+            (*, in_features).
+        linear_weight: (C, in_features), or (C, d_1, ..., d_K, in_features).
+        target: class indices (int64 or uint8), () or (N) or (N, d_1, ..., d_K), or (*); or
+            probabilities (C) or (N, C) or (N, C, d_1, ..., d_K), or (*, C).
+        linear_bias: (C) or (C, d_1, ..., d_K).
+        weight, reduction, label_smoothing, base: as in `cross_entropy`.
+        ignore_index: as there; None is -100. Not to be named where targets are probabilities.
+        options: accepted for PyTorch's sake; the work is always done in blocks.
+
+    Raises:
+        RuntimeError: for shapes or types that do not fit.
+        ValueError, IndexError, TypeError: as in `cross_entropy`.
+
+    >>> features, weight = torch.zeros(3, 4), torch.ones(2, 4)
+    >>> linear_cross_entropy(features, weight, torch.tensor([0, 1, 0]), base=2)
+    tensor(1.)
+    """
+    del options
+    _check_real(
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        linear_bias=linear_bias,
+        weight=weight,
+    )
+    _check_base(base)
+    reduction = _reduction(reduction)
+    _check_smoothing(label_smoothing)
+    if linear_weight.dim() < 2:
+        raise RuntimeError(
+            f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+        )
+    C, out_features = linear_weight.shape[0], linear_weight.shape[1:-1]
+    if len(out_features) and input.dim() != 2:
+        raise RuntimeError(
+            f"a linear_weight of shape {tuple(linear_weight.shape)} needs an input of shape "
+            f"(N, {linear_weight.shape[-1]}), got {tuple(input.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got "
+            f"{tuple(linear_bias.shape)}"
+        )
+    _check_product("linear_weight", input, linear_weight, linear_bias, dims=None)
+    dtype, target, weight = _for_loss(input.dtype, target, weight)
+    if _is_autocast(input):
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    input, linear_weight, linear_bias = _for_product(input, linear_weight, linear_bias)
+    wide = _wide(input[..., :0]).dtype
+    batch = input.shape[:-1]
+    N, positions = math.prod([*batch]), math.prod([*out_features])
+    x = input.reshape(N, input.shape[-1])
+    W = linear_weight.reshape(C, positions, input.shape[-1])
+    b = None if linear_bias is None else linear_bias.reshape(C, positions)
+    loss_shape = (*batch, *out_features)
+    if target.shape == (*batch, C, *out_features):
+        _check_probabilities(target, -1 if ignore_index is None else ignore_index)
+        if ignore_index is not None:
+            raise RuntimeError(
+                "ignore_index cannot be specified when target contains probabilities"
+            )
+        t, dtype = _probabilities(target, weight, label_smoothing, len(batch), C, dtype)
+        t = t.reshape(N, C, positions).to(wide)
+        columns = [(None, t[..., d], None, None) for d in range(positions)]
+        count = torch.full((), N * positions if C else 0, dtype=wide, device=x.device)
+    else:
+        if not batch and target.shape == (1,):
+            loss_shape = (1,)
+        _check_head_indices(target, loss_shape)
+        y, keep, p, q, count = _indices(
+            target.reshape(N, positions), C, weight, ignore_index, label_smoothing, input
+        )
+        t = None if q is None else q.unsqueeze(0)
+        columns = [(p[:, d], t, y[:, d], keep[:, d]) for d in range(positions)]
+    c = [
+        formulas.LinearCrossEntropy.apply(x, W[:, d], None if b is None else b[:, d], *column, base)
+        for d, column in enumerate(columns)
+    ]
+    losses = c[0] if positions == 1 else torch.stack(c, 1) if c else x.new_zeros(0, dtype=wide)
+    return _reduced(losses.reshape(loss_shape), reduction, count).to(dtype)
+
+
+@_public
+def feedforward(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    activation: str = "sigmoid",
+    output_activation: str = "sigmoid",
+) -> Tensor:
+    """A feed-forward network as one function, its backward layer by layer (F10, F12).
+
+    Args:
+        input: (*, n_0).
+        weights: matrices (n_1, n_0), (n_2, n_1), ...
+        biases: as many vectors (n_1), (n_2), ..., or None.
+        activation: of the hidden layers: "sigmoid", "tanh", "relu" or "identity".
+        output_activation: of the last: one of these, or "softmax" over the last axis.
+
+    Returns:
+        (*, n_L), the activation of the last layer.
+
+    Raises:
+        ValueError: for an unknown activation, no layer, or another number of biases.
+        RuntimeError: if shapes or dtypes do not fit together.
+        TypeError: if an argument is complex or no tensor.
+
+    >>> feedforward(torch.zeros(1, 3), [torch.ones(2, 3)], [None])
+    tensor([[0.5000, 0.5000]])
+    """
+    weights, biases = list(weights), list(biases)
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"feedforward needs at least one layer and a bias (or None) for each weight, got "
+            f"{len(weights)} weights and {len(biases)} biases"
+        )
+    hidden = [name for name in formulas.ACTIVATIONS if name != "softmax"]
+    for name, value, allowed in (
+        ("activation", activation, hidden),
+        ("output_activation", output_activation, list(formulas.ACTIVATIONS)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    _check_real(input=input)
+    features = input
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        _check_real(**{f"weights[{i}]": weight, f"biases[{i}]": bias})
+        _check_product(f"weights[{i}]", features, weight, bias, dims=(2,))
+        features = weight.T  # the next layer's input has as many features, and this dtype
+    input, *parameters = _for_product(input, *weights, *biases)
+    activations = (*[activation] * (len(weights) - 1), output_activation)
+    return formulas.Feedforward.apply(activations, input, *parameters)[-1]
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+
+
+def _check_real(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None:
+            _check_tensor(name, x)
+            if x.is_complex():
+                raise TypeError(
+                    f"{name} is complex ({x.dtype}): these formulas are real; pass its real and "
+                    "imaginary parts as two features"
+                )
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    _check_real(**tensors)
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}: cast it")
+
+
+def _check_base(base: float) -> None:
+    if not (0 < base < math.inf and base != 1):
+        raise ValueError(f"base must be positive, finite and not 1, got {base}")
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+
+
+def _check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def _check_product(
+    name: str, input: Tensor, weight: Tensor, bias: Tensor | None, dims: tuple[int, ...] | None
+) -> None:
+    if dims is not None and weight.dim() not in dims:
+        raise RuntimeError(
+            f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape "
+            f"{tuple(weight.shape)}"
+        )
+    if input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"an input of shape {tuple(input.shape)} does not fit {name} of shape "
+            f"{tuple(weight.shape)}: their last axes, the features, must be equal"
+        )
+    dtypes = [x.dtype for x in (input, weight, bias) if x is not None]
+    if len(set(dtypes)) > 1 and not _is_autocast(input):
+        raise RuntimeError(
+            f"input, {name} and bias must have one dtype, got {', '.join(map(str, dtypes))}: cast "
+            "them, or use torch.autocast"
+        )
+
+
+def _check_probabilities(target: Tensor, ignore_index: int) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            "Expected floating point type for target with class probabilities, got "
+            f"{target.dtype}; its shape {tuple(target.shape)} is that of the logits"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+
+
+def _check_indices(input: Tensor, target: Tensor) -> None:
+    """The shape of class indices against that of logits."""
+    got = f"got input {tuple(input.shape)} and target {tuple(target.shape)}"
+    if input.dim() == 0:
+        raise ValueError(f"cross_entropy needs logits with at least one dimension, {got}")
+    if input.dim() == 1:
+        if target.shape not in ((), (1,)):
+            raise ValueError(f"for logits (C) the target must be one class index, {got}")
+        return
+    if target.dim() == 0 or target.shape[0] != input.shape[0]:
+        raise ValueError(f"Expected input batch_size to match target batch_size, {got}")
+    if target.shape[1:] != input.shape[2:]:
+        raise RuntimeError(
+            f"Expected target size {(input.shape[0], *input.shape[2:])} for class indices or "
+            f"{tuple(input.shape)} for probabilities, {got}"
+        )
+
+
+def _check_head_indices(target: Tensor, loss_shape: tuple[int, ...]) -> None:
+    """The shape of class indices against that of the losses."""
+    if target.shape == loss_shape:
+        return
+    error = ValueError if target.shape[:1] != loss_shape[:1] else RuntimeError
+    raise error(f"Expected class indices of shape {loss_shape}, got {tuple(target.shape)}")
+
+
+def _check_class_weight(weight: Tensor | None, C: int) -> None:
+    if weight is not None and weight.shape != (C,):
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {C} classes or no classes, got a "
+            f"weight of shape {tuple(weight.shape)}"
+        )
+
+
+def _indices(
+    target: Tensor,
+    C: int,
+    weight: Tensor | None,
+    ignore_index: int | None,
+    label_smoothing: float,
+    input: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Class indices y as the target p e_y + q of each row that is kept, and the mean's divisor."""
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
+    _check_class_weight(weight, C)
+    if weight is not None and weight.dtype != input.dtype and not _is_autocast(input):
+        raise RuntimeError(f"expected weight of type {input.dtype}, as input, got {weight.dtype}")
+    y, keep = kernels.class_indices(target, C, -100 if ignore_index is None else ignore_index)
+    dtype = _wide(input[..., :0]).dtype
+    ones = torch.ones((C,), dtype=dtype, device=input.device)
+    w = ones if weight is None else weight.to(dtype)
+    w_y = keep.to(dtype) if weight is None else w[y].masked_fill(~keep, 0)
+    if not label_smoothing:
+        return y, keep, w_y, None, w_y.sum()
+    return y, keep, (1 - label_smoothing) * w_y, label_smoothing / max(C, 1) * w, w_y.sum()
+
+
+def _probabilities(
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    dim: int,
+    C: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, torch.dtype]:
+    """Probabilities, smoothed and weighted, as the target of F13; and the loss's dtype."""
+    _check_class_weight(weight, C)
+    dtype = torch.promote_types(dtype, target.dtype)
+    t = _wide(target)
+    if label_smoothing:
+        t = t * (1 - label_smoothing) + label_smoothing / max(C, 1)
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+        t = t * _wide(weight).view(-1, *[1] * (t.dim() - 1 - dim))
+    return t, dtype
+
+
+def _per_example(
+    name: str,
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    dim: int | Sequence[int],
+    apply: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor],
+) -> Tensor:
+    """A loss summed over the axes `dim`, then reduced over the examples."""
+    if input.shape != target.shape:
+        raise ValueError(
+            f"{name} needs input and target of one shape, got {tuple(input.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+    reduction = _reduction(reduction)
+    axes = _axes(input, dim)
+    dtype, input, target = _for_loss(torch.result_type(input, target), input, target)
+    c = apply(input, target, axes)
+    return _reduced(c.squeeze(axes) if axes else c, reduction).to(dtype)
+
+
+def _axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
+    """Axes counted from the front; a tensor without axes has none, whatever `dim` says of -1 or 0."""
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    rank = max(x.dim(), 1)
+    for d in dims:
+        if not -rank <= d < rank:
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but "
+                f"got {d})"
+            )
+    axes = tuple(d % rank for d in dims)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"dim names an axis twice: {dims}")
+    return axes if x.dim() else ()
+
+
+def _reduction(
+    reduction: str, size_average: bool | None = None, reduce: bool | None = None
+) -> str:
+    """The reduction's name, checked; the deprecated arguments override it, as in PyTorch."""
+    if size_average is not None or reduce is not None:
+        mean = size_average is None or size_average
+        summed = reduce is None or reduce
+        reduction = "none" if not summed else "mean" if mean else "sum"
+        warnings.warn(
+            "size_average and reduce args will be deprecated, please use "
+            f"reduction='{reduction}' instead.",
+            stacklevel=4,
+        )
+    if reduction == "elementwise_mean":
+        warnings.warn(
+            "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.",
+            stacklevel=4,
+        )
+        reduction = "mean"
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(
+            f"{reduction} is not a valid value for reduction: use 'none', 'mean' or 'sum'"
+        )
+    return reduction
+
+
+def _reduced(c: Tensor, reduction: str, n: Tensor | None = None) -> Tensor:
+    """F3: the losses, their sum, or their sum over n, by default their number."""
+    if reduction == "none":
+        return c
+    if reduction == "sum":
+        return formulas.Cost.apply(c, 1.0)
+    if n is None:
+        n = torch.full((), c.numel(), dtype=c.dtype, device=c.device)
+    return formulas.Cost.apply(c, n)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _for_product(*tensors: Tensor | None) -> list[Any]:
+    """Operands of a product: in autocast's type where it is on; float64 is left alone."""
+    first = tensors[0]
+    assert first is not None
+    if not _is_autocast(first):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return [
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    ]
+
+
+def _for_loss(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The loss's dtype and operands: under autocast what is half becomes float32."""
+    first = tensors[0]
+    assert first is not None
+    if not _is_autocast(first):
+        return dtype, *tensors
+    half = (torch.float16, torch.bfloat16)
+    return (
+        torch.float32 if dtype in half else dtype,
+        *(x.float() if x is not None and x.dtype in half else x for x in tensors),
+    )

@@ -1,0 +1,45 @@
+"""Class indices, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_nnmath.kernels._library import LIBRARY, operator
+
+
+def _fake(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(target, dtype=torch.int64), torch.empty_like(target, dtype=torch.bool)
+
+
+@operator(
+    "class_indices(Tensor target, SymInt classes, int? ignore_index) -> (Tensor, Tensor)", _fake
+)
+def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """(y, keep): the indices, 0 where ignored, and where they are not; raises outside [0, classes).
+
+    An operator, so that a compiled graph checks too. On the CPU the error is an IndexError that
+    names the value; elsewhere the device asserts, without a synchronisation.
+    """
+    y = target.to(torch.int64, copy=True)
+    keep = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
+    y.masked_fill_(~keep, 0)
+    inside = (y >= 0) & (y < classes)
+    if target.device.type != "cpu":
+        torch._assert_async(inside.all(), f"a class index is not in [0, {classes})")
+    elif not inside.all():
+        wrong = y[~inside][0].item()
+        raise IndexError(
+            f"Target {wrong} is out of bounds: class indices must lie in [0, {classes}) "
+            f"or equal ignore_index={ignore_index}"
+        )
+    return y, keep
+
+
+def _batched(info: Any, in_dims: Any, target: Tensor, classes: int, ignore_index: int | None) -> Any:
+    return class_indices(target, classes, ignore_index), (in_dims[0], in_dims[0])
+
+
+torch.library.register_vmap("torch_nnmath::class_indices", _batched, lib=LIBRARY)

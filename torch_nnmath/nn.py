@@ -1,0 +1,252 @@
+"""The formulas as modules: PyTorch's, with `forward` replaced, and the document's own.
+
+What PyTorch's module brings (parameters, their init, state dict, repr, hooks) is inherited, and
+options of ours have a class-level default, so that PyTorch's modules become these by a change of
+their class alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_nnmath import functional as F
+
+__all__ = [
+    "CategoricalCrossEntropyLoss",
+    "CrossEntropyLoss",
+    "Feedforward",
+    "Linear",
+    "LinearCrossEntropyLoss",
+    "MSELoss",
+    "ReLU",
+    "Sigmoid",
+    "SigmoidSquaredErrorLoss",
+    "Softmax",
+    "SquaredErrorLoss",
+    "Tanh",
+]
+
+
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear` by F1 and F8: (*, in_features) -> (*, out_features)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+
+class Sigmoid(torch.nn.Sigmoid):
+    """`torch.nn.Sigmoid` by F6, elementwise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.sigmoid(input)
+
+
+class Tanh(torch.nn.Tanh):
+    """`torch.nn.Tanh` by F2, elementwise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.tanh(input)
+
+
+class ReLU(torch.nn.ReLU):
+    """`torch.nn.ReLU` by F2, elementwise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(input, inplace=self.inplace)
+
+
+class Softmax(torch.nn.Softmax):
+    """`torch.nn.Softmax` by F7, over `dim`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softmax(input, self.dim, _stacklevel=5)
+
+
+class MSELoss(torch.nn.MSELoss):
+    """`torch.nn.MSELoss` by F4."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(input, target, reduction=self.reduction)
+
+
+class _Base:
+    """The base of the logarithm in a cross entropy, shown where it is not e."""
+
+    base: float = math.e
+
+    def extra_repr(self) -> str:
+        shown = super().extra_repr()  # type: ignore[misc]
+        if self.base == math.e:
+            return shown
+        return f"{shown}, base={self.base}" if shown else f"base={self.base}"
+
+
+class CrossEntropyLoss(_Base, torch.nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss` by F13, to any base (keyword-only)."""
+
+    def __init__(self, *args: Any, base: float = math.e, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.base = base
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            base=self.base,
+        )
+
+
+if hasattr(torch.nn, "LinearCrossEntropyLoss"):
+    _LinearCrossEntropyLoss = torch.nn.LinearCrossEntropyLoss
+else:
+
+    class _LinearCrossEntropyLoss(torch.nn.Module):  # type: ignore[no-redef]
+        """The constructor and the state of PyTorch 2.13's module, where PyTorch is older."""
+
+        def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            *,
+            out_features: tuple[int, ...] = (),
+            bias: bool = False,
+            device: Any = None,
+            dtype: Any = None,
+            reduction: str = "mean",
+            weight: Tensor | None = None,
+            ignore_index: int | None = None,
+            label_smoothing: float = 0.0,
+            options: Any = None,
+        ):
+            if weight is not None and weight.shape != (num_classes,):
+                raise RuntimeError(
+                    f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}"
+                )
+            if not 0 <= label_smoothing <= 1:
+                raise RuntimeError(
+                    f"expected label_smoothing to be in range [0, 1], got {label_smoothing}"
+                )
+            super().__init__()
+            self.register_buffer("weight", weight)
+            self.num_classes, self.out_features = num_classes, out_features
+            self.reduction, self.ignore_index = reduction, ignore_index
+            self.label_smoothing, self.options = label_smoothing, options
+            rows = math.prod(out_features, start=num_classes)
+            self.linear = torch.nn.Linear(in_features, rows, bias, device, dtype)
+
+        def extra_repr(self) -> str:
+            return (
+                f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+                f"out_features={self.out_features}, bias={self.linear.bias is not None}, "
+                f"reduction={self.reduction}, ignore_index={self.ignore_index}, "
+                f"label_smoothing={self.label_smoothing}, options={self.options}"
+            )
+
+
+class LinearCrossEntropyLoss(_Base, _LinearCrossEntropyLoss):
+    """`torch.nn.LinearCrossEntropyLoss`, the head (F15), to any base (keyword-only)."""
+
+    def __init__(self, *args: Any, base: float = math.e, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.base = base
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return F.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            base=self.base,
+        )
+
+
+class SquaredErrorLoss(torch.nn.Module):
+    """½ Σ (target - input)² over the axes `dim` of an example (F4), reduced over examples (F3)."""
+
+    def __init__(self, *, reduction: str = "mean", dim: int | Sequence[int] = -1):
+        super().__init__()
+        self.reduction, self.dim = reduction, dim
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.squared_error(input, target, reduction=self.reduction, dim=self.dim)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, dim={self.dim}"
+
+
+class SigmoidSquaredErrorLoss(SquaredErrorLoss):
+    """½ Σ (target - σ(input))² over the axes `dim` (F9, F11), on pre-activations."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.sigmoid_squared_error(input, target, reduction=self.reduction, dim=self.dim)
+
+
+class CategoricalCrossEntropyLoss(torch.nn.Module):
+    """-Σ target log_base input over the axis `dim` (F5), on probabilities."""
+
+    def __init__(self, *, base: float = math.e, reduction: str = "mean", dim: int = -1):
+        super().__init__()
+        self.base, self.reduction, self.dim = base, reduction, dim
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.categorical_cross_entropy(
+            input, target, base=self.base, reduction=self.reduction, dim=self.dim
+        )
+
+    def extra_repr(self) -> str:
+        return f"base={self.base}, reduction={self.reduction!r}, dim={self.dim}"
+
+
+class Feedforward(torch.nn.Module):
+    """A feed-forward network of `sizes` (n_0, ..., n_L), one formula for all its layers (F10, F12).
+
+    Before a fused loss, which takes pre-activations, `output_activation` is "identity".
+    Parameters are `layers.{i}.weight` and `layers.{i}.bias`, with `torch.nn.Linear`'s init.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: str = "sigmoid",
+        output_activation: str = "sigmoid",
+        *,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        if len(sizes) < 2:
+            raise ValueError(f"sizes must hold at least an input and an output size, got {sizes}")
+        self.activation, self.output_activation = activation, output_activation
+        self.layers = torch.nn.ModuleList(
+            Linear(n_in, n_out, bias, device, dtype)
+            for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.feedforward(
+            input,
+            [layer.weight for layer in self.layers],
+            [layer.bias for layer in self.layers],
+            activation=self.activation,
+            output_activation=self.output_activation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, output_activation={self.output_activation!r}"
