@@ -77,6 +77,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     input, weight, bias = _for_product(input, weight, bias)
     if weight.dim() == 2:
         return formulas.Affine.apply(input, weight, bias)
+    if bias is not None and bias.dim():
+        raise RuntimeError(
+            f"beside a weight of shape {tuple(weight.shape)} the bias must have shape (), got "
+            f"{tuple(bias.shape)}"
+        )
     product = formulas.Affine.apply(input, weight.unsqueeze(0), None).squeeze(-1)
     return product if bias is None else product + bias
 
@@ -209,19 +214,20 @@ def mse_loss(
             "broadcasting. Please ensure they have the same size.",
             stacklevel=3,
         )
-    reduction = _reduction(reduction, size_average, reduce)
+    torch.broadcast_shapes(input.shape, target.shape)  # raises where they do not fit
     if weight is not None and weight.shape != input.shape:
         raise ValueError(
             f"Weights and input must have the same size, got {tuple(weight.shape)} and "
             f"{tuple(input.shape)}"
         )
+    reduction = _reduction(reduction, size_average, reduce)
     dtype = torch.result_type(input, target)
     if weight is None and not dtype.is_floating_point:
         raise NotImplementedError(f"mse_loss of {dtype}: cast input or target to a float type")
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
     dtype, input, target, weight = _for_loss(dtype, input, target, weight)
-    input, target = torch.broadcast_tensors(input, target)
+    input, target = torch.broadcast_tensors(_number(input), _number(target))
     if weight is not None:
         c = formulas.SquaredError.apply(input, target, (), 2.0) * _wide(weight)
         loss = _reduced(c, reduction, _wide(weight).sum())
@@ -358,25 +364,25 @@ def cross_entropy(
     reduction = _reduction(reduction, size_average, reduce)
     _check_smoothing(label_smoothing)
     dtype, input, target, weight = _for_loss(input.dtype, input, target, weight)
-    if not input.is_floating_point():
-        raise NotImplementedError(f"cross_entropy of {input.dtype} logits: cast to a float type")
     dim = 0 if input.dim() == 1 else 1
     if input.shape == target.shape:
         _check_probabilities(target, ignore_index)
-        C = input.size(dim)
+    C = input.size(dim)  # an IndexError if there is no axis
+    if not input.is_floating_point():
+        raise NotImplementedError(f"cross_entropy of {input.dtype} logits: cast to a float type")
+    if input.shape == target.shape:
         t, dtype = _probabilities(target, weight, label_smoothing, dim, C, dtype)
         c = formulas.CrossEntropy.apply(input, None, t, None, None, dim, base).squeeze(dim)
         count = torch.full((), c.numel() if C else 0, dtype=c.dtype, device=c.device)
         return _reduced(c, reduction, count).to(dtype)
-    _check_indices(input, target)
-    C, loss_shape = input.size(dim), target.shape
+    _check_indices(input.shape, target)
     if input.dim() == 1:
         target = target.reshape(())
     y, keep, p, q, count = _indices(target, C, weight, ignore_index, label_smoothing, input)
     y, keep, p = (v.unsqueeze(dim) for v in (y, keep, p))
-    t = None if q is None else q.view(-1, *[1] * (input.dim() - 1 - dim))
+    t = None if q is None else q.view([C if d == dim else 1 for d in range(input.dim())])
     c = formulas.CrossEntropy.apply(input, p, t, y, keep, dim, base)
-    return _reduced(c.reshape(loss_shape), reduction, count).to(dtype)
+    return _reduced(c.squeeze(dim), reduction, count).to(dtype)
 
 
 @_public
@@ -425,8 +431,6 @@ def linear_cross_entropy(
         weight=weight,
     )
     _check_base(base)
-    reduction = _reduction(reduction)
-    _check_smoothing(label_smoothing)
     if linear_weight.dim() < 2:
         raise RuntimeError(
             f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
@@ -443,6 +447,8 @@ def linear_cross_entropy(
             f"{tuple(linear_bias.shape)}"
         )
     _check_product("linear_weight", input, linear_weight, linear_bias, dims=None)
+    reduction = _reduction(reduction)
+    _check_smoothing(label_smoothing)
     dtype, target, weight = _for_loss(input.dtype, target, weight)
     if _is_autocast(input):
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -465,9 +471,10 @@ def linear_cross_entropy(
         columns = [(None, t[..., d], None, None) for d in range(positions)]
         count = torch.full((), N * positions if C else 0, dtype=wide, device=x.device)
     else:
-        if not batch and target.shape == (1,):
-            loss_shape = (1,)
-        _check_head_indices(target, loss_shape)
+        if len(batch) > 1:
+            _check_shape("target", target, batch)
+            target = target.flatten()
+        _check_indices((*[N] * bool(batch), C, *out_features), target)
         y, keep, p, q, count = _indices(
             target.reshape(N, positions), C, weight, ignore_index, label_smoothing, input
         )
@@ -603,30 +610,23 @@ def _check_probabilities(target: Tensor, ignore_index: int) -> None:
         raise RuntimeError("ignore_index is not supported for floating point target")
 
 
-def _check_indices(input: Tensor, target: Tensor) -> None:
-    """The shape of class indices against that of logits."""
-    got = f"got input {tuple(input.shape)} and target {tuple(target.shape)}"
-    if input.dim() == 0:
-        raise ValueError(f"cross_entropy needs logits with at least one dimension, {got}")
-    if input.dim() == 1:
-        if target.shape not in ((), (1,)):
-            raise ValueError(f"for logits (C) the target must be one class index, {got}")
-        return
-    if target.dim() == 0 or target.shape[0] != input.shape[0]:
-        raise ValueError(f"Expected input batch_size to match target batch_size, {got}")
-    if target.shape[1:] != input.shape[2:]:
-        raise RuntimeError(
-            f"Expected target size {(input.shape[0], *input.shape[2:])} for class indices or "
-            f"{tuple(input.shape)} for probabilities, {got}"
-        )
-
-
-def _check_head_indices(target: Tensor, loss_shape: tuple[int, ...]) -> None:
-    """The shape of class indices against that of the losses."""
-    if target.shape == loss_shape:
-        return
-    error = ValueError if target.shape[:1] != loss_shape[:1] else RuntimeError
-    raise error(f"Expected class indices of shape {loss_shape}, got {tuple(target.shape)}")
+def _check_indices(logits: Sequence[int], target: Tensor) -> None:
+    """The shape of class indices against that of logits, (C) or (N, C, d_1, ...); their dtype."""
+    got = f"got logits {tuple(logits)} and target {tuple(target.shape)}"
+    if len(logits) > 1:
+        if target.shape[:1] != tuple(logits[:1]):
+            raise ValueError(f"Expected input batch_size to match target batch_size, {got}")
+        if target.shape[1:] != tuple(logits[2:]):
+            raise RuntimeError(
+                f"Expected target size {(logits[0], *logits[2:])} for class indices, or that of "
+                f"the logits for probabilities, {got}"
+            )
+    elif target.dim() > 1:
+        raise RuntimeError(f"for logits (C) the target must be one class index, {got}")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
+    if len(logits) == 1 and target.shape not in ((), (1,)):
+        raise ValueError(f"for logits (C) the target must be one class index, {got}")
 
 
 def _check_class_weight(weight: Tensor | None, C: int) -> None:
@@ -646,8 +646,6 @@ def _indices(
     input: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Class indices y as the target p e_y + q of each row that is kept, and the mean's divisor."""
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
     _check_class_weight(weight, C)
     if weight is not None and weight.dtype != input.dtype and not _is_autocast(input):
         raise RuntimeError(f"expected weight of type {input.dtype}, as input, got {weight.dtype}")
@@ -753,6 +751,11 @@ def _reduced(c: Tensor, reduction: str, n: Tensor | None = None) -> Tensor:
     if n is None:
         n = torch.full((), c.numel(), dtype=c.dtype, device=c.device)
     return formulas.Cost.apply(c, n)
+
+
+def _number(x: Tensor) -> Tensor:
+    """bool as integers, which can be subtracted."""
+    return x.int() if x.dtype == torch.bool else x
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,0 +1,907 @@
+"""Properties of every public function, over random shapes, options, dtypes and strides.
+
+Hypothesis draws shapes and options; numbers come from a seeded generator, so that a failing example
+shrinks to something that can be read. The truth is a plain float64 expression, written out here.
+A tolerance is what PyTorch's own operation is off by at that precision, and rounding: 4 eps in
+float64 and float32, 1 eps in half precision, of the magnitude of what is summed (`Case.scale`).
+
+NNMATH_EXAMPLES multiplies the number of examples.
+"""
+
+import contextlib
+import functools
+import importlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import torch_nnmath.functional as ours
+
+HEAD = importlib.import_module("torch_nnmath.kernels.head")  # the package's name is the operator's
+F64 = torch.float64
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIZES = (1, 2, 3, 0, 5)
+ROWS = (1, 2, 0, 5, 31, 32, 33, 65, 97)  # groups of 32 rows are the head's unit of a block
+BASES = (math.e, 2.0, 10.0, 0.5)
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def examples(number: int) -> Any:
+    return settings(
+        deadline=None,
+        derandomize=True,
+        max_examples=number * int(os.environ.get("NNMATH_EXAMPLES", "1")),
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """`torch.empty` filled with nan, so that an element never written shows; and one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Case:
+    """One call: a function of the tensors that can be differentiated, and what it should be."""
+
+    inputs: dict[str, Tensor]
+    ours: Callable[..., Tensor]
+    truth: Callable[..., Tensor]  # in float64
+    theirs: Callable[..., Tensor]  # PyTorch's own operation
+    # (inputs, |upstream|) -> the magnitudes summed in the value, and in each input's gradient
+    scale: Callable[..., tuple[Tensor, Sequence[Tensor]]]
+    block_bytes: int | None = None
+
+    def blocks(self) -> Any:
+        if self.block_bytes is None:
+            return contextlib.nullcontext()
+        return mock.patch.object(HEAD, "BLOCK_BYTES", self.block_bytes)
+
+
+class Numbers:
+    """Draws options by hypothesis and numbers by a generator."""
+
+    def __init__(self, data: Any, dtypes: Sequence[torch.dtype], finite_mean: bool = False):
+        self.draw = data.draw
+        self.generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), "seed"))
+        self.dtype = self.one_of(*dtypes)
+        self.finite_mean = finite_mean  # no mean over nothing, whose derivatives are nan
+
+    def one_of(self, *options: Any) -> Any:
+        return self.draw(st.sampled_from(options))
+
+    def shape(self, least: int = 0, most: int = 3) -> tuple[int, ...]:
+        rank = self.draw(st.integers(least, most))
+        shape = [self.one_of(*SIZES) for _ in range(rank)]
+        if rank and self.one_of(False, False, True):
+            shape[0] = self.one_of(17, 33, 65)
+        if self.finite_mean:
+            shape = [max(n, 1) for n in shape]
+        return tuple(shape)
+
+    def subset(self, names: Sequence[Any]) -> list[Any]:
+        """Some of the names; all of them first, because shrinking goes there."""
+        left_out = self.draw(st.sets(st.sampled_from(list(names))))
+        return [name for name in names if name not in left_out]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=F64, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, dtype=F64, generator=self.generator)
+
+    def tensor(self, *shape: int, large: bool = False) -> Tensor:
+        factor = self.one_of(1.0, 10.0) if large else 1.0
+        return self.strided((self.normal(*shape) * factor).to(self.dtype))
+
+    def positive(self, *shape: int) -> Tensor:
+        return self.strided((self.uniform(*shape) + 0.05).to(self.dtype))
+
+    def indices(self, shape: Sequence[int], high: int) -> Tensor:
+        return torch.randint(high, tuple(shape), generator=self.generator)
+
+    def strided(self, x: Tensor) -> Tensor:
+        """x laid out in some way; what lies between its elements is nan."""
+        layout = self.one_of("contiguous", "offset", "transposed", "stepped", "expanded")
+        nan = math.nan if x.is_floating_point() else 77
+        if layout == "offset":
+            return x.new_full((x.numel() + 3,), nan)[3:].view(x.shape).copy_(x)
+        if layout == "transposed":
+            axes = tuple(reversed(range(x.dim())))
+            return x.permute(axes).contiguous().permute(axes)
+        if layout == "stepped":
+            room = x.new_full([2 * n + 1 for n in x.shape], nan)
+            return room[(slice(1, None, 2),) * x.dim()].copy_(x)
+        if layout == "expanded" and x.dim():
+            axis = self.draw(st.integers(0, x.dim() - 1))
+            return x.narrow(axis, 0, min(x.shape[axis], 1)).expand(x.shape)
+        return x
+
+
+# The cases. Each function draws the arguments of one public function.
+
+
+def linear(n: Numbers) -> Case:
+    features, outputs = n.one_of(*SIZES), n.one_of(*SIZES)
+    matrix = n.one_of(True, True, False)
+    inputs = {
+        "input": n.tensor(*n.shape(0, 2), features),
+        "weight": n.tensor(*[outputs] * matrix, features),
+    }
+    if n.one_of(True, False):
+        inputs["bias"] = n.tensor(*[outputs] * matrix)
+
+    def truth(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        z = (x.unsqueeze(-2) * W).sum(-1) if matrix else (x * W).sum(-1)
+        return z if b is None else z + b
+
+    def scale(g: Tensor, *xs: Tensor) -> Any:
+        return pulled_back(truth, g, *xs)
+
+    return Case(inputs, ours.linear, truth, F.linear, scale)
+
+
+def elementwise(
+    f: Any, truth: Any, theirs: Any, slope: Any, value: Any = None
+) -> Callable[[Numbers], Case]:
+    def case(n: Numbers) -> Case:
+        def scale(g: Tensor, z: Tensor) -> Any:
+            a = truth(z).abs()
+            return a, [g * slope(a)]
+
+        return Case({"input": n.tensor(*n.shape(), large=True)}, f, truth, theirs, scale)
+
+    return case
+
+
+def softmax(n: Numbers) -> Case:
+    shape = n.shape()
+    dim = n.draw(st.integers(-max(len(shape), 1), max(len(shape), 1) - 1))
+    dtype = n.one_of(None, torch.float32, torch.float64)
+
+    def truth(z: Tensor) -> Tensor:
+        e = (z - z.detach().amax(dim, keepdim=True)).exp() if z.numel() else z.exp()
+        return e / e.sum(dim, keepdim=True)
+
+    def scale(g: Tensor, z: Tensor) -> Any:
+        a = truth(z) * (1 + spread(z))
+        return a, [a * (g + (a * g).sum(dim, keepdim=True))]
+
+    return Case(
+        {"input": n.tensor(*shape, large=True)},
+        lambda z: ours.softmax(z, dim, dtype=dtype),
+        truth,
+        lambda z: F.softmax(z, dim, dtype=dtype),
+        scale,
+    )
+
+
+def softmax_jacobian(n: Numbers) -> Case:
+    shape = n.shape(1)
+    dim = n.draw(st.integers(-len(shape), len(shape) - 1))
+
+    def plain(z: Tensor) -> Tensor:
+        a = torch.softmax(z, dim).movedim(dim, -1)
+        identity = torch.eye(a.shape[-1], dtype=a.dtype)
+        return a.unsqueeze(-1) * (identity - a.unsqueeze(-2))
+
+    def scale(g: Tensor, z: Tensor) -> Any:
+        a = torch.softmax(z, dim).movedim(dim, -1) * (1 + spread(z))
+        value = torch.diag_embed(a) + a.unsqueeze(-1) * a.unsqueeze(-2)
+        v = g.diagonal(dim1=-2, dim2=-1) + ((g + g.mT) @ a.unsqueeze(-1)).squeeze(-1)
+        return value, [(a * (v + (a * v).sum(-1, keepdim=True))).movedim(-1, dim)]
+
+    inputs = {"input": n.tensor(*shape, large=True)}
+    return Case(inputs, lambda z: ours.softmax_jacobian(z, dim), plain, plain, scale)
+
+
+def mse_loss(n: Numbers) -> Case:
+    shape, reduction = n.shape(), n.one_of(*REDUCTIONS)
+    if shape and n.one_of(False, True):  # broadcasting, either way
+        narrow = tuple(n.one_of(size, 1) for size in shape)[n.draw(st.integers(0, len(shape))) :]
+        shapes = n.one_of((shape, narrow), (narrow, shape))
+    else:
+        shapes = shape, shape
+    inputs = {"input": n.tensor(*shapes[0]), "target": n.tensor(*shapes[1])}
+    if n.one_of(False, True):
+        inputs["weight"] = n.positive(*shapes[0])
+
+    def loss(x: Tensor, t: Tensor, w: Tensor | None = None) -> Tensor:
+        c = (x - t).square()
+        return reduced(c if w is None else c * w, reduction, c.numel() if w is None else w.sum())
+
+    def call(f: Any) -> Any:
+        return lambda x, t, w=None: f(x, t, reduction=reduction, weight=w)
+
+    def scale(g: Tensor, x: Tensor, t: Tensor, w: Tensor | None = None) -> Any:
+        total = w.sum() if w is not None else torch.tensor(float((x - t).numel()), dtype=F64)
+        g = g / total if reduction == "mean" else g
+        c = (x - t).square()
+        value = loss(x, t, w)
+        d = g * 2 * (x - t).abs() * (1 if w is None else w)
+        gradients = [d.sum_to_size(x.shape), d.sum_to_size(t.shape)]
+        if w is not None:
+            gradients.append((g * c).sum_to_size(w.shape) + g * value * (reduction == "mean"))
+        return value, gradients
+
+    return Case(inputs, call(ours.mse_loss), loss, call(F.mse_loss), scale)
+
+
+def per_example(f: Any, activation: Any) -> Callable[[Numbers], Case]:
+    """squared_error, or with a sigmoid before it."""
+
+    def case(n: Numbers) -> Case:
+        shape, reduction = n.shape(), n.one_of(*REDUCTIONS)
+        axes = n.draw(st.sets(st.integers(0, len(shape) - 1))) if shape else set()
+        dim = tuple(axis - n.one_of(0, len(shape)) for axis in axes)
+        if shape and len(dim) == 1 and n.one_of(True, False):
+            dim = dim[0]
+        elif not shape and n.one_of(True, False):
+            dim = -1
+        inputs = {"input": n.tensor(*shape, large=True), "target": n.tensor(*shape)}
+
+        def summed(c: Tensor) -> Tensor:
+            return c.sum(tuple(axes)) if axes else c
+
+        def loss(x: Tensor, t: Tensor) -> Tensor:
+            c = summed((activation(x) - t).square()) / 2
+            return reduced(c, reduction, c.numel())
+
+        def widened(x: Tensor, t: Tensor) -> Tensor:
+            wide = F64 if x.dtype == F64 else torch.float32
+            return loss(x.to(wide), t.to(wide)).to(x.dtype)
+
+        def scale(g: Tensor, x: Tensor, t: Tensor) -> Any:
+            a = activation(x).abs()
+            size = a + t.abs()
+            value = summed(size.square())
+            if reduction == "mean":
+                g, value = g / value.numel(), value / max(value.numel(), 1)
+            g = expanded_back(g, axes, reduction)
+            slope = a if activation is torch.sigmoid else 1
+            return reduced(value, min(reduction, "sum"), 1), [g * size * slope, g * size]
+
+        def call(x: Tensor, t: Tensor) -> Tensor:
+            return f(x, t, reduction=reduction, dim=dim)
+
+        return Case(inputs, call, loss, widened, scale)
+
+    return case
+
+
+def expanded_back(g: Tensor, axes: Any, reduction: str) -> Tensor:
+    """The upstream gradient against the input's axes, where none are summed over yet."""
+    if reduction == "none":
+        for axis in sorted(axes):
+            g = g.unsqueeze(axis)
+    return g
+
+
+def categorical_cross_entropy(n: Numbers) -> Case:
+    shape = n.shape()
+    dim = n.draw(st.integers(-max(len(shape), 1), max(len(shape), 1) - 1))
+    base, reduction, indices = n.one_of(*BASES), n.one_of(*REDUCTIONS), n.one_of(False, True)
+    classes = shape[dim] if shape else 1
+    inputs = {"probs": n.positive(*shape)}
+    if indices and classes:
+        y = n.indices(inputs["probs"].sum(dim).shape, classes)
+        one_hot = torch.zeros(shape, dtype=F64)
+        one_hot.scatter_(dim, y.unsqueeze(dim), torch.ones((), dtype=F64).expand(y.unsqueeze(dim).shape))
+    else:
+        y, one_hot = None, None
+        inputs["target"] = n.positive(*shape)
+
+    def loss(a: Tensor, t: Tensor | None = None) -> Tensor:
+        c = -((one_hot if t is None else t) * a.log()).sum(dim) / math.log(base)
+        return reduced(c, reduction, c.numel())
+
+    def widened(a: Tensor, t: Tensor | None = None) -> Tensor:
+        wide = F64 if a.dtype == F64 else torch.float32
+        return loss(a.to(wide), None if t is None else t.to(wide)).to(a.dtype)
+
+    def call(a: Tensor, t: Tensor | None = None) -> Tensor:
+        target = y if t is None else t
+        return ours.categorical_cross_entropy(a, target, base=base, reduction=reduction, dim=dim)
+
+    def scale(g: Tensor, a: Tensor, t: Tensor | None = None) -> Any:
+        weights, k = one_hot if t is None else t, 1 / abs(math.log(base))
+        value = k * (weights * a.log().abs()).sum(dim)
+        if reduction == "mean":
+            g, value = g / value.numel(), value / max(value.numel(), 1)
+        if reduction == "none":
+            g = g.unsqueeze(dim) if shape else g
+        gradients = [k * g * weights / a, k * g * a.log().abs()]
+        return reduced(value, min(reduction, "sum"), 1), gradients[: 1 + (t is not None)]
+
+    return Case(inputs, call, loss, widened, scale)
+
+
+@dataclass
+class CrossEntropyOptions:
+    """What cross_entropy and the head have in common; here the classes are the last axis."""
+
+    reduction: str
+    base: float
+    label_smoothing: float
+    ignore_index: int
+    y: Tensor | None  # class indices, or a probability target among the inputs
+
+    @staticmethod
+    def drawn(n: Numbers, rows: Sequence[int], C: int) -> tuple[Any, Tensor | None, Tensor | None]:
+        """Options, and the tensors of target probabilities (*rows, C) and class weights."""
+        indices = n.one_of(True, False)
+        ignore_index = n.one_of(-100, 0, -1) if indices else -100
+        y, t = None, None
+        if indices:
+            y = n.indices(rows, C)
+            if n.one_of(False, True):
+                y.masked_fill_(n.uniform(*rows) < 0.4, ignore_index)
+            if n.finite_mean and y.numel():
+                y.view(-1)[0] = C - 1 if ignore_index == 0 else 0
+            if ignore_index == 0 and n.finite_mean and C == 1:
+                ignore_index = -100
+            y = n.strided(y if (y < 0).any() or n.one_of(True, False) else y.to(torch.uint8))
+            if n.finite_mean and y.numel() and not (y.long() != ignore_index).any():
+                ignore_index = -100  # the layout repeated an ignored row
+        else:
+            kind = n.one_of("any", "probabilities", "with zeros")
+            t = n.uniform(*rows, C)
+            if kind == "probabilities":
+                t = t / t.sum(-1, keepdim=True)
+            elif kind == "with zeros":
+                t = t.masked_fill(n.uniform(*rows, C) < 0.5, 0)
+        weight = None
+        if n.one_of(False, True):
+            weight = n.positive(C)
+            if not n.finite_mean and n.one_of(False, False, True):
+                weight = weight.clone().fill_(0)
+        smoothing = n.one_of(0.0, 0.1, 1.0)
+        options = CrossEntropyOptions(
+            n.one_of(*REDUCTIONS), n.one_of(*BASES), smoothing, ignore_index, y
+        )
+        return options, t, weight
+
+    def target(self, t: Tensor | None, w: Tensor | None, C: int, dtype: Any) -> Any:
+        """The smoothed target before and after class weights, which rows count, the divisor."""
+        w = torch.ones(C, dtype=dtype) if w is None else w
+        s = self.label_smoothing
+        if self.y is None:
+            u = (1 - s) * t + s / C
+            return u, u * w, torch.ones(u.shape[:-1], dtype=torch.bool), u[..., 0].numel()
+        keep = self.y.long() != self.ignore_index
+        one_hot = F.one_hot(self.y.long().masked_fill(~keep, 0), C).to(dtype)
+        u = (1 - s) * one_hot + s / C
+        return u, u * w, keep, (one_hot * w).sum(-1).masked_fill(~keep, 0).sum()
+
+    def loss(self, z: Tensor, t: Tensor | None, w: Tensor | None) -> Tensor:
+        _, t, keep, count = self.target(t, w, z.shape[-1], z.dtype)
+        z = z.masked_fill(~keep.unsqueeze(-1), 0)
+        l = z - z.logsumexp(-1, keepdim=True)  # noqa: E741
+        c = -(t * l).sum(-1).masked_fill(~keep, 0) / math.log(self.base)
+        return reduced(c, self.reduction, count)
+
+    def scale(self, g: Tensor, z: Tensor, size: Tensor, t: Any, w: Any) -> Any:
+        """Magnitudes in the value, and in the gradients of z, t and w; size: that of the logits."""
+        u, t, keep, count = self.target(t, w, z.shape[-1], F64)
+        z = z.masked_fill(~keep.unsqueeze(-1), 0)
+        k = 1 / abs(math.log(self.base))
+        a = z.softmax(-1)
+        width = 1 + size.amax(-1, keepdim=True)
+        l = z.log_softmax(-1).abs() + width  # noqa: E741
+        value = k * (t * l).sum(-1) * keep
+        if self.reduction == "mean":
+            g = g / count
+        γ = (k * g * keep).unsqueeze(-1) if self.reduction != "none" else k * (g * keep)[..., None]
+        γ = γ.expand(*keep.shape, 1)
+        dz = γ * (t.sum(-1, keepdim=True) * a * width + t)
+        total = reduced(value, self.reduction, count)
+        rows = tuple(range(z.dim() - 1))
+        dw = (γ * u * l).sum(rows) if rows else γ * u * l
+        if self.reduction == "mean" and self.y is not None:
+            dw = dw + g * total * keep.sum()
+        return total, dz, γ * l * (1 if w is None else w), dw
+
+    def named(self) -> dict[str, Any]:
+        return {
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+        }
+
+    def theirs(self, z: Tensor, target: Tensor, w: Tensor | None) -> Tensor:
+        """F.cross_entropy, whose weight has no gradient beside indices."""
+        if self.y is not None:
+            target, w = target.long(), None if w is None else w.detach()
+        c = F.cross_entropy(z, target, w, **self.named())
+        return c if self.base == math.e else c / math.log(self.base)
+
+
+def named_inputs(n: Numbers, inputs: dict[str, Any], t: Tensor | None, w: Tensor | None) -> Any:
+    if t is not None:
+        inputs["target"] = n.strided(t.to(n.one_of(n.dtype, n.dtype, torch.promote_types(n.dtype, torch.float32))))
+    if w is not None:
+        inputs["class_weight"] = w
+    return {name: x for name, x in inputs.items() if x is not None}
+
+
+def cross_entropy(n: Numbers) -> Case:
+    C = n.one_of(1, 2, 3, 5, 17)
+    rows = n.shape()
+    if rows and rows[0] > 5 and len(rows) > 1:
+        C = min(C, 5)
+    options, t, w = CrossEntropyOptions.drawn(n, rows, C)
+    dim = 1 if rows else 0
+    if t is not None:
+        t = t.movedim(-1, dim)
+    logits = (*rows[:1], C, *rows[1:])
+    inputs = named_inputs(n, {"input": n.tensor(*logits, large=True)}, t, w)
+    names = tuple(inputs)
+
+    def last(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.movedim(dim, -1)
+
+    def loss(*xs: Tensor) -> Tensor:
+        x = dict(zip(names, xs, strict=True))
+        return options.loss(last(x["input"]), last(x.get("target")), x.get("class_weight"))
+
+    def call(*xs: Tensor) -> Tensor:
+        x = dict(zip(names, xs, strict=True))
+        target = options.y if options.y is not None else x["target"]
+        w = x.get("class_weight")
+        return ours.cross_entropy(x["input"], target, w, base=options.base, **options.named())
+
+    def theirs(*xs: Tensor) -> Tensor:
+        x = dict(zip(names, xs, strict=True))
+        target = options.y if options.y is not None else x["target"]
+        return options.theirs(x["input"], target, x.get("class_weight"))
+
+    def scale(g: Tensor, *xs: Tensor) -> Any:
+        x = dict(zip(names, xs, strict=True))
+        z, t, w = last(x["input"]), last(x.get("target")), x.get("class_weight")
+        value, dz, dt, dw = options.scale(g, z, z.abs(), t, w)
+        sizes = {"input": dz.movedim(-1, dim), "target": dt.movedim(-1, dim), "class_weight": dw}
+        return value, [sizes[name] for name in names]
+
+    return Case(inputs, call, loss, theirs, scale)
+
+
+def linear_cross_entropy(n: Numbers) -> Case:
+    C, D = n.one_of(2, 3, 1, 5, 17), n.one_of(2, 3, 1, 0, 5)
+    kind = n.one_of("rows", "K-dimensional", "vector", "N-dimensional")
+    N = n.one_of(*ROWS)
+    if n.finite_mean:
+        N = max(N, 1)
+    batch: tuple[int, ...] = (N,)
+    positions: tuple[int, ...] = ()
+    if kind == "vector":
+        batch = ()
+    elif kind == "N-dimensional":
+        batch = (n.one_of(2, 1, 3), N)
+    elif kind == "K-dimensional":
+        positions = tuple(n.one_of(2, 1, 3) for _ in range(n.one_of(1, 2)))
+    rows = (*batch, *positions)
+    options, t, w = CrossEntropyOptions.drawn(n, rows, C)
+    class_axis = len(batch)
+    if t is not None:
+        t = t.movedim(-1, class_axis)
+    inputs = {
+        "input": n.tensor(*batch, D, large=True),
+        "linear_weight": n.tensor(C, *positions, D),
+        "linear_bias": n.tensor(C, *positions) if n.one_of(True, False) else None,
+    }
+    inputs = named_inputs(n, inputs, t, w)
+    names = tuple(inputs)
+    ignore = options.ignore_index
+    if options.y is None or (ignore == -100 and n.one_of(True, False)):
+        ignore = None
+    y = options.y
+
+    def logits(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        """Classes last."""
+        z = (x.view(*batch, *[1] * (W.dim() - 1), D) * W).sum(-1)
+        return (z if b is None else z + b).movedim(class_axis, -1)
+
+    def parts(xs: Sequence[Tensor]) -> Any:
+        x = dict(zip(names, xs, strict=True))
+        head = [x[name] for name in names if name in ("input", "linear_weight", "linear_bias")]
+        return head, x.get("target"), x.get("class_weight")
+
+    def loss(*xs: Tensor) -> Tensor:
+        (x, *Wb), t, w = parts(xs)
+        z = logits(x.contiguous(), *Wb)
+        return options.loss(z, None if t is None else t.movedim(class_axis, -1), w)
+
+    def call(*xs: Tensor) -> Tensor:
+        (x, W, *b), t, w = parts(xs)
+        named = {**options.named(), "ignore_index": ignore}
+        return ours.linear_cross_entropy(
+            x,
+            W,
+            t if y is None else y,
+            linear_bias=b[0] if b else None,
+            weight=w,
+            base=options.base,
+            **named,
+        )
+
+    def theirs(*xs: Tensor) -> Tensor:
+        (x, W, *b), t, w = parts(xs)
+        z = F.linear(x, W.reshape(-1, D), b[0].reshape(-1) if b else None)
+        target = t if y is None else y
+        if kind == "K-dimensional":
+            return options.theirs(z.reshape(N, C, *positions), target, w)
+        if kind == "N-dimensional":
+            target = target.reshape(-1, C) if y is None else target.reshape(-1)
+            c = options.theirs(z.reshape(-1, C), target, w)
+            return c.view(rows) if options.reduction == "none" else c
+        return options.theirs(z, target, w)
+
+    def scale(g: Tensor, *xs: Tensor) -> Any:
+        (x, *Wb), t, w = parts(xs)
+        x = x.contiguous()
+        z, size = logits(x, *Wb), logits(x.abs(), *(v.abs() for v in Wb))
+        t = None if t is None else t.movedim(class_axis, -1)
+        value, dz, dt, dw = options.scale(g, z, size, t, w)
+        _, gradients = pulled_back(logits, dz, x, *Wb)
+        gradients = dict(zip(("input", "linear_weight", "linear_bias"), gradients, strict=False))
+        gradients |= {"target": dt.movedim(-1, class_axis), "class_weight": dw}
+        return value, [gradients[name] for name in names]
+
+    block_bytes = n.one_of(None, 1, 4 * C * 64)
+    return Case(inputs, call, loss, theirs, scale, block_bytes)
+
+
+ACTIVATIONS = {
+    "sigmoid": (torch.sigmoid, lambda a: a),
+    "tanh": (torch.tanh, torch.ones_like),
+    "relu": (torch.relu, torch.ones_like),
+    "identity": (lambda z: z, torch.ones_like),
+    "softmax": (lambda z: z.softmax(-1), lambda a: a),
+}
+
+
+def feedforward(n: Numbers) -> Case:
+    depth = n.one_of(1, 2, 3)
+    sizes = [n.one_of(2, 3, 1, 5, 0) for _ in range(depth + 1)]
+    names = list(ACTIVATIONS)
+    hidden, last = n.one_of(*names[:-1]), n.one_of(*names)
+    has_bias = [n.one_of(True, False) for _ in range(depth)]
+    inputs = {"input": n.tensor(*n.shape(0, 2), sizes[0])}
+    for i in range(depth):
+        inputs[f"W{i}"] = n.tensor(sizes[i + 1], sizes[i])
+    for i in range(depth):
+        if has_bias[i]:
+            inputs[f"b{i}"] = n.tensor(sizes[i + 1])
+
+    def parameters(Wb: Sequence[Tensor]) -> Any:
+        biases = iter(Wb[depth:])
+        return list(Wb[:depth]), [next(biases) if has else None for has in has_bias]
+
+    def plain(x: Tensor, *Wb: Tensor) -> Tensor:
+        for i, (W, b) in enumerate(zip(*parameters(Wb), strict=True)):
+            x = F.linear(x, W, b)
+            x = ACTIVATIONS[last if i == depth - 1 else hidden][0](x)
+        return x
+
+    def call(x: Tensor, *Wb: Tensor) -> Tensor:
+        return ours.feedforward(x, *parameters(Wb), activation=hidden, output_activation=last)
+
+    def scale(g: Tensor, x: Tensor, *Wb: Tensor) -> Any:
+        """A running error analysis, in units of eps; a second derivative of f is at most 1."""
+        weights, biases = parameters([v.abs() for v in Wb])
+        signed = parameters(Wb)
+        a, error = x, torch.zeros_like(x)
+        values, errors = [a], [error]
+        for i, (W, b) in enumerate(zip(weights, biases, strict=True)):
+            error = F.linear(error, W) + F.linear(a.abs(), W, b)
+            a = F.linear(a, signed[0][i], signed[1][i])
+            a = ACTIVATIONS[last if i == depth - 1 else hidden][0](a)
+            error = error + a.abs()
+            values.append(a)
+            errors.append(error)
+        dWs, dbs = [], []
+        da = g
+        for i in reversed(range(depth)):
+            size, slope = da, ACTIVATIONS[last if i == depth - 1 else hidden][1]
+            if i == depth - 1 and last == "softmax":
+                size = da + (values[i + 1] * da).sum(-1, keepdim=True)
+            dz = size * (slope(values[i + 1].abs()) + errors[i + 1])
+            below = values[i].abs() + errors[i]
+            dWs.append(dz.reshape(-1, sizes[i + 1]).T @ below.reshape(-1, sizes[i]))
+            dbs.append(dz.reshape(-1, sizes[i + 1]).sum(0))
+            da = dz @ weights[i]
+        dbs = [db for db, has in zip(dbs[::-1], has_bias, strict=True) if has]
+        return errors[-1], [da, *dWs[::-1], *dbs]
+
+    return Case(inputs, call, plain, plain, scale)
+
+
+def spread(z: Tensor) -> Tensor:
+    return z.abs().amax() if z.numel() else z.new_zeros(())
+
+
+def reduced(c: Tensor, reduction: str, count: Any) -> Tensor:
+    return c if reduction == "none" else c.sum() if reduction == "sum" else c.sum() / count
+
+
+def pulled_back(f: Any, g: Tensor, *xs: Tensor) -> Any:
+    """Value and gradients of f with every number's magnitude in its place."""
+    sizes = [x.abs().requires_grad_() for x in xs]
+    value = f(*sizes)
+    return value.detach(), torch.autograd.grad(value, sizes, g.abs())
+
+
+def relu_in_place(x: Tensor) -> Tensor:
+    return ours.relu(x.clone(), inplace=True)
+
+
+def plain_relu(z: Tensor) -> Tensor:
+    return torch.where(z > 0, z, 0)
+
+
+def plain_sigmoid(z: Tensor) -> Tensor:
+    return 1 / (1 + (-z).exp())
+
+
+CASES: dict[str, Callable[[Numbers], Case]] = {
+    "linear": linear,
+    "sigmoid": elementwise(ours.sigmoid, plain_sigmoid, torch.sigmoid, lambda a: a),
+    "tanh": elementwise(ours.tanh, torch.tanh, torch.tanh, torch.ones_like),
+    "relu": elementwise(ours.relu, plain_relu, F.relu, torch.ones_like),
+    "relu in place": elementwise(relu_in_place, plain_relu, F.relu, torch.ones_like),
+    "softmax": softmax,
+    "softmax_jacobian": softmax_jacobian,
+    "mse_loss": mse_loss,
+    "squared_error": per_example(ours.squared_error, lambda x: x),
+    "sigmoid_squared_error": per_example(ours.sigmoid_squared_error, torch.sigmoid),
+    "categorical_cross_entropy": categorical_cross_entropy,
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+    "feedforward": feedforward,
+}
+
+every_function = pytest.mark.parametrize("name", CASES)
+# mse_loss says so where it broadcasts; vmap-free forward mode compiles nothing, yet says this
+pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
+
+
+# Comparisons.
+
+
+def assert_close(what: str, found: Tensor, truth: Tensor, theirs: Tensor | None, scale: Tensor):
+    """|found - truth| within what PyTorch is off by, and rounding, of the magnitude summed."""
+    assert found.shape == truth.shape, what
+    if not found.numel():
+        return
+    info = torch.finfo(found.dtype)
+    scale = scale.expand(truth.shape)
+    fits = ~(truth.abs() + scale > info.max / 2)
+    found, scale = found.to(F64), scale.nan_to_num(0, 0, 0)
+    allowed = (4 if info.bits >= 32 else 1) * info.eps + 4 * torch.finfo(torch.float32).eps * (
+        info.bits < 32
+    )
+    floor = 16 * info.eps * info.smallest_normal  # gradual underflow
+    if theirs is not None:
+        off = (theirs.to(F64) - truth).abs() / scale.clamp(min=floor)
+        allowed += off[fits & off.isfinite()].max().item() if (fits & off.isfinite()).any() else 0
+    error = (found - truth).abs()
+    bad = fits & ~(error <= allowed * scale + floor * (1 + scale)) & ~(found.isnan() & truth.isnan())
+    bad &= ~(found == truth)  # infinite
+    assert not bad.any(), (
+        f"{what}: found {found[bad][:3].tolist()}, truth {truth[bad][:3].tolist()}, "
+        f"error/scale {(error / scale)[bad][:3].tolist()}, allowed {allowed:.3g}"
+    )
+
+
+def assert_same(what: str, found: Tensor, truth: Tensor, tolerance: float = 1e-10):
+    """Equal in float64, against the largest number in the truth."""
+    assert found.shape == truth.shape, what
+    size = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0
+    torch.testing.assert_close(
+        found, truth, rtol=tolerance, atol=tolerance * size, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def assert_bitwise(what: str, found: Tensor | None, other: Tensor | None):
+    assert (found is None) == (other is None), what
+    if found is not None:
+        torch.testing.assert_close(
+            found, other, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}"
+        )
+
+
+def only_what_was_asked(result: Tensor) -> list[str]:
+    """Watches the backward of every formula in the graph; the faults it finds are appended."""
+    faults: list[str] = []
+    seen, nodes = set(), [result.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes.extend(next_node for next_node, _ in node.next_functions)
+        if hasattr(node, "needs_input_grad"):
+            wanted = tuple(node.needs_input_grad)
+            owner = type(node)._forward_cls
+            backward = owner.backward
+
+            def watch(got: Any, _: Any, name: str = node.name(), wanted: Any = wanted) -> None:
+                for i, (gradient, needed) in enumerate(zip(got, wanted, strict=False)):
+                    if gradient is not None and not needed:
+                        faults.append(f"{name} computed a gradient for its input {i}")
+
+            del backward
+            node.register_hook(watch)
+    return faults
+
+
+def leaves_of(case: Case, wanted: Sequence[str], dtype: Any = None) -> dict[str, Tensor]:
+    return {
+        name: x.detach().to(dtype or x.dtype).requires_grad_(name in wanted)
+        for name, x in case.inputs.items()
+    }
+
+
+@every_function
+@examples(60)
+@given(data=st.data())
+def test_value_and_gradients(name: str, data: Any):
+    n = Numbers(data, DTYPES)
+    case = CASES[name](n)
+    wanted = n.subset(tuple(case.inputs))
+    before = {name: (x.clone(), x._version) for name, x in case.inputs.items()}
+    with case.blocks():
+        leaves = leaves_of(case, wanted)
+        value = case.ours(*leaves.values())
+        assert value.requires_grad == bool(wanted)
+        assert not any(value.data_ptr() == x.data_ptr() for x in leaves.values() if x.numel())
+
+        reference = leaves_of(case, wanted)
+        theirs = case.theirs(*reference.values())
+        exact = leaves_of(case, wanted, F64)
+        truth = case.truth(*exact.values())
+        assert (value.dtype, value.shape) == (theirs.dtype, theirs.shape)
+
+        g = n.strided(n.normal(*value.shape).to(value.dtype))
+        plain = [x.detach() for x in exact.values()]
+        scale, scales = case.scale(g.to(F64).abs(), *plain)
+        assert_close("value", value.detach(), truth.detach(), theirs.detach(), scale.detach())
+        if not wanted:
+            return
+
+        asked = [leaves[name] for name in wanted]
+        faults = only_what_was_asked(value)
+        gradients = torch.autograd.grad(value, asked, g, retain_graph=True)
+        assert not faults
+        again = torch.autograd.grad(value, asked, g)
+        expected = torch.autograd.grad(truth, [exact[name] for name in wanted], g.to(F64))
+        if theirs.requires_grad:
+            measured = torch.autograd.grad(
+                theirs, [reference[name] for name in wanted], g, allow_unused=True
+            )
+        else:
+            measured = [None] * len(wanted)
+        sizes = dict(zip(case.inputs, scales, strict=True))
+        for i, key in enumerate(wanted):
+            assert gradients[i].dtype == leaves[key].dtype
+            what = f"gradient in {key}"
+            assert_close(what, gradients[i], expected[i], measured[i], sizes[key].detach())
+            assert_bitwise(f"second backward in {key}", again[i], gradients[i])
+    for key, (numbers, version) in before.items():
+        assert case.inputs[key]._version == leaves[key]._version == version, f"{key} was written"
+        assert_bitwise(f"{key} was written", case.inputs[key], numbers)
+
+
+@every_function
+@examples(25)
+@given(data=st.data())
+def test_second_and_third_order(name: str, data: Any):
+    """Derivatives of (v, gradient) and of (w, its gradient), in the inputs and the upstream."""
+    n = Numbers(data, (F64,), finite_mean=True)
+    case = CASES[name](n)
+    names = tuple(case.inputs)
+    wanted = n.subset(names) or list(names[:1])
+    seed = n.draw(st.integers(0, 2**31), "directions")
+
+    def derivatives(f: Any) -> list[Tensor | None]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def along(xs: Sequence[Any]) -> Tensor:
+            total = torch.zeros((), dtype=F64)
+            for x in xs:
+                v = torch.randn(asked_shape(x), dtype=F64, generator=generator)
+                if isinstance(x, Tensor):
+                    total = total + (x * v).sum()
+            return total
+
+        leaves = leaves_of(case, wanted)
+        asked = [leaves[key] for key in wanted]
+        value = f(*leaves.values())
+        g = torch.randn(value.shape, dtype=F64, generator=generator).requires_grad_()
+        asked.append(g)
+        found = []
+        derivative: Any = value
+        for order in (1, 2, 3):
+            upstream = g if order == 1 else None
+            if not derivative.requires_grad:
+                break
+            gradients = torch.autograd.grad(
+                derivative, asked, upstream, create_graph=True, allow_unused=True
+            )
+            gradients = [
+                d if d is not None else torch.zeros_like(x)
+                for d, x in zip(gradients, asked, strict=True)
+            ]
+            found.append(gradients)
+            derivative = along(gradients)
+        return found
+
+    def asked_shape(x: Tensor) -> torch.Size:
+        return x.shape
+
+    with case.blocks():
+        found, truth = derivatives(case.ours), derivatives(case.truth)
+    zero = [torch.zeros_like(x) for x in truth[0]]
+    for order in range(3):
+        ours_here = found[order] if order < len(found) else zero
+        truth_here = truth[order] if order < len(truth) else zero
+        for key, mine, right in zip((*wanted, "upstream"), ours_here, truth_here, strict=True):
+            assert_same(f"order {order + 1} in {key}", mine, right, 1e-9)
+
+
+@every_function
+@examples(25)
+@given(data=st.data())
+def test_forward_mode(name: str, data: Any):
+    """jvp, jvp of jvp, jvp of vjp and vjp of jvp, with some of the inputs moving."""
+    n = Numbers(data, (F64,), finite_mean=True)
+    case = CASES[name](n)
+    names = tuple(case.inputs)
+    moving = n.subset(names) or list(names[:1])
+    points = tuple(case.inputs[key] for key in moving)
+    v, w = (tuple(n.normal(*x.shape) for x in points) for _ in range(2))
+
+    def all_of(f: Any) -> dict[str, Any]:
+        def of(*xs: Tensor) -> Tensor:
+            return f(*{**case.inputs, **dict(zip(moving, xs, strict=True))}.values())
+
+        def pushed(*xs: Tensor) -> Tensor:
+            return torch.func.jvp(of, xs, v)[1]
+
+        value, tangent = torch.func.jvp(of, points, v)
+        g = torch.randn(value.shape, dtype=F64, generator=torch.Generator().manual_seed(n_seed))
+
+        def pulled(*xs: Tensor) -> Any:
+            return torch.func.vjp(of, *xs)[1](g)
+
+        return {
+            "value": (value,),
+            "jvp": (tangent,),
+            "jvp of jvp": (torch.func.jvp(pushed, points, w)[1],),
+            "jvp of vjp": torch.func.jvp(pulled, points, w)[1],
+            "vjp of jvp": torch.func.vjp(pushed, *points)[1](g),
+        }
+
+    n_seed = n.draw(st.integers(0, 2**31), "upstream")
+    with case.blocks():
+        found, truth = all_of(case.ours), all_of(case.truth)
+    for what, expected in truth.items():
+        for mine, right in zip(found[what], expected, strict=True):
+            assert_same(what, mine, right, 1e-9)
