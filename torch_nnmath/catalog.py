@@ -140,9 +140,9 @@ def _flat(form: Form) -> Form:
 
 _Y = _indices(2, 0, 1)
 _IGNORED = _indices(2, -100, 1)
-_LOGITS = {"z": _vector(4)}
-_HEAD = {"x": _vector(2), **_layer(2, 4)}
-_CLASS_WEIGHT = {"w": Input((4,), "positive", shared=True)}
+_LOGITS = {"z": _vector(3)}
+_HEAD = {"x": _vector(2), **_layer(2, 3)}
+_CLASS_WEIGHT = {"w": Input((3,), "positive", shared=True)}
 _NETWORK = {"x": _vector(3), **_layer(3, 2, "1"), **_layer(2, 2, "2")}
 
 CATALOG: tuple[Row, ...] = (
@@ -174,7 +174,6 @@ CATALOG: tuple[Row, ...] = (
         reference.RELU,
         (
             Sample(F.relu, {"z": _vector(4, "signed")}),
-            # in place on a copy; PyTorch cannot batch forward mode of a Function in place
             Sample(lambda z: F.relu(z * 1, inplace=True), {"z": _vector(4, "signed")}, "in place"),
         ),
     ),
@@ -301,7 +300,7 @@ CATALOG: tuple[Row, ...] = (
         formulas.CrossEntropy,
         reference.CROSS_ENTROPY,
         (
-            Sample(_loss(F.cross_entropy, base=2), {**_LOGITS, "t": _vector(4, "positive")}),
+            Sample(_loss(F.cross_entropy, base=2), {**_LOGITS, "t": _vector(3, "positive")}),
             Sample(_with_indices(F.cross_entropy, _IGNORED), _LOGITS, "class indices"),
             Sample(
                 _with_class_weight(
@@ -312,12 +311,12 @@ CATALOG: tuple[Row, ...] = (
             ),
             Sample(
                 lambda z, t, w: F.cross_entropy(z, t, w, label_smoothing=0.2),
-                {**_LOGITS, "t": _vector(4, "positive"), **_CLASS_WEIGHT},
+                {**_LOGITS, "t": _vector(3, "positive"), **_CLASS_WEIGHT},
                 "probabilities, weights, smoothing",
             ),
             Sample(
-                _with_indices(F.cross_entropy, torch.tensor([[2, 0], [1, -100], [3, 3]])),
-                {"z": Input((4, 2))},
+                _with_indices(F.cross_entropy, torch.tensor([[2, 0], [1, -100], [2, 2]])),
+                {"z": Input((3, 2))},
                 "K-dimensional",
             ),
         ),
@@ -331,7 +330,7 @@ CATALOG: tuple[Row, ...] = (
         formulas.LinearCrossEntropy,
         reference.LINEAR_CROSS_ENTROPY,
         (
-            Sample(_loss(_head, base=2), {**_HEAD, "t": _vector(4, "positive")}),
+            Sample(_loss(_head, base=2), {**_HEAD, "t": _vector(3, "positive")}),
             Sample(_with_indices(_head, _IGNORED), _HEAD, "class indices"),
             Sample(
                 _with_class_weight(_head, _IGNORED, label_smoothing=0.2, base=10, reduction="mean"),
@@ -343,14 +342,14 @@ CATALOG: tuple[Row, ...] = (
                 {
                     "x": _vector(2),
                     "W": _HEAD["W"],
-                    "t": _vector(4, "positive"),
+                    "t": _vector(3, "positive"),
                     **_CLASS_WEIGHT,
                 },
                 "probabilities, weights, smoothing, no bias",
             ),
             Sample(
-                _with_indices(_head, torch.tensor([[2, 0], [1, -100], [3, 3]])),
-                {"x": _vector(2), "W": Input((4, 2, 2), shared=True)},
+                _with_indices(_head, torch.tensor([[2, 0], [1, -100], [2, 2]])),
+                {"x": _vector(2), "W": Input((3, 2, 2), shared=True)},
                 "K-dimensional",
             ),
         ),

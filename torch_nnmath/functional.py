@@ -118,7 +118,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     tensor([0., 2.])
     """
     _check_real(input=input)
-    return formulas.ReLUInPlace.apply(input) if inplace else formulas.ReLU.apply(input)
+    return formulas.relu_(input) if inplace else formulas.ReLU.apply(input)
 
 
 @_public
@@ -229,10 +229,10 @@ def mse_loss(
     dtype, input, target, weight = _for_loss(dtype, input, target, weight)
     input, target = torch.broadcast_tensors(_number(input), _number(target))
     if weight is not None:
-        c = formulas.SquaredError.apply(input, target, (), 2.0) * _wide(weight)
+        c = formulas.SquaredError.apply(input, target, 0, 2.0) * _wide(weight)
         loss = _reduced(c, reduction, _wide(weight).sum())
         return loss.to(dtype) if dtype.is_floating_point or reduction != "mean" else loss
-    axes = () if reduction == "none" else tuple(range(input.dim()))
+    axes = 0 if reduction == "none" else input.dim()
     c = formulas.SquaredError.apply(input, target, axes, 2.0)
     count = torch.full((), input.numel(), dtype=c.dtype, device=c.device)
     return _reduced(c, reduction, count).to(dtype)
@@ -537,7 +537,7 @@ def feedforward(
         _check_product(f"weights[{i}]", features, weight, bias, dims=(2,))
         features = weight.T  # the next layer's input has as many features, and this dtype
     input, *parameters = _for_product(input, *weights, *biases)
-    activations = (*[activation] * (len(weights) - 1), output_activation)
+    activations = " ".join([activation] * (len(weights) - 1) + [output_activation])
     return formulas.Feedforward.apply(activations, input, *parameters)[-1]
 
 
@@ -685,7 +685,7 @@ def _per_example(
     target: Tensor,
     reduction: str,
     dim: int | Sequence[int],
-    apply: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor],
+    apply: Callable[[Tensor, Tensor, int], Tensor],
 ) -> Tensor:
     """A loss summed over the axes `dim`, then reduced over the examples."""
     if input.shape != target.shape:
@@ -696,8 +696,10 @@ def _per_example(
     reduction = _reduction(reduction)
     axes = _axes(input, dim)
     dtype, input, target = _for_loss(torch.result_type(input, target), input, target)
-    c = apply(input, target, axes)
-    return _reduced(c.squeeze(axes) if axes else c, reduction).to(dtype)
+    last = tuple(range(-len(axes), 0))
+    input, target = input.movedim(axes, last), target.movedim(axes, last)
+    c = apply(input, target, len(axes))
+    return _reduced(c.squeeze(last) if axes else c, reduction).to(dtype)
 
 
 def _axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:

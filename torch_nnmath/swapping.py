@@ -1,8 +1,7 @@
 """Putting this library's modules into a model that someone else wrote, and taking them out.
 
-A module changes by its class alone, so its parameters, buffers, hooks and names stay the very same
-objects. A mark in the instance's `__dict__` says that `swap` changed it: copies and pickles carry
-it, a state dict does not, and `unswap` takes it off.
+Only a module's class changes: parameters, buffers, hooks and names stay the very same objects. A
+mark in its `__dict__`, which copies and pickles carry and a state dict does not, is for `unswap`.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ __all__ = ["Change", "Report", "swap", "unswap"]
 
 Selector: TypeAlias = "str | type[Module] | Callable[[str, Module], bool] | Sequence[Selector]"
 
-_NAMES = ["Linear", "Sigmoid", "Tanh", "ReLU", "Softmax", "MSELoss", "CrossEntropyLoss"]
-_NAMES += ["LinearCrossEntropyLoss"] * hasattr(torch.nn, "LinearCrossEntropyLoss")
-_OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in _NAMES}
+_PAIRS: list[Any] = [(getattr(torch.nn, name, ()), getattr(nn, name)) for name in nn.__all__]
+_OURS: dict[type, type] = {theirs: ours for theirs, ours in _PAIRS if issubclass(ours, theirs)}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _MARK = "_nnmath_swapped"
 
@@ -52,29 +50,25 @@ def swap(
     exclude: Selector | None = None,
     head: str | None = "auto",
 ) -> Report:
-    """Change PyTorch's modules in `model` for `torch_nnmath.nn`'s, in place.
+    """Change PyTorch's modules in `model` for `torch_nnmath.nn`'s of the same name, in place.
 
     Linear, Sigmoid, Tanh, ReLU, Softmax, MSELoss, CrossEntropyLoss and LinearCrossEntropyLoss
-    change, wherever they are in the model or where they are the model. What is not exactly one of
-    them stays: subclasses, parametrized, lazy, quantised and scripted modules, and a module with a
-    `forward` of its own on the instance, which a change of class would not reach. What owns a
-    module and computes without calling it, as the fast path of `torch.nn.TransformerEncoderLayer`
-    does, goes on so. A second call changes what has come in since. Quantise
-    (`torch.ao.quantization`) an unswapped model: that, too, looks for PyTorch's exact classes.
+    change, the model itself included. What is not exactly one of them stays: subclasses,
+    parametrized, lazy, quantised and scripted modules, and a module whose instance has a `forward`
+    of its own, which a change of class would not reach. What reads a module without calling it, as
+    `torch.nn.TransformerEncoder` does on its fast path, goes on so. A second call changes what came
+    in since. `torch.ao.quantization` looks for PyTorch's exact classes: unswap first.
 
     Args:
-        model: any module. A shared one is changed and reported once.
+        model: any module. A module under several names is changed and reported once.
         include: which modules: a pattern of the qualified name as for `fnmatch` ("encoder.*", where
             * crosses dots; "" is the model itself), a class of PyTorch's or of ours, a predicate
-            `(name, module) -> bool` asked about the modules that could change, or a list or tuple
-            of these, any of which may match; None is all. What matches nothing changes nothing, as
-            the report shows, without a warning. A shared module goes by any of its names.
+            `(name, module) -> bool`, or a list or tuple of these, any of which may match; None is
+            all. A module goes by any of its names. No match is no error: the report shows it.
         exclude: which modules not, said likewise; it wins over `include`.
-        head: reserved. "auto" and None are the same today: every Linear becomes a Linear.
+        head: reserved for a fused head; "auto" and None both leave a Linear a Linear today.
 
-    Raises:
-        TypeError: `model` is not a module, or `include` or `exclude` none of the above.
-        ValueError: `head` is neither "auto" nor None.
+    Raises TypeError for a `model` or selector that is none of these, ValueError for another `head`.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
     >>> swap(model, exclude="2")
@@ -95,28 +89,20 @@ def swap(
     for module in chosen:  # after the last predicate, so that one that raises leaves all as it was
         module.__class__ = _OURS[type(module)]
         vars(module)[_MARK] = True
-    return Report(
-        Change(name, _title(_THEIRS[type(module)]), _title(type(module)))
-        for module, name in chosen.items()
-    )
+    return Report(Change(name, *_titles(type(module))) for module, name in chosen.items())
 
 
 def unswap(model: Module) -> Report:
     """Change back, in place, what `swap` changed, and nothing else.
 
-    Modules that were made from `torch_nnmath.nn`'s classes stay. A class that was made from ours
-    after the swap, as `torch.nn.utils.parametrize` does, is made anew from PyTorch's. A bound
-    `forward` that someone kept meanwhile is still ours.
+    Modules made from `torch_nnmath.nn`'s classes stay. A class made from ours after the swap, as by
+    `torch.nn.utils.parametrize`, is made anew from PyTorch's; a `forward` kept bound stays ours.
 
-    Raises:
-        TypeError: `model` is not a module.
-
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+    >>> model = torch.nn.Linear(4, 3)
     >>> report = swap(model)
     >>> unswap(model)
-    0  torch_nnmath.nn.Linear  ->  torch.nn.Linear
-    1  torch_nnmath.nn.ReLU    ->  torch.nn.ReLU
-    2 modules changed
+    (root)  torch_nnmath.nn.Linear  ->  torch.nn.Linear
+    1 module changed
     """
     undone = dict(_THEIRS)
     changes = []
@@ -124,14 +110,13 @@ def unswap(model: Module) -> Report:
         ours = next((cls for cls in type(module).__mro__ if cls in _THEIRS), None)
         if vars(module).pop(_MARK, False) and ours is not None:
             module.__class__ = _undo(type(module), undone)
-            changes.append(Change(names[0], _title(ours), _title(_THEIRS[ours])))
+            changes.append(Change(names[0], *reversed(_titles(ours))))
     return Report(changes)
 
 
 def _named(model: Module) -> dict[Module, list[str]]:
-    """Every module once, in order, with all its names."""
     if not isinstance(model, Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}")
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r:.80}")
     named: dict[Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         named.setdefault(module, []).append(name)
@@ -143,16 +128,13 @@ def _predicate(argument: str, selector: Any) -> Callable[[str, Module], bool]:
         parts = [_predicate(argument, part) for part in selector]
         return lambda name, module: any(part(name, module) for part in parts)
     if isinstance(selector, str):
-        return lambda name, module: fnmatchcase(name, selector)
+        return lambda name, _: fnmatchcase(name, selector)
     if isinstance(selector, type) and issubclass(selector, Module):
-        # Ours derives from PyTorch's, so that this one question answers for both.
-        return lambda name, module: issubclass(_OURS[type(module)], selector)
+        return lambda _, module: issubclass(_OURS[type(module)], selector)  # whose base is theirs
     if callable(selector) and not isinstance(selector, type | Module):
         return selector
-    raise TypeError(
-        f"{argument} must be a name pattern, a class of modules, a predicate (name, module) -> "
-        f"bool, or a list or tuple of these, got {_kind(selector)}"
-    )
+    wanted = "a name pattern, a class of modules, a predicate of (name, module), or a list of these"
+    raise TypeError(f"{argument} must be {wanted}, got {selector!r:.80}")
 
 
 def _undo(cls: type, undone: dict[type, type]) -> type:
@@ -164,9 +146,5 @@ def _undo(cls: type, undone: dict[type, type]) -> type:
     return undone[cls]
 
 
-def _title(cls: type) -> str:
-    return f"{'torch_nnmath' if cls in _THEIRS else 'torch'}.nn.{cls.__name__}"
-
-
-def _kind(found: object) -> str:
-    return f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
+def _titles(ours: type) -> tuple[str, str]:
+    return f"torch.nn.{ours.__name__}", f"torch_nnmath.nn.{ours.__name__}"

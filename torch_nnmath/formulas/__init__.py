@@ -6,7 +6,7 @@ from torch_nnmath.formulas.cost import Cost
 from torch_nnmath.formulas.cross_entropy import CrossEntropy
 from torch_nnmath.formulas.feedforward import ACTIVATIONS, Feedforward
 from torch_nnmath.formulas.linear_cross_entropy import LinearCrossEntropy
-from torch_nnmath.formulas.relu import ReLU, ReLUInPlace
+from torch_nnmath.formulas.relu import ReLU, relu_
 from torch_nnmath.formulas.sigmoid import Sigmoid
 from torch_nnmath.formulas.sigmoid_squared_error import SigmoidSquaredError
 from torch_nnmath.formulas.softmax import LogSoftmax, Softmax, softmax_jacobian
@@ -23,11 +23,11 @@ __all__ = [
     "LinearCrossEntropy",
     "LogSoftmax",
     "ReLU",
-    "ReLUInPlace",
     "Sigmoid",
     "SigmoidSquaredError",
     "Softmax",
     "SquaredError",
     "Tanh",
+    "relu_",
     "softmax_jacobian",
 ]

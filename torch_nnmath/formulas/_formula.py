@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class Formula(Function):
 
     `tangent(ctx, *tangents)` gets a tangent, or None, for each input and returns the output's.
     A backward or a tangent consists of differentiable operations and of other formulas, so that
-    derivatives of every order follow from it; the batching rule is derived from the three.
+    derivatives of every order follow from it; the batching rule is derived from the three (by
+    PyTorch, which does so only where no argument is a tuple or a list).
     """
 
     generate_vmap_rule = True
@@ -92,6 +93,13 @@ def _select(x: Any, dim: Any, i: int) -> Any:
     return x.select(dim, i) if isinstance(x, Tensor) else x
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or a level of forward mode is active."""
+    # nothing public tells either
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return functorch or forward_ad._current_level >= 0
+
+
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """Saves for backward, and for the tangent rule (of which Dynamo knows nothing)."""
     ctx.save_for_backward(*tensors)
@@ -122,6 +130,6 @@ def total(*terms: Tensor | None) -> Tensor | None:
     return functools.reduce(torch.add, present) if present else None
 
 
-def summed(x: Tensor, dim: Sequence[int]) -> Tensor:
-    """The sum over the axes `dim`, which stay with size 1 (`sum` takes no axes for all axes)."""
-    return x.sum(tuple(dim), keepdim=True) if len(dim) else x
+def summed(x: Tensor, axes: int) -> Tensor:
+    """The sum over the last axes, which stay with size 1."""
+    return x.sum(tuple(range(-axes, 0)), keepdim=True) if axes else x

@@ -36,13 +36,13 @@ class Feedforward(Formula):
     r"""F10, F12: a^l = f(W^l a^{l-1} + b^l);  δ^l = ((W^{l+1})ᵀ δ^{l+1} + da^l) ∘ f'(z^l),
     dW^l = δ^l (a^{l-1})ᵀ,  db^l = δ^l.
 
-    x (*, n_0), then W^1 .. W^L (n_l, n_{l-1}), then b^1 .. b^L (n_l) or None -> a^1 .. a^L.
+    The names of the activations in a string, x (*, n_0), then W^1 .. W^L (n_l, n_{l-1}), then b^1 .. b^L (n_l) or None -> a^1 .. a^L.
     Every layer's activation is an output, so that a derivative of the backward, which reads them,
     finds its way; da^l is the gradient that comes to a^l from outside (None but for the last).
     """
 
     @staticmethod
-    def forward(activations: tuple[str, ...], x: Tensor, *parameters: Tensor | None) -> Any:
+    def forward(activations: str, x: Tensor, *parameters: Tensor | None) -> Any:
         outputs, a = [], x
         for name, W, b in layers(activations, parameters):
             a = ACTIVATIONS[name].f(torch.nn.functional.linear(a, W, b))
@@ -51,7 +51,8 @@ class Feedforward(Formula):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
-        ctx.activations, x, *parameters = inputs
+        activations, x, *parameters = inputs
+        ctx.activations = activations.split()
         weights, biases = halves(parameters)
         ctx.b_shapes = [None if b is None else b.shape for b in biases]
         ctx.set_materialize_grads(False)
@@ -97,6 +98,6 @@ def halves(items: Any) -> tuple[Any, Any]:
     return items[:middle], items[middle:]
 
 
-def layers(activations: tuple[str, ...], parameters: Any) -> Any:
+def layers(activations: str, parameters: Any) -> Any:
     """(activation, W, b) of each layer."""
-    return zip(activations, *halves(parameters), strict=True)
+    return zip(activations.split(), *halves(parameters), strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath.formulas._formula import Formula, save
+from torch_nnmath.formulas._formula import Formula, is_transformed, save
 
 
 class ReLU(Formula):
@@ -34,9 +34,11 @@ class ReLU(Formula):
 
 
 class ReLUInPlace(ReLU):
-    r"""F2 written over its input."""
+    r"""F2 written over its input, for reverse mode alone: PyTorch compares the tangent of what is
+    changed in place by identity, which does not survive transforms; `relu_` says what they take.
+    """
 
-    generate_vmap_rule = False  # a derived rule would lose that the output is the input
+    generate_vmap_rule = False
 
     @staticmethod
     def forward(z: Tensor) -> Tensor:
@@ -45,13 +47,11 @@ class ReLUInPlace(ReLU):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, a: Tensor) -> None:
         ctx.mark_dirty(*inputs)
-        save(ctx, a)
+        ctx.save_for_backward(a)
 
-    @staticmethod
-    def tangent(ctx: Any, dz: Tensor) -> Tensor:
-        (a,) = ctx.saved_tensors
-        return dz.masked_fill_(a <= 0, 0)  # the tangent of what is changed in place is, too
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, z: Tensor) -> Any:
-        return ReLUInPlace.apply(z), in_dims[0]
+def relu_(z: Tensor) -> Tensor:
+    """F2 in z: through a copy where a transform may be watching, or a compiler, which elides it."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return z.copy_(ReLU.apply(z))
+    return ReLUInPlace.apply(z)

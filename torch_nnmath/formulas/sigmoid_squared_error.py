@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,16 +13,16 @@ from torch_nnmath.formulas.sigmoid import Sigmoid
 class SigmoidSquaredError(Formula):
     r"""F9, F11: c = ½ Σ_j (t_j - a_j)², a = σ(z);  dc/dz = (a - t) ∘ a ∘ (1 - a),  dc/dt = t - a.
 
-    z, t of one shape -> c, in which the axes `dim` of the sum have size 1.
+    z, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
     @staticmethod
-    def forward(z: Tensor, t: Tensor, dim: Sequence[int]) -> Tensor:
-        return summed((wide(t) - wide(z).sigmoid()).square(), dim) / 2
+    def forward(z: Tensor, t: Tensor, axes: int) -> Tensor:
+        return summed((wide(t) - wide(z).sigmoid()).square(), axes) / 2
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
-        z, t, ctx.dim = inputs
+        z, t, ctx.axes = inputs
         save(ctx, z, t)
 
     @staticmethod
@@ -40,7 +39,7 @@ class SigmoidSquaredError(Formula):
         z, t = ctx.saved_tensors
         a, slope = sigmoid_and_slope(wide(z))
         change = total(None if dz is None else slope * dz, None if dt is None else -dt)
-        return summed((a - wide(t)) * change, ctx.dim)
+        return summed((a - wide(t)) * change, ctx.axes)
 
 
 def sigmoid_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:

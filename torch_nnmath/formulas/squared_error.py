@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,16 +12,16 @@ from torch_nnmath.formulas._formula import Formula, save, summed, total, wide
 class SquaredError(Formula):
     r"""F4: c = ½ Σ_j (t_j - a_j)²,  dc/da = a - t,  dc/dt = t - a; all times `scale`.
 
-    a, t of one shape -> c, in which the axes `dim` of the sum have size 1.
+    a, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
     @staticmethod
-    def forward(a: Tensor, t: Tensor, dim: Sequence[int], scale: float) -> Tensor:
-        return summed((wide(t) - wide(a)).square(), dim) * (scale / 2)
+    def forward(a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
+        return summed((wide(t) - wide(a)).square(), axes) * (scale / 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
-        a, t, ctx.dim, ctx.scale = inputs
+        a, t, ctx.axes, ctx.scale = inputs
         save(ctx, a, t)
 
     @staticmethod
@@ -36,4 +35,4 @@ class SquaredError(Formula):
     def tangent(ctx: Any, da: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
         a, t = ctx.saved_tensors
         change = total(da, None if dt is None else -dt)
-        return ctx.scale * summed((wide(a) - wide(t)) * change, ctx.dim)
+        return ctx.scale * summed((wide(a) - wide(t)) * change, ctx.axes)

@@ -1,0 +1,143 @@
+"""Every sample of the catalog, held to the reference and to numerical differentiation."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import jacfwd, jacrev, vmap
+
+from torch_nnmath import formulas, functional
+from torch_nnmath.catalog import CATALOG
+from torch_nnmath.verify import CHECKS
+
+ROWS = [pytest.param(row, id=row.name) for row in CATALOG]
+SAMPLES = [
+    pytest.param(sample, id=f"{row.name}: {sample.name or 'plain'}")
+    for row in CATALOG
+    for sample in row.samples
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("check", [name for name in CHECKS if name != "batched"])
+def test_verification(row, check):
+    CHECKS[check](row, "cpu")
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_batched_derivatives(sample):
+    assert gradcheck(
+        sample.call,
+        sample.draw(),
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
+    assert gradgradcheck(sample.call, sample.draw(), check_batched_grad=True)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_orders_and_modes_agree(sample):
+    """Third derivatives along one direction do not depend on how the modes are nested."""
+    inputs = tuple(x.detach() for x in sample.draw())
+    directions = tuple(0.3 * torch.randn_like(x) for x in inputs)
+
+    def along(step):
+        moved = (x + step * d for x, d in zip(inputs, directions, strict=True))
+        out = sample.call(*moved)
+        return (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum()
+
+    zero = torch.zeros((), dtype=torch.float64)
+    nestings = [
+        third(second(first(along)))
+        for third in (jacfwd, jacrev)
+        for second in (jacfwd, jacrev)
+        for first in (jacfwd, jacrev)
+    ]
+    want = _third_derivative(along)
+    for nesting in nestings:
+        torch.testing.assert_close(nesting(zero), want, rtol=1e-4, atol=1e-5)
+
+
+def _third_derivative(f, h=2e-2):
+    """By central differences of an order that leaves about 1e-7."""
+    steps, weights = (1, 2, 3, 4), (-488 / 240, 338 / 240, -72 / 240, 7 / 240)
+    terms = (
+        w * (f(torch.tensor(k * h).double()) - f(torch.tensor(-k * h).double()))
+        for k, w in zip(steps, weights, strict=True)
+    )
+    return sum(terms) / h**3
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_vmap_over_everything(sample):
+    """vmap of a call, and of its Jacobian, is the call on each member."""
+    members = [tuple(x.detach() for x in sample.draw(seed)) for seed in range(3)]
+    stacked = tuple(torch.stack(xs) for xs in zip(*members, strict=True))
+    places = tuple(range(len(stacked)))
+    for function in (sample.call, jacrev(sample.call, places), jacfwd(sample.call, places)):
+        got = vmap(function)(*stacked)
+        want = [function(*member) for member in members]
+        if isinstance(got, tuple):
+            want = tuple(torch.stack(parts) for parts in zip(*want, strict=True))
+        else:
+            want = torch.stack(want)
+        torch.testing.assert_close(got, want)
+
+
+def test_every_formula_of_the_document_is_in_the_catalog():
+    assert {id for row in CATALOG for id in row.ids} == {f"F{i}" for i in range(1, 18)}
+
+
+def test_every_public_function_is_in_a_docstring_with_its_formula():
+    for name in functional.__all__:
+        doc = getattr(functional, name).__doc__
+        assert "(F" in doc or "F4" in doc, name
+        assert ">>>" in doc, name
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_docstring_names_its_formula(row):
+    holder = formulas.softmax_jacobian if row.ids == ("F17",) else row.function
+    assert row.ids[0] in holder.__doc__
+
+
+def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
+    """Frozen inputs cost no product, and the others still get their gradient."""
+    asked = []
+    plain = torch.ops.torch_nnmath.head.default
+
+    def spy(*args):
+        asked.append(tuple(args[-1]))
+        return plain(*args)
+
+    monkeypatch.setattr("torch_nnmath.kernels.head", spy)
+    x, W, b = (torch.randn(*s, dtype=torch.float64) for s in ((5, 3), (4, 3), (4,)))
+    y = torch.tensor([0, 1, 2, 3, 0])
+    for wanted in ((True, False, False), (False, True, False), (False, False, True)):
+        leaves = [v.clone().requires_grad_(w) for v, w in zip((x, W, b), wanted, strict=True)]
+        c = functional.linear_cross_entropy(leaves[0], leaves[1], y, linear_bias=leaves[2])
+        asked.clear()
+        c.backward()
+        assert asked == [(*wanted, False, False)]
+        z = torch.nn.functional.linear(x, W, b).requires_grad_()
+        (dz,) = torch.autograd.grad(torch.nn.functional.cross_entropy(z, y), z)
+        want = (dz @ W, dz.T @ x, dz.sum(0))[wanted.index(True)]
+        torch.testing.assert_close(leaves[wanted.index(True)].grad, want)
+
+
+def test_half_of_a_sigmoid_gradient_is_exact_where_the_product_form_is_zero():
+    """a (1 - a) is 0 in float32 from z = 17 on; the fused formula uses σ(z) σ(-z)."""
+    z = torch.tensor([20.0, 40.0, -40.0], requires_grad=True)
+    functional.sigmoid_squared_error(z, torch.zeros(3), reduction="sum").backward()
+    a = torch.sigmoid(z.detach().double())
+    torch.testing.assert_close(
+        z.grad.double(), a * a * torch.sigmoid(-z.detach().double()), rtol=1e-6, atol=0
+    )
+
+
+def test_base_beta_is_natural_over_ln_beta():
+    z, y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    natural = functional.cross_entropy(z, y)
+    torch.testing.assert_close(functional.cross_entropy(z, y, base=0.5), natural / math.log(0.5))
