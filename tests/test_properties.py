@@ -399,7 +399,8 @@ class CrossEntropyOptions:
         keep = self.y.long() != self.ignore_index
         one_hot = F.one_hot(self.y.long().masked_fill(~keep, 0), C).to(dtype)
         u = (1 - s) * one_hot + s / C
-        return u, u * w, keep, (one_hot * w).sum(-1).masked_fill(~keep, 0).sum()
+        w_y = w[self.y.long().masked_fill(~keep, 0)]
+        return u, u * w, keep, w_y.masked_fill(~keep, 0).sum()
 
     def loss(self, z: Tensor, t: Tensor | None, w: Tensor | None) -> Tensor:
         _, t, keep, count = self.target(t, w, z.shape[-1], z.dtype)

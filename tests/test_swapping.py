@@ -266,7 +266,7 @@ def exercise(model, batch):
     model.load_state_dict(model.state_dict())
 
 
-# The one module that is called twice in a forward, and the two that the head's own never call.
+# Called twice in a forward, and read by its owner without being called.
 ODD_ONES_OUT = {"body.1", "head.linear"}
 
 
@@ -441,7 +441,10 @@ def test_a_bare_module_changes_itself_and_back(name):
     keys = every_key(module)
     assert swap(module)[0] == ("", f"torch.nn.{name}", f"torch_nnmath.nn.{name}")
     assert type(module) is ours(name)
-    assert str(unswap(module)).startswith("(root)")
+    lines = str(unswap(module)).splitlines()
+    assert lines[0].split() == ["(root)", f"torch_nnmath.nn.{name}", "->", f"torch.nn.{name}"]
+    if name != "LinearCrossEntropyLoss":  # which has a Linear inside
+        assert lines[1:] == ["1 module changed"]
     assert type(module) is theirs(name)
     assert every_key(module) == keys
 
@@ -647,6 +650,7 @@ def test_patterns_cross_dots_and_the_empty_one_is_the_root(model):
 
 def test_a_shared_module_goes_by_any_of_its_names(model):
     assert len(swap(model, include=nn.Tanh, exclude="again")) == 0
+    assert len(swap(model, include="body.1", exclude="again")) == 0
     assert changed(swap(model, include="again")) == ["again"]
     assert changed(unswap(model)) == ["body.1"]
 

@@ -221,7 +221,7 @@ def mse_loss(
             f"{tuple(input.shape)}"
         )
     reduction = _reduction(reduction, size_average, reduce)
-    dtype = torch.result_type(input, target)
+    dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is None and not dtype.is_floating_point:
         raise NotImplementedError(f"mse_loss of {dtype}: cast input or target to a float type")
     if weight is not None:
@@ -310,7 +310,7 @@ def categorical_cross_entropy(
     _check_base(base)
     reduction = _reduction(reduction)
     (dim,) = _axes(probs, dim) or (0,)
-    dtype = torch.result_type(probs, target)
+    dtype = torch.promote_types(probs.dtype, target.dtype)
     dtype, probs, target = _for_loss(dtype, probs, target)
     if target.is_floating_point():
         _check_shape("target with class probabilities", target, probs.shape)
@@ -695,7 +695,7 @@ def _per_example(
         )
     reduction = _reduction(reduction)
     axes = _axes(input, dim)
-    dtype, input, target = _for_loss(torch.result_type(input, target), input, target)
+    dtype, input, target = _for_loss(torch.promote_types(input.dtype, target.dtype), input, target)
     last = tuple(range(-len(axes), 0))
     input, target = input.movedim(axes, last), target.movedim(axes, last)
     c = apply(input, target, len(axes))
