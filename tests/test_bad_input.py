@@ -138,6 +138,7 @@ BAD = [
         "relu",
         bool=(a(lambda: (torch.ones(2, dtype=torch.bool),)), "ool"),
         in_place_on_a_leaf=(a(lambda: (r(2),), inplace=True), "leaf", "in-place"),
+        in_place_on_a_view_of_a_leaf=(a(lambda: (r(2)[:1],), inplace=True), "view of a leaf"),
         in_place_on_shared_memory=(a(lambda: (torch.ones(1).expand(3),), inplace=True), "clone()"),
     ),
     *calls(
