@@ -143,7 +143,8 @@ def test_e04_derivatives_in_weights_and_biases(form, x, W, b):
     dz_dW = central_difference(lambda W: affine.value(x, W, b), W)
     dz_db = central_difference(lambda b: affine.value(x, W, b), b)
     m, n = W.shape
-    assert dz_dW.shape == (m, 1, m, n) and dz_db.shape == (m, 1, m, 1)
+    assert dz_dW.shape == (m, 1, m, n)
+    assert dz_db.shape == (m, 1, m, 1)
     agree(dz_dW[0, 0, 1, 0], 0)  # printed: a_0
     agree(dz_db[0, 0, 1, 0], 0)  # printed: 1
 
@@ -166,7 +167,7 @@ def test_e05_transpose_in_the_layer_before(form):
 
 
 def test_e05_transpose_in_a_network(form):
-    _, dx, dW, db = network(form, WEIGHTS, BIASES, X, TARGET)
+    _, _, dW, db = network(form, WEIGHTS, BIASES, X, TARGET)
     agree(dW[0], first_weight_difference(WEIGHTS, BIASES, X, TARGET))
 
     a = reference.SIGMOID.matrix.value(WEIGHTS[0] @ X + BIASES[0])
@@ -320,7 +321,7 @@ def test_e11_gradient_is_not_a_sum_of_partials():
 def test_e12_counts_and_layouts(form):
     n = len(A)  # "the number of nodes"
     with pytest.raises(IndexError):
-        sum(W2[0, k] * A[k, 0] for k in range(0, n + 1))  # from 0 to n
+        sum(W2[0, k] * A[k, 0] for k in range(n + 1))  # from 0 to n
 
     affine = form(reference.AFFINE)
     z = affine.value(A, W2, B0)
@@ -344,7 +345,8 @@ def test_e13_input_of_the_layer_before(form):
     _, _, dW, db = network(form, weights, biases, x, t)
     a = reference.SIGMOID.matrix.value(weights[0] @ x)
     printed = db[0] @ a.T  # a_q^{L-1}; the sign (E1) is mended
-    assert round(truth.item(), 4) == -0.0280 and round(printed.item(), 4) == -0.0102
+    assert round(truth.item(), 4) == -0.0280
+    assert round(printed.item(), 4) == -0.0102
     differ(printed, truth)
     agree(dW[0], truth)
 

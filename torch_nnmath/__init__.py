@@ -1,4 +1,4 @@
-"""Neural Network Mathematics: every formula as a `torch.autograd.Function` with its own backward."""
+"""Neural Network Mathematics: each formula a `torch.autograd.Function` with its own backward."""
 
 from torch_nnmath import functional, nn
 from torch_nnmath.swapping import swap, unswap

@@ -116,7 +116,7 @@ def _head(x: Tensor, W: Tensor, *rest: Tensor, **options: Any) -> Tensor:
 
 def _costs(c: Tensor) -> Tensor:
     """The cost of each row of losses."""
-    return torch.stack([formulas.Cost.apply(row, row.new_tensor(len(row))) for row in c])
+    return torch.stack([formulas.Cost.of(row, row.new_tensor(len(row))) for row in c])
 
 
 def _network(x: Tensor, *parameters: Tensor, **options: str) -> Tensor:
@@ -154,7 +154,9 @@ CATALOG: tuple[Row, ...] = (
         reference.AFFINE,
         (
             Sample(F.linear, {"x": _vector(3), **_layer(3, 2)}),
-            Sample(lambda x, W: F.linear(x, W), {"x": _vector(3), "W": _layer(3, 2)["W"]}, "no bias"),
+            Sample(
+                lambda x, W: F.linear(x, W), {"x": _vector(3), "W": _layer(3, 2)["W"]}, "no bias"
+            ),
         ),
         ("E3", "E4", "E12"),
     ),

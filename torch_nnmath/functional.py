@@ -72,17 +72,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> linear(torch.ones(1, 2), torch.tensor([[1., 2.], [3., 4.]]))
     tensor([[3., 7.]])
     """
-    _check_real(input=input, weight=weight, bias=bias)
+    _check_real(input=input, weight=weight, **_given(bias=bias))
     _check_product("weight", input, weight, bias, dims=(1, 2))
     input, weight, bias = _for_product(input, weight, bias)
     if weight.dim() == 2:
-        return formulas.Affine.apply(input, weight, bias)
+        return formulas.Affine.of(input, weight, bias)
     if bias is not None and bias.dim():
         raise RuntimeError(
             f"beside a weight of shape {tuple(weight.shape)} the bias must have shape (), got "
             f"{tuple(bias.shape)}"
         )
-    product = formulas.Affine.apply(input, weight.unsqueeze(0), None).squeeze(-1)
+    product = formulas.Affine.of(input, weight.unsqueeze(0), None).squeeze(-1)
     return product if bias is None else product + bias
 
 
@@ -94,7 +94,7 @@ def sigmoid(input: Tensor) -> Tensor:
     tensor([0.5000])
     """
     _check_real(input=input)
-    return formulas.Sigmoid.apply(input)
+    return formulas.Sigmoid.of(input)
 
 
 @_public
@@ -105,7 +105,7 @@ def tanh(input: Tensor) -> Tensor:
     tensor([0.])
     """
     _check_real(input=input)
-    return formulas.Tanh.apply(input)
+    return formulas.Tanh.of(input)
 
 
 @_public
@@ -118,7 +118,9 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     tensor([0., 2.])
     """
     _check_real(input=input)
-    return formulas.relu_(input) if inplace else formulas.ReLU.apply(input)
+    if inplace:
+        _check_writable(input)
+    return formulas.relu_(input) if inplace else formulas.ReLU.of(input)
 
 
 @_public
@@ -153,7 +155,7 @@ def softmax(
         )
     if dtype is None and input.device.type == "cuda" and _is_autocast(input):
         dtype = torch.float32 if input.dtype != torch.float64 else None
-    return formulas.Softmax.apply(input if dtype is None else input.to(dtype), dim)
+    return formulas.Softmax.of(input if dtype is None else input.to(dtype), dim)
 
 
 @_public
@@ -206,7 +208,7 @@ def mse_loss(
     >>> mse_loss(torch.tensor([1., 2.]), torch.tensor([1., 4.]))
     tensor(2.)
     """
-    _check_real(input=input, target=target, weight=weight)
+    _check_real(input=input, target=target, **_given(weight=weight))
     if target.shape != input.shape:
         warnings.warn(
             f"Using a target size ({tuple(target.shape)}) that is different to the input size "
@@ -229,11 +231,11 @@ def mse_loss(
     dtype, input, target, weight = _for_loss(dtype, input, target, weight)
     input, target = torch.broadcast_tensors(_number(input), _number(target))
     if weight is not None:
-        c = formulas.SquaredError.apply(input, target, 0, 2.0) * _wide(weight)
+        c = formulas.SquaredError.of(input, target, 0, 2.0) * _wide(weight)
         loss = _reduced(c, reduction, _wide(weight).sum())
         return loss.to(dtype) if dtype.is_floating_point or reduction != "mean" else loss
     axes = 0 if reduction == "none" else input.dim()
-    c = formulas.SquaredError.apply(input, target, axes, 2.0)
+    c = formulas.SquaredError.of(input, target, axes, 2.0)
     count = torch.full((), input.numel(), dtype=c.dtype, device=c.device)
     return _reduced(c, reduction, count).to(dtype)
 
@@ -258,7 +260,7 @@ def squared_error(
     tensor(0.0650)
     """
     _check_floating(input=input, target=target)
-    apply = formulas.SquaredError.apply
+    apply = formulas.SquaredError.of
     return _per_example("squared_error", input, target, reduction, dim, lambda *a: apply(*a, 1.0))
 
 
@@ -274,7 +276,7 @@ def sigmoid_squared_error(
     tensor(0.2500)
     """
     _check_floating(input=input, target=target)
-    apply = formulas.SigmoidSquaredError.apply
+    apply = formulas.SigmoidSquaredError.of
     return _per_example("sigmoid_squared_error", input, target, reduction, dim, apply)
 
 
@@ -319,7 +321,7 @@ def categorical_cross_entropy(
         y, _ = kernels.class_indices(target, probs.shape[dim], None)
         probs = probs.gather(dim, y.unsqueeze(dim))
         target = torch.ones_like(probs)
-    c = formulas.CategoricalCrossEntropy.apply(probs, target, dim, base).squeeze(dim)
+    c = formulas.CategoricalCrossEntropy.of(probs, target, dim, base).squeeze(dim)
     return _reduced(c, reduction).to(dtype)
 
 
@@ -359,7 +361,7 @@ def cross_entropy(
     >>> cross_entropy(torch.tensor([[0., 0.]]), torch.tensor([1]), base=2)
     tensor(1.)
     """
-    _check_real(input=input, target=target, weight=weight)
+    _check_real(input=input, target=target, **_given(weight=weight))
     _check_base(base)
     reduction = _reduction(reduction, size_average, reduce)
     _check_smoothing(label_smoothing)
@@ -372,7 +374,7 @@ def cross_entropy(
         raise NotImplementedError(f"cross_entropy of {input.dtype} logits: cast to a float type")
     if input.shape == target.shape:
         t, dtype = _probabilities(target, weight, label_smoothing, dim, C, dtype)
-        c = formulas.CrossEntropy.apply(input, None, t, None, None, dim, base).squeeze(dim)
+        c = formulas.CrossEntropy.of(input, None, t, None, None, dim, base).squeeze(dim)
         count = torch.full((), c.numel() if C else 0, dtype=c.dtype, device=c.device)
         return _reduced(c, reduction, count).to(dtype)
     _check_indices(input.shape, target)
@@ -380,8 +382,9 @@ def cross_entropy(
         target = target.reshape(())
     y, keep, p, q, count = _indices(target, C, weight, ignore_index, label_smoothing, input)
     y, keep, p = (v.unsqueeze(dim) for v in (y, keep, p))
-    t = None if q is None else q.view([C if d == dim else 1 for d in range(input.dim())])
-    c = formulas.CrossEntropy.apply(input, p, t, y, keep, dim, base)
+    if q is not None:
+        q = q.view([C if d == dim else 1 for d in range(input.dim())])
+    c = formulas.CrossEntropy.of(input, p, q, y, keep, dim, base)
     return _reduced(c.squeeze(dim), reduction, count).to(dtype)
 
 
@@ -427,8 +430,7 @@ def linear_cross_entropy(
         input=input,
         linear_weight=linear_weight,
         target=target,
-        linear_bias=linear_bias,
-        weight=weight,
+        **_given(linear_bias=linear_bias, weight=weight),
     )
     _check_base(base)
     if linear_weight.dim() < 2:
@@ -468,7 +470,7 @@ def linear_cross_entropy(
             )
         t, dtype = _probabilities(target, weight, label_smoothing, len(batch), C, dtype)
         t = t.reshape(N, C, positions).to(wide)
-        columns = [(None, t[..., d], None, None) for d in range(positions)]
+        columns: list[Any] = [(None, t[..., d], None, None) for d in range(positions)]
         count = torch.full((), N * positions if C else 0, dtype=wide, device=x.device)
     else:
         if len(batch) > 1:
@@ -478,10 +480,10 @@ def linear_cross_entropy(
         y, keep, p, q, count = _indices(
             target.reshape(N, positions), C, weight, ignore_index, label_smoothing, input
         )
-        t = None if q is None else q.unsqueeze(0)
-        columns = [(p[:, d], t, y[:, d], keep[:, d]) for d in range(positions)]
+        q = None if q is None else q.unsqueeze(0)
+        columns = [(p[:, d], q, y[:, d], keep[:, d]) for d in range(positions)]
     c = [
-        formulas.LinearCrossEntropy.apply(x, W[:, d], None if b is None else b[:, d], *column, base)
+        formulas.LinearCrossEntropy.of(x, W[:, d], None if b is None else b[:, d], *column, base)
         for d, column in enumerate(columns)
     ]
     losses = c[0] if positions == 1 else torch.stack(c, 1) if c else x.new_zeros(0, dtype=wide)
@@ -533,28 +535,39 @@ def feedforward(
     _check_real(input=input)
     features = input
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        _check_real(**{f"weights[{i}]": weight, f"biases[{i}]": bias})
+        _check_real(**_given(**{f"biases[{i}]": bias}), **{f"weights[{i}]": weight})
         _check_product(f"weights[{i}]", features, weight, bias, dims=(2,))
         features = weight.T  # the next layer's input has as many features, and this dtype
     input, *parameters = _for_product(input, *weights, *biases)
     activations = " ".join([activation] * (len(weights) - 1) + [output_activation])
-    return formulas.Feedforward.apply(activations, input, *parameters)[-1]
+    return formulas.Feedforward.of(activations, input, *parameters)[-1]
 
 
-def _check_tensor(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
-
-
-def _check_real(**tensors: Tensor | None) -> None:
+def _check_real(**tensors: Any) -> None:
     for name, x in tensors.items():
-        if x is not None:
-            _check_tensor(name, x)
-            if x.is_complex():
-                raise TypeError(
-                    f"{name} is complex ({x.dtype}): these formulas are real; pass its real and "
-                    "imaginary parts as two features"
-                )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        if x.is_complex():
+            raise TypeError(
+                f"{name} is complex ({x.dtype}): these formulas are real; pass its real and "
+                "imaginary parts as two features"
+            )
+
+
+def _given(**optional: Any) -> dict[str, Any]:
+    """The arguments that are not None."""
+    return {name: x for name, x in optional.items() if x is not None}
+
+
+def _check_writable(x: Tensor) -> None:
+    """Before anything is written: autograd would say so too, but only after our forward."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return
+    if x.is_leaf or (x._base is not None and x._base.is_leaf and x._base.requires_grad):
+        raise RuntimeError(
+            f"a {'' if x.is_leaf else 'view of a '}leaf Variable of shape {tuple(x.shape)} that "
+            "requires grad is being used in an in-place operation"
+        )
 
 
 def _check_floating(**tensors: Tensor) -> None:
@@ -624,7 +637,9 @@ def _check_indices(logits: Sequence[int], target: Tensor) -> None:
     elif target.dim() > 1:
         raise RuntimeError(f"for logits (C) the target must be one class index, {got}")
     if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
+        raise RuntimeError(
+            f"expected target dtype to be Long or Byte, but got {target.dtype}; {got}"
+        )
     if len(logits) == 1 and target.shape not in ((), (1,)):
         raise ValueError(f"for logits (C) the target must be one class index, {got}")
 
@@ -718,9 +733,7 @@ def _axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
     return axes if x.dim() else ()
 
 
-def _reduction(
-    reduction: str, size_average: bool | None = None, reduce: bool | None = None
-) -> str:
+def _reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
     """The reduction's name, checked; the deprecated arguments override it, as in PyTorch."""
     if size_average is not None or reduce is not None:
         mean = size_average is None or size_average
@@ -749,10 +762,10 @@ def _reduced(c: Tensor, reduction: str, n: Tensor | None = None) -> Tensor:
     if reduction == "none":
         return c
     if reduction == "sum":
-        return formulas.Cost.apply(c, 1.0)
+        return formulas.Cost.of(c, 1.0)
     if n is None:
         n = torch.full((), c.numel(), dtype=c.dtype, device=c.device)
-    return formulas.Cost.apply(c, n)
+    return formulas.Cost.of(c, n)
 
 
 def _number(x: Tensor) -> Tensor:

@@ -240,10 +240,11 @@ class Feedforward(torch.nn.Module):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        layers: Any = self.layers
         return F.feedforward(
             input,
-            [layer.weight for layer in self.layers],
-            [layer.bias for layer in self.layers],
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
             activation=self.activation,
             output_activation=self.output_activation,
         )

@@ -268,5 +268,3 @@ def _prove_zero(expression: Any, what: str) -> None:
     numerator, _ = sympy.fraction(sympy.together(expression))
     if sympy.expand(numerator) != 0:
         raise Wrong(f"{what} does not simplify to 0")
-
-

@@ -60,7 +60,23 @@ class Formula(Function):
     """
 
     generate_vmap_rule = True
-    jvp = _TangentRule()  # type: ignore[assignment]
+    jvp = _TangentRule()
+
+    @classmethod
+    def of(cls, *inputs: Any) -> Any:
+        """The formula's value: `apply`, save where a compiler traces a transform.
+
+        There Dynamo cannot carry a Function (its vmap raises, its gradient may miss an input), so
+        that PyTorch differentiates what it can trace: `in_the_open`.
+        """
+        if torch.compiler.is_compiling() and is_transformed():
+            return cls.in_the_open(*inputs)
+        return cls.apply(*inputs)
+
+    @classmethod
+    def in_the_open(cls, *inputs: Any) -> Any:
+        """The forward in operations that PyTorch can differentiate."""
+        return cls.forward(*inputs)
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> Any:
@@ -77,7 +93,7 @@ class KernelFormula(Formula):
     generate_vmap_rule = False
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:  # type: ignore[override]
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         def member(i: int) -> Any:
             pairs = zip(args, in_dims, strict=True)
             return cls.apply(*(x if d is None else _select(x, d, i) for x, d in pairs))
@@ -95,9 +111,8 @@ def _select(x: Any, dim: Any, i: int) -> Any:
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` or a level of forward mode is active."""
-    # nothing public tells either
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    return functorch or forward_ad._current_level >= 0
+    # nothing public tells either; the first is what `Function.apply` itself asks
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -124,7 +139,7 @@ def rounded_once(
     return rounded
 
 
-def total(*terms: Tensor | None) -> Tensor | None:
+def total(*terms: Tensor | None) -> Any:
     """The sum of the terms that are there; None if none is."""
     present = [term for term in terms if term is not None]
     return functools.reduce(torch.add, present) if present else None

@@ -54,10 +54,9 @@ def affine_tangent(
     x: Tensor, W: Tensor, dx: Tensor | None, dW: Tensor | None, db: Tensor | None
 ) -> Tensor:
     """F1: ż = W ẋ + Ẇ x + ḃ, for the tangents that are there."""
-    dz = total(
+    dz: Tensor = total(
         None if dx is None else torch.nn.functional.linear(dx, W),
         None if dW is None else torch.nn.functional.linear(x, dW),
         db,
     )
-    assert dz is not None
     return dz

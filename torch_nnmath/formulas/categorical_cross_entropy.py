@@ -19,7 +19,8 @@ class CategoricalCrossEntropy(Formula):
 
     @staticmethod
     def forward(a: Tensor, t: Tensor, dim: int, base: float) -> Tensor:
-        return -torch.xlogy(wide(t), wide(a)).sum(dim, keepdim=True) / math.log(base)
+        a, t = wide(a), wide(t)
+        return -(t * seen(t, a).log()).sum(dim, keepdim=True) / math.log(base)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
@@ -31,7 +32,7 @@ class CategoricalCrossEntropy(Formula):
         a, t = ctx.saved_tensors
         k = -dc / math.log(ctx.base)
         wants_a, wants_t, *_ = ctx.needs_input_grad
-        da = (k * ratio(wide(t), wide(a))).to(a.dtype) if wants_a else None
+        da = (k * wide(t) / seen(t, wide(a))).to(a.dtype) if wants_a else None
         dt = (k * wide(a).log()).to(t.dtype) if wants_t else None
         return da, dt, None, None
 
@@ -39,13 +40,12 @@ class CategoricalCrossEntropy(Formula):
     def tangent(ctx: Any, da: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
         a, t = (wide(x) for x in ctx.saved_tensors)
         change = total(
-            None if da is None else ratio(t, a) * wide(da),
+            None if da is None else t / seen(t, a) * wide(da),
             None if dt is None else torch.xlogy(wide(dt), a),
         )
-        assert change is not None
         return -change.sum(ctx.dim, keepdim=True) / math.log(ctx.base)
 
 
-def ratio(t: Tensor, a: Tensor) -> Tensor:
-    """t/a, and 0 where both are 0."""
-    return t / a.masked_fill((t == 0) & (a == 0), 1)
+def seen(t: Tensor, a: Tensor) -> Tensor:
+    """a, and 1 where t is 0 and a has no logarithm."""
+    return a.masked_fill((t == 0) & (a <= 0), 1)

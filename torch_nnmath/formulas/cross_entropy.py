@@ -34,6 +34,10 @@ class CrossEntropy(Formula):
         l = torch.log_softmax(wide(z), dim)  # noqa: E741 the formula's symbol
         return kept(keep, -dot(l, p, t, y, dim) / math.log(base))
 
+    @classmethod
+    def in_the_open(cls, z: Tensor, p: Any, t: Any, y: Any, keep: Any, *options: Any) -> Any:
+        return cls.forward(kept(keep, z), p, t, y, keep, *options)
+
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
         *tensors, ctx.dim, ctx.base = inputs

@@ -11,8 +11,11 @@ from torch import Tensor
 from torch_nnmath import kernels
 from torch_nnmath.formulas._formula import KernelFormula, save, wide
 from torch_nnmath.formulas.affine import Affine
-from torch_nnmath.formulas.cross_entropy import dot, kept, less_target, sum_of
+from torch_nnmath.formulas.cross_entropy import CrossEntropy, dot, kept, less_target, sum_of
 from torch_nnmath.formulas.softmax import LogSoftmax
+
+
+vjp: Any = torch.func.vjp  # typed as if it could return three
 
 
 class LinearCrossEntropy(KernelFormula):
@@ -28,6 +31,14 @@ class LinearCrossEntropy(KernelFormula):
     def forward(x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float) -> Tensor:
         c, *_ = kernels.head(None, x, W, b, y, p, t, keep, base, [False] * 5)
         return c
+
+    @classmethod
+    def in_the_open(
+        cls, x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: Any
+    ) -> Any:
+        y, p, keep = (None if v is None else v[:, None] for v in (y, p, keep))
+        z = torch.nn.functional.linear(kept(keep, x), W, b)
+        return CrossEntropy.in_the_open(z, p, t, y, keep, 1, base).squeeze(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
@@ -45,9 +56,7 @@ class LinearCrossEntropy(KernelFormula):
         x, W, b, p, t, y, keep = ctx.saved_tensors
         one = torch.ones_like(x[:, 0], dtype=wide(x[:0]).dtype)
         direction, wants = (dx, dW, db, dp, dt), (False,) * 5
-        dc, *_rest = HeadSecond.apply(
-            one, x, W, b, p, t, *direction, y, keep, ctx.base, wants
-        )
+        dc, *_rest = HeadSecond.apply(one, x, W, b, p, t, *direction, y, keep, ctx.base, wants)
         return dc
 
 
@@ -71,16 +80,14 @@ class HeadGradient(KernelFormula):
     def backward(ctx: Any, *direction: Tensor | None) -> Any:
         γ, x, W, b, p, t, y, keep = ctx.saved_tensors
         wants = ctx.needs_input_grad[1:6]
-        derivatives = HeadSecond.apply(
-            γ, x, W, b, p, t, *direction, y, keep, ctx.base, wants
-        )
+        derivatives = HeadSecond.apply(γ, x, W, b, p, t, *direction, y, keep, ctx.base, wants)
         return *derivatives, None, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, dγ: Tensor | None, *rest: Any) -> Any:
         γ, x, W, b, p, t, y, keep = ctx.saved_tensors
         direction = rest[:5]
-        tangents = [None] * 5
+        tangents: Any = [None] * 5
         if dγ is not None:
             tangents = HeadGradient.apply(dγ, x, W, b, p, t, y, keep, ctx.base, ctx.wants)
         if any(d is not None for d in direction):
@@ -117,7 +124,7 @@ class HeadSecond(KernelFormula):
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         f = InTheOpen(ctx, [c is not None for c in cotangents])
         wanted = [i for i in f.present if ctx.needs_input_grad[i]]
-        _, pull = torch.func.vjp(f.of(wanted), *(f.tensors[i] for i in wanted))
+        _, pull = vjp(f.of(wanted), *(f.tensors[i] for i in wanted))
         found = dict(zip(wanted, pull(tuple(c for c in cotangents if c is not None)), strict=True))
         return *(found.get(i) for i in range(11)), None, None, None, None
 
@@ -125,9 +132,9 @@ class HeadSecond(KernelFormula):
     def tangent(ctx: Any, *tangents: Any) -> Any:
         f = InTheOpen(ctx, (True, *ctx.wants))
         moved = [i for i in f.present if tangents[i] is not None]
-        values, pull = torch.func.vjp(f.of(moved), *(f.tensors[i] for i in moved))
+        values, pull = vjp(f.of(moved), *(f.tensors[i] for i in moved))
         # pull is linear, so its own pullback is the tangent map
-        _, push = torch.func.vjp(lambda c: pull(c), tuple(torch.zeros_like(v) for v in values))
+        _, push = vjp(lambda c: pull(c), tuple(torch.zeros_like(v) for v in values))
         (changes,) = push(tuple(tangents[i] for i in moved))
         found = iter(changes)
         return tuple(next(found) if there else None for there in (True, *ctx.wants))

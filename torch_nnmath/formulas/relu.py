@@ -23,7 +23,8 @@ class ReLU(Formula):
 
     @staticmethod
     def backward(ctx: Any, da: Tensor) -> Tensor:
-        return ReLU.product(*ctx.saved_tensors, da)
+        (a,) = ctx.saved_tensors
+        return ReLU.product(a, da)
 
     tangent = backward  # the Jacobian is symmetric
 
@@ -53,5 +54,5 @@ class ReLUInPlace(ReLU):
 def relu_(z: Tensor) -> Tensor:
     """F2 in z: through a copy where a transform may be watching, or a compiler, which elides it."""
     if torch.compiler.is_compiling() or is_transformed():
-        return z.copy_(ReLU.apply(z))
+        return z.copy_(ReLU.of(z))
     return ReLUInPlace.apply(z)

@@ -62,5 +62,5 @@ class LogSoftmax(Formula):
 
 def softmax_jacobian(z: Tensor, dim: int) -> Tensor:
     r"""F17: J = diag(a) - a aᵀ,  z (*, n, *) with n at dim -> J (*, *, n, n)."""
-    a = Softmax.apply(z, dim).movedim(dim, -1)
+    a = Softmax.of(z, dim).movedim(dim, -1)
     return torch.diag_embed(a) - a.unsqueeze(-1) * a.unsqueeze(-2)

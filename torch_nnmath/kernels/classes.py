@@ -38,7 +38,9 @@ def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tup
     return y, keep
 
 
-def _batched(info: Any, in_dims: Any, target: Tensor, classes: int, ignore_index: int | None) -> Any:
+def _batched(
+    info: Any, in_dims: Any, target: Tensor, classes: int, ignore_index: int | None
+) -> Any:
     return class_indices(target, classes, ignore_index), (in_dims[0], in_dims[0])
 
 

@@ -135,9 +135,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _results(
-    x: Tensor, W: Tensor, t: Tensor | None, wants: Sequence[bool]
-) -> tuple[Tensor, ...]:
+def _results(x: Tensor, W: Tensor, t: Tensor | None, wants: Sequence[bool]) -> tuple[Tensor, ...]:
     """Memory for a gradient in x, W, b, p, t each; an empty tensor for one that is not wanted."""
 
     def zeros(wanted: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
