@@ -181,8 +181,11 @@ def linear(n: Numbers) -> Case:
 def elementwise(f: Any, truth: Any, theirs: Any, slope: Any) -> Callable[[Numbers], Case]:
     def case(n: Numbers) -> Case:
         def scale(g: Tensor, z: Tensor) -> Any:
+            z = z.requires_grad_()
             a = truth(z).abs()
-            return a, [g * slope(a)]
+            if n.dtype in (torch.float64, torch.float32):
+                return a, [g * slope(a)]
+            return a, [torch.autograd.grad(a, z, g)[0].abs()]  # computed in float32
 
         inputs = {"input": n.tensor(*n.shape(), large=True)}
         return Case(inputs, f, truth, theirs, scale, elementwise=True)
@@ -296,7 +299,7 @@ def per_example(f: Any, activation: Any) -> Callable[[Numbers], Case]:
             if reduction == "mean":
                 g, value = g / value.numel(), value / max(value.numel(), 1)
             g = expanded_back(g, axes, reduction)
-            slope = a * activation(-x) if activation is torch.sigmoid else 1
+            slope = a * activation(-x) if activation is plain_sigmoid else 1
             return reduced(value, min(reduction, "sum"), 1), [g * size * slope, g * size]
 
         def call(x: Tensor, t: Tensor) -> Tensor:
@@ -416,7 +419,7 @@ class CrossEntropyOptions:
     def loss(self, z: Tensor, t: Tensor | None, w: Tensor | None) -> Tensor:
         _, u, keep, count = self.target(t, w, z.shape[-1], z.dtype)
         z = z.masked_fill(~keep.unsqueeze(-1), 0)
-        l = z - z.logsumexp(-1, keepdim=True)  # noqa: E741
+        l = z - z.logsumexp(-1, keepdim=True)
         if self.y is None:
             c = (u * l).sum(-1)
         else:  # picked out, so that a class that does not occur has no 0 times nan
@@ -433,7 +436,7 @@ class CrossEntropyOptions:
         k = 1 / abs(math.log(self.base))
         a = z.softmax(-1)
         width = 1 + size.amax(-1, keepdim=True)
-        l = z.log_softmax(-1).abs() + width  # noqa: E741
+        l = z.log_softmax(-1).abs() + width
         value = k * (t * l).sum(-1) * keep
         if self.reduction == "mean":
             g = g / count
@@ -600,7 +603,7 @@ def linear_cross_entropy(n: Numbers) -> Case:
 
 
 ACTIVATIONS = {
-    "sigmoid": (torch.sigmoid, lambda a: a * (1 - a)),
+    "sigmoid": (torch.sigmoid, lambda a: a),
     "tanh": (torch.tanh, torch.ones_like),
     "relu": (torch.relu, torch.ones_like),
     "identity": (lambda z: z, torch.ones_like),
@@ -694,15 +697,15 @@ def plain_sigmoid(z: Tensor) -> Tensor:
 
 CASES: dict[str, Callable[[Numbers], Case]] = {
     "linear": linear,
-    "sigmoid": elementwise(ours.sigmoid, plain_sigmoid, torch.sigmoid, lambda a: a * (1 - a)),
-    "tanh": elementwise(ours.tanh, torch.tanh, torch.tanh, lambda a: 1 - a * a),
+    "sigmoid": elementwise(ours.sigmoid, plain_sigmoid, torch.sigmoid, lambda a: a),
+    "tanh": elementwise(ours.tanh, torch.tanh, torch.tanh, torch.ones_like),
     "relu": elementwise(ours.relu, plain_relu, F.relu, torch.ones_like),
     "relu in place": elementwise(relu_in_place, plain_relu, F.relu, torch.ones_like),
     "softmax": softmax,
     "softmax_jacobian": softmax_jacobian,
     "mse_loss": mse_loss,
     "squared_error": per_example(ours.squared_error, lambda x: x),
-    "sigmoid_squared_error": per_example(ours.sigmoid_squared_error, torch.sigmoid),
+    "sigmoid_squared_error": per_example(ours.sigmoid_squared_error, plain_sigmoid),
     "categorical_cross_entropy": categorical_cross_entropy,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,

@@ -288,6 +288,7 @@ def test_module_errors(name):
 
 
 def main():
+    torch.set_num_threads(1)
     rows = [
         (f"{name} {variant}", dtype, check_operator(name, variant, theirs, ours, dtype))
         for name, variant, theirs, ours in OPERATORS

@@ -461,12 +461,15 @@ def linear_cross_entropy(
     x = input.reshape(N, input.shape[-1])
     W = linear_weight.reshape(C, positions, input.shape[-1])
     b = None if linear_bias is None else linear_bias.reshape(C, positions)
+    if positions > 1:  # their gradients in x are added up: in float32
+        x, W, b = _wide(x), _wide(W), None if b is None else _wide(b)
     loss_shape = (*batch, *out_features)
     if target.shape == (*batch, C, *out_features):
         _check_probabilities(target, -1 if ignore_index is None else ignore_index)
         if ignore_index is not None:
             raise RuntimeError(
-                "ignore_index cannot be specified when target contains probabilities"
+                "ignore_index cannot be specified when target contains probabilities, got "
+                f"{ignore_index} and a target of shape {tuple(target.shape)}"
             )
         t, dtype = _probabilities(target, weight, label_smoothing, len(batch), C, dtype)
         t = t.reshape(N, C, positions).to(wide)
@@ -474,7 +477,11 @@ def linear_cross_entropy(
         count = torch.full((), N * positions if C else 0, dtype=wide, device=x.device)
     else:
         if len(batch) > 1:
-            _check_shape("target", target, batch)
+            if target.shape != batch:
+                raise RuntimeError(
+                    f"for an input of shape {tuple(input.shape)} the target must have shape "
+                    f"{tuple(batch)} or {(*batch, C)}, got {tuple(target.shape)}"
+                )
             target = target.flatten()
         _check_indices((*[N] * bool(batch), C, *out_features), target)
         y, keep, p, q, count = _indices(
@@ -718,7 +725,7 @@ def _per_example(
 
 
 def _axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
-    """Axes counted from the front; a tensor without axes has none, whatever `dim` says of -1 or 0."""
+    """Axes counted from the front; none for a tensor that has none, which `dim` calls -1 or 0."""
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     rank = max(x.dim(), 1)
     for d in dims:

@@ -7,6 +7,7 @@ their class alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -235,8 +236,7 @@ class Feedforward(torch.nn.Module):
             raise ValueError(f"sizes must hold at least an input and an output size, got {sizes}")
         self.activation, self.output_activation = activation, output_activation
         self.layers = torch.nn.ModuleList(
-            Linear(n_in, n_out, bias, device, dtype)
-            for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+            Linear(n_in, n_out, bias, device, dtype) for n_in, n_out in itertools.pairwise(sizes)
         )
 
     def forward(self, input: Tensor) -> Tensor:

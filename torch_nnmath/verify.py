@@ -68,7 +68,7 @@ def value(row: Row, device: str) -> None:
 
 
 def gradient(row: Row, device: str) -> None:
-    """The library's gradients against both reference pullbacks, and numerical ones in all samples."""
+    """Gradients against the reference's, and those of all samples against numerical ones."""
     sample = row.samples[0]
     inputs = sample.draw(device=device)
     out = sample.call(*inputs)
@@ -257,7 +257,7 @@ def _flat(entries: Any) -> list[Any]:
 
 
 def _prove_zero(expression: Any, what: str) -> None:
-    """Each exponential, logarithm and tanh stands for itself: what is left is a rational function."""
+    """A symbol for each exponential, logarithm and tanh: what is left is a rational function."""
     atoms = sorted(
         sympy.sympify(expression).atoms(sympy.exp, sympy.log, sympy.tanh),
         key=sympy.count_ops,

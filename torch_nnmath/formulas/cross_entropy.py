@@ -31,7 +31,7 @@ class CrossEntropy(Formula):
         dim: int,
         base: float,
     ) -> Tensor:
-        l = torch.log_softmax(wide(z), dim)  # noqa: E741 the formula's symbol
+        l = torch.log_softmax(wide(z), dim)
         return kept(keep, -dot(l, p, t, y, dim) / math.log(base))
 
     @classmethod
@@ -48,7 +48,7 @@ class CrossEntropy(Formula):
         z, p, t, y, keep = ctx.saved_tensors
         wants_z, wants_p, wants_t, *_ = ctx.needs_input_grad
         k = kept(keep, dc) / math.log(ctx.base)
-        l = LogSoftmax.apply(wide(kept(keep, z)), ctx.dim)  # noqa: E741
+        l = LogSoftmax.apply(wide(kept(keep, z)), ctx.dim)
         dz = k * less_target(sum_of(p, t, ctx.dim) * l.exp(), p, t, y, ctx.dim) if wants_z else None
         dp = -exact(k, l.gather(ctx.dim, y)) if wants_p else None
         dt = -exact(k, l).sum_to_size(t.shape) if wants_t else None
@@ -57,7 +57,7 @@ class CrossEntropy(Formula):
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, dp: Any, dt: Any, *_: None) -> Tensor:
         z, p, t, y, keep = ctx.saved_tensors
-        l = LogSoftmax.apply(wide(kept(keep, z)), ctx.dim)  # noqa: E741
+        l = LogSoftmax.apply(wide(kept(keep, z)), ctx.dim)
         dc = -dot(l, dp, dt, y, ctx.dim)
         if dz is not None:
             delta = less_target(sum_of(p, t, ctx.dim) * l.exp(), p, t, y, ctx.dim)

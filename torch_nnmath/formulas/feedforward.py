@@ -66,7 +66,7 @@ class Feedforward(Formula):
         dWs: list[Tensor | None] = [None] * len(weights)
         dbs: list[Tensor | None] = [None] * len(weights)
         dx = None  # (W^{l+1})ᵀ δ^{l+1}: what the layer above sends down
-        for l in reversed(range(len(weights))):  # noqa: E741 the formula's symbol
+        for l in reversed(range(len(weights))):
             da = total(dx, das[l])
             if da is None:
                 continue
@@ -83,7 +83,7 @@ class Feedforward(Formula):
         dWs, dbs = halves(dparameters)
         tangents = []
         below, da = x, dx
-        for l, W in enumerate(weights):  # noqa: E741
+        for l, W in enumerate(weights):
             if any(d is not None for d in (da, dWs[l], dbs[l])):
                 dz = affine_tangent(below, W, da, dWs[l], dbs[l]).expand_as(outputs[l])
                 da = ACTIVATIONS[ctx.activations[l]].product(outputs[l], dz)

@@ -14,7 +14,6 @@ from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, dot, kept, less_target, sum_of
 from torch_nnmath.formulas.softmax import LogSoftmax
 
-
 vjp: Any = torch.func.vjp  # typed as if it could return three
 
 
@@ -37,7 +36,8 @@ class LinearCrossEntropy(KernelFormula):
         cls, x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: Any
     ) -> Any:
         y, p, keep = (None if v is None else v[:, None] for v in (y, p, keep))
-        z = torch.nn.functional.linear(kept(keep, x), W, b)
+        x, W, b = (None if v is None else wide(v) for v in (kept(keep, x), W, b))
+        z = torch.nn.functional.linear(x, W, b)
         return CrossEntropy.in_the_open(z, p, t, y, keep, 1, base).squeeze(1)
 
     @staticmethod
@@ -54,7 +54,7 @@ class LinearCrossEntropy(KernelFormula):
     @staticmethod
     def tangent(ctx: Any, dx: Any, dW: Any, db: Any, dp: Any, dt: Any, *_: None) -> Tensor:
         x, W, b, p, t, y, keep = ctx.saved_tensors
-        one = torch.ones_like(x[:, 0], dtype=wide(x[:0]).dtype)
+        one = wide(x.new_ones(x.shape[:1]))
         direction, wants = (dx, dW, db, dp, dt), (False,) * 5
         dc, *_rest = HeadSecond.apply(one, x, W, b, p, t, *direction, y, keep, ctx.base, wants)
         return dc
@@ -94,7 +94,7 @@ class HeadGradient(KernelFormula):
             _, *second = HeadSecond.apply(
                 γ, x, W, b, p, t, *direction, y, keep, ctx.base, ctx.wants
             )
-            tangents = [s if d is None else d + s for d, s in zip(tangents, second)]
+            tangents = [s if d is None else d + s for d, s in zip(tangents, second, strict=True)]
         return tuple(tangents)
 
 
@@ -151,7 +151,7 @@ class InTheOpen:
     def of(self, places: list[int]) -> Any:
         """As a function of the tensors in these places."""
 
-        def f(*values: Tensor) -> tuple[Tensor, ...]:
+        def f(*values: Tensor) -> tuple[Any, ...]:
             tensors = list(self.tensors)
             for i, value in zip(places, values, strict=True):
                 tensors[i] = value
@@ -167,14 +167,16 @@ class InTheOpen:
         y = None if self.y is None else self.y[:, None]
         keep = None if self.keep is None else self.keep[:, None]
         p, π, γ = (None if v is None else v[:, None] for v in (p, π, γ))
-        x, u = kept(keep, x), None if u is None else kept(keep, u)
         V = torch.zeros_like(W) if V is None else V
         u = torch.zeros_like(x) if u is None else u
+        x_dtype, W_dtype = x.dtype, W.dtype
+        x, u, W, V = (wide(v) for v in (kept(keep, x), kept(keep, u), W, V))
+        b, s = (None if v is None else wide(v) for v in (b, s))
         g, k = kept(keep, γ) / math.log(self.base), 1 / math.log(self.base)
 
-        l = LogSoftmax.apply(wide(kept(keep, Affine.apply(x, W, b))), 1)  # noqa: E741
+        l = LogSoftmax.apply(kept(keep, Affine.apply(x, W, b)), 1)
         a = l.exp()
-        r = wide(kept(keep, Affine.apply(u, W, None) + Affine.apply(x, V, s)))
+        r = kept(keep, Affine.apply(u, W, None) + Affine.apply(x, V, s))
         ar = (a * r).sum(1, keepdim=True)
         Δ = less_target(sum_of(p, t, 1) * a, p, t, y, 1)
         Q = less_target(sum_of(p, t, 1) * a * (r - ar) + sum_of(π, τ, 1) * a, π, τ, y, 1)
@@ -183,9 +185,9 @@ class InTheOpen:
         ht = g * (ar - r)
         return (
             ρ,
-            (Q @ wide(W) + Δ @ wide(V)).to(x.dtype),
-            (Q.T @ wide(x) + Δ.T @ wide(u)).to(W.dtype),
-            Q.sum(0).to(W.dtype),
+            (Q @ W + Δ @ V).to(x_dtype),
+            (Q.T @ x + Δ.T @ u).to(W_dtype),
+            Q.sum(0).to(W_dtype),
             None if p is None else ht.gather(1, y).squeeze(1),
             None if t is None else ht.sum_to_size(t.shape),
         )

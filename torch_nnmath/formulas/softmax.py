@@ -11,7 +11,10 @@ from torch_nnmath.formulas._formula import Formula, rounded_once, save
 
 
 class Softmax(Formula):
-    r"""F7: a_j = e^{z_j} / Σ_i e^{z_i},  da_j/dz_k = a_j (δ_jk - a_k).  z, a (*, n, *), n at dim."""
+    r"""F7: a_j = e^{z_j} / Σ_i e^{z_i},  da_j/dz_k = a_j (δ_jk - a_k).
+
+    z, a (*, n, *), the n at dim.
+    """
 
     @staticmethod
     def forward(z: Tensor, dim: int) -> Tensor:
@@ -45,18 +48,18 @@ class LogSoftmax(Formula):
         return torch.log_softmax(z, dim)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, l: Tensor) -> None:  # noqa: E741 the formula's symbol
+    def setup_context(ctx: Any, inputs: Any, l: Tensor) -> None:
         save(ctx, l)
         _, ctx.dim = inputs
 
     @staticmethod
     def backward(ctx: Any, dl: Tensor) -> Any:
-        (l,) = ctx.saved_tensors  # noqa: E741
+        (l,) = ctx.saved_tensors
         return dl - l.exp() * dl.sum(ctx.dim, keepdim=True), None
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
-        (l,) = ctx.saved_tensors  # noqa: E741
+        (l,) = ctx.saved_tensors
         return dz - (l.exp() * dz).sum(ctx.dim, keepdim=True)
 
 

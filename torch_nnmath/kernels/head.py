@@ -4,7 +4,8 @@ Shapes: γ (N) the coefficient of each row's loss, x (N, D), W (C, D), b (C). Th
 `p e_y + t`: y, p (N) a class and its weight, t (N, C), or (1, C) for all rows; each may be None.
 keep (N) is False for the rows that are ignored: they are taken out of every product.
 u, V, s, π, τ are a direction in which x, W, b, p, t move; each may be None.
-γ, p, t, c are float32 where x is half, and so are sums; a result that is not wanted is empty.
+Where x is half, γ, p, t and c are float32, and so is all arithmetic: results are rounded once.
+A result that is not wanted is empty.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def head(
 ) -> tuple[Tensor, ...]:
     """c of each row, and the gradients of Σ γ c in x, W, b, p, t that `wants` names."""
     c = x.new_empty(x.shape[:1], dtype=_wide(x.dtype))
-    dx, dW, db, dp, dt = results = _results(x, W, t, wants)
+    dx, dW, db, dp, dt = _results(x, W, t, wants)
     dW, db = dW.to(c.dtype), db.to(c.dtype)
     for block in _blocks(x, W, b, y, p, t, keep):
         rows, X, l, target = block.rows, block.x, block.log_softmax(), block.target
@@ -58,9 +59,9 @@ def head(
         if any(wants[:3]):
             delta = target.subtracted_from(l.exp_().mul_(target.total())).mul_(g)
             if wants[0]:
-                dx[rows] = delta.to(W.dtype) @ W
+                dx[rows] = (delta @ block.W).to(dx.dtype)
             if wants[1]:
-                dW.addmm_(delta.T, X.to(delta.dtype))
+                dW.addmm_(delta.T, X)
             if wants[2]:
                 db += delta.sum(0)
     return c, dx, dW.to(W.dtype), db.to(W.dtype), dp, dt
@@ -96,11 +97,12 @@ def head_second(
     rho = torch.empty_like(gamma)
     hx, hW, hb, hp, ht = _results(x, W, t, wants)
     hW, hb = hW.to(gamma.dtype), hb.to(gamma.dtype)
+    V, s = (None if v is None else v.to(gamma.dtype) for v in (V, s))
     for block in _blocks(x, W, b, y, p, t, keep):
         rows, X, l, target = block.rows, block.x, block.log_softmax(), block.target
         direction = _Target.of(rows, y, pi, tau)
-        U = None if u is None else block.kept(u[rows])
-        r = block.kept_(_direction_of_logits(X, W, U, V, s, like=l))
+        U = None if u is None else block.kept(u[rows].to(l.dtype))
+        r = block.kept_(_direction_of_logits(X, block.W, U, V, s, like=l))
         rho_rows = target.dot(r) + direction.dot(l)
         a = l.exp_()
         ar = (a * r).sum(1, keepdim=True)
@@ -119,13 +121,12 @@ def head_second(
             Q = direction.subtracted_from(Q).mul_(g)
             delta = target.subtracted_from(a.mul_(target.total())).mul_(g)
             if wants[0]:
-                hx[rows] = Q.to(W.dtype) @ W
-                if V is not None:
-                    hx[rows] += delta.to(V.dtype) @ V
+                of_rows = Q @ block.W
+                hx[rows] = (of_rows if V is None else of_rows.addmm_(delta, V)).to(hx.dtype)
             if wants[1]:
-                hW.addmm_(Q.T, X.to(Q.dtype))
+                hW.addmm_(Q.T, X)
                 if U is not None:
-                    hW.addmm_(delta.T, U.to(delta.dtype))
+                    hW.addmm_(delta.T, U)
             if wants[2]:
                 hb += Q.sum(0)
     return rho, hx, hW.to(W.dtype), hb.to(W.dtype), hp, ht
@@ -194,7 +195,7 @@ class _Target(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Some rows of the head; `drop` marks those that are ignored, a column."""
+    """Some rows of the head, widened; `drop` marks those that are ignored, a column."""
 
     rows: slice
     x: Tensor
@@ -204,9 +205,9 @@ class _Block(NamedTuple):
     drop: Tensor | None
 
     def log_softmax(self) -> Tensor:
-        """l = z - lse(z), z = W x + b, widened."""
+        """l = z - lse(z), z = W x + b."""
         z = torch.nn.functional.linear(self.x, self.W, self.b)
-        return torch.log_softmax(self.kept_(z.to(_wide(z.dtype))), 1)
+        return torch.log_softmax(self.kept_(z), 1)
 
     def kept(self, v: Tensor) -> Tensor:
         """v, 0 in the rows that are ignored."""
@@ -228,19 +229,21 @@ def _blocks(
 ) -> Iterator[_Block]:
     """Blocks of equal size, of whole groups of 32 rows, within BLOCK_BYTES where 32 rows are."""
     N, C = x.shape[0], W.shape[0]
+    W, b = W.to(_wide(W.dtype)), None if b is None else b.to(_wide(b.dtype))
     most = max(BLOCK_BYTES // (4 * max(C, 1)) // 32, 1) * 32
     size = math.ceil(N / max(math.ceil(N / most), 1) / 32) * 32
     for start in range(0, N, max(size, 1)):
         rows = slice(start, min(start + size, N))
         drop = None if keep is None else ~keep[rows, None]
-        X = x[rows] if drop is None else x[rows].masked_fill(drop, 0)
+        X = x[rows].to(W.dtype)
+        X = X if drop is None else X.masked_fill(drop, 0)
         yield _Block(rows, X, W, b, _Target.of(rows, y, p, t), drop)
 
 
 def _direction_of_logits(
     x: Tensor, W: Tensor, u: Tensor | None, V: Tensor | None, s: Tensor | None, like: Tensor
 ) -> Tensor:
-    """r = W u + V x + s for a block, widened; 0 where nothing moves."""
+    """r = W u + V x + s for a block; 0 where nothing moves."""
     r = torch.zeros_like(like)
     if u is not None:
         r += u @ W.T
