@@ -465,7 +465,7 @@ def linear_cross_entropy(
         x, W, b = _wide(x), _wide(W), None if b is None else _wide(b)
     loss_shape = (*batch, *out_features)
     if target.shape == (*batch, C, *out_features):
-        _check_probabilities(target, -1 if ignore_index is None else ignore_index)
+        _check_probabilities(target, -1)
         if ignore_index is not None:
             raise RuntimeError(
                 "ignore_index cannot be specified when target contains probabilities, got "

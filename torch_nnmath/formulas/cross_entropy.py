@@ -16,9 +16,9 @@ class CrossEntropy(Formula):
     r"""F13: c = (1/ln β)(T lse(z) - t·z), T = Σ t;  dc/dz = (1/ln β)(T a - t), a = softmax(z),
     dc/dt = (1/ln β)(lse(z) - z).
 
-    z (*, n, *) with n at dim -> c, with size 1 at dim. The target is `p e_y + t`: y, p the class and
-    its weight, shaped as c; t shaped as z, or broadcasting to it; each may be None. Where keep,
-    shaped as c, is False, c and its derivatives of every order are 0, whatever z is.
+    z (*, n, *) with n at dim -> c, with size 1 at dim. The target is `p e_y + t`: y, p the class
+    and its weight, shaped as c; t shaped as z, or broadcasting to it; each may be None. Where
+    keep, shaped as c, is False, c and its derivatives of every order are 0, whatever z is.
     """
 
     @staticmethod

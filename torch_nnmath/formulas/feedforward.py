@@ -36,7 +36,8 @@ class Feedforward(Formula):
     r"""F10, F12: a^l = f(W^l a^{l-1} + b^l);  δ^l = ((W^{l+1})ᵀ δ^{l+1} + da^l) ∘ f'(z^l),
     dW^l = δ^l (a^{l-1})ᵀ,  db^l = δ^l.
 
-    The names of the activations in a string, x (*, n_0), then W^1 .. W^L (n_l, n_{l-1}), then b^1 .. b^L (n_l) or None -> a^1 .. a^L.
+    The activations' names in a string, x (*, n_0), W^1 .. W^L (n_l, n_{l-1}), b^1 .. b^L (n_l) or
+    None -> a^1 .. a^L.
     Every layer's activation is an output, so that a derivative of the backward, which reads them,
     finds its way; da^l is the gradient that comes to a^l from outside (None but for the last).
     """

@@ -1,0 +1,94 @@
+"""What the head promises beyond its numbers: blocks that do not show, and flat memory."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from torch_nnmath import functional as F
+
+head = importlib.import_module("torch_nnmath.kernels.head")
+N, D, C = 97, 5, 7
+
+
+def problem():
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    y = torch.randint(0, C, (N,), generator=g)
+    y[::5] = -100
+    return draw(N, D), draw(C, D), draw(C), y, draw(C).abs(), draw(N, C).softmax(-1)
+
+
+def results(target, options):
+    """Value, gradients, a Hessian-vector product and a tangent."""
+    x, W, b, y, w, t = problem()
+    target = y if target == "indices" else t
+    options = {**options, "weight": w} if "weight" in options else options
+
+    def loss(*leaves):
+        x, W, b = leaves
+        out = F.linear_cross_entropy(x, W, target, linear_bias=b, **options)
+        return (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum()
+
+    leaves = [v.requires_grad_() for v in (x, W, b)]
+    directions = tuple(torch.ones_like(v) for v in leaves)
+    value = loss(*leaves)
+    gradients = torch.autograd.grad(value, leaves, create_graph=True)
+    product = torch.autograd.grad(gradients, leaves, directions)
+    _, tangent = torch.func.jvp(loss, tuple(v.detach() for v in leaves), directions)
+    return [value.detach(), *(g.detach() for g in gradients), *product, tangent]
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("indices", {"reduction": "none"}),
+        ("indices", {"reduction": "mean", "weight": True, "label_smoothing": 0.1, "base": 2}),
+        ("probabilities", {"reduction": "none", "base": 10}),
+        ("probabilities", {"reduction": "sum", "weight": True, "label_smoothing": 0.3}),
+    ],
+)
+@pytest.mark.parametrize("rows", [32, 64])
+def test_blocks_do_not_show(monkeypatch, rows, target, options):
+    """Several blocks, the last one smaller, give what one block gives."""
+    whole = results(target, options)
+    monkeypatch.setattr(head, "BLOCK_BYTES", rows * 4 * C)
+    count = sum(1 for _ in head._blocks(torch.empty(N, D), torch.empty(C, D), *[None] * 5))
+    assert count == -(-N // rows)
+    for blocked, expected in zip(results(target, options), whole, strict=True):
+        torch.testing.assert_close(blocked, expected, rtol=1e-12, atol=1e-13)
+
+
+PEAK = """
+import resource, sys, torch
+from torch_nnmath import functional as F
+rows, order = int(sys.argv[1]), int(sys.argv[2])
+x, W = torch.randn(rows, 16, requires_grad=True), torch.randn(32000, 16, requires_grad=True)
+y = torch.randint(0, 32000, (rows,))
+y[::3] = -100
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+F.linear_cross_entropy(x[:64], W, y[:64]).backward()  # what the first call loads
+before = peak()
+loss = F.linear_cross_entropy(x, W, y, label_smoothing=0.1)
+gradients = torch.autograd.grad(loss, (x, W), create_graph=order == 2)
+if order == 2:
+    torch.autograd.grad(gradients, (x, W), (torch.ones_like(x), torch.ones_like(W)))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.parametrize("order", [1, 2])
+def test_memory_does_not_grow_with_rows_times_classes(order):
+    """The logits would take 500 MiB, and twice that for twice the rows."""
+    peaks = []
+    for rows in (4096, 8192):
+        run = [sys.executable, "-c", PEAK, str(rows), str(order)]
+        peaks.append(float(subprocess.check_output(run, text=True)))
+    assert max(peaks) < 250, peaks
+    assert peaks[1] - peaks[0] < 100, peaks
