@@ -144,3 +144,17 @@ def test_base_beta_is_natural_over_ln_beta():
     z, y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     natural = functional.cross_entropy(z, y)
     torch.testing.assert_close(functional.cross_entropy(z, y, base=0.5), natural / math.log(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["Sigmoid", "Tanh", "Softmax"])
+def test_half_products_are_rounded_once(name, dtype):
+    """J v of half a and v is the nearest half number to the exact product of those a and v."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.rand(64, 33, generator=g).to(dtype)
+    v = torch.randn(64, 33, generator=g).to(dtype)
+    product = getattr(formulas, name).product
+    exact = product(a.double(), v.double())
+    off = (product(a, v).double() - exact).abs()
+    # half a unit in the last place, and what float32 adds to it
+    assert (off <= exact.abs() * torch.finfo(dtype).eps * 0.5 * 1.001 + 1e-6).all()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torch_nnmath.kernels._library import operator
 
-BLOCK_BYTES = 32 * 2**20  # of logits in float32; each block reads all of W and adds to all of dW
+BLOCK_BYTES = 16 * 2**20  # of logits in float32; each block reads all of W and adds to all of dW
 
 
 @operator(
@@ -46,11 +46,12 @@ def head(
     c = x.new_empty(x.shape[:1], dtype=_wide(x.dtype))
     dx, dW, db, dp, dt = _results(x, W, t, wants)
     dW, db = dW.to(c.dtype), db.to(c.dtype)
-    for block in _blocks(x, W, b, y, p, t, keep):
+
+    def add(block: _Block) -> None:
         rows, X, l, target = block.rows, block.x, block.log_softmax(), block.target
         c[rows] = block.kept(target.dot(l)).squeeze(1) / -math.log(base)
         if gamma is None:
-            continue
+            return
         g = block.kept(gamma[rows, None]) / math.log(base)
         if wants[3]:
             dp[rows] = (-g * target.of_class(l)).squeeze(1)
@@ -63,7 +64,10 @@ def head(
             if wants[1]:
                 dW.addmm_(delta.T, X)
             if wants[2]:
-                db += delta.sum(0)
+                db.add_(delta.sum(0))
+
+    for block in _blocks(x, W, b, y, p, t, keep):
+        add(block)
     return c, dx, dW.to(W.dtype), db.to(W.dtype), dp, dt
 
 
@@ -98,7 +102,8 @@ def head_second(
     hx, hW, hb, hp, ht = _results(x, W, t, wants)
     hW, hb = hW.to(gamma.dtype), hb.to(gamma.dtype)
     V, s = (None if v is None else v.to(gamma.dtype) for v in (V, s))
-    for block in _blocks(x, W, b, y, p, t, keep):
+
+    def add(block: _Block) -> None:
         rows, X, l, target = block.rows, block.x, block.log_softmax(), block.target
         direction = _Target.of(rows, y, pi, tau)
         U = None if u is None else block.kept(u[rows].to(l.dtype))
@@ -109,7 +114,7 @@ def head_second(
         rho_rows = target.total() * ar - rho_rows
         rho[rows] = block.kept(rho_rows).squeeze(1) / math.log(base)
         if not any(wants):
-            continue
+            return
         g = block.kept(gamma[rows, None]) / math.log(base)
         if wants[3]:
             hp[rows] = (g * (ar - target.of_class(r))).squeeze(1)
@@ -128,7 +133,10 @@ def head_second(
                 if U is not None:
                     hW.addmm_(delta.T, U)
             if wants[2]:
-                hb += Q.sum(0)
+                hb.add_(Q.sum(0))
+
+    for block in _blocks(x, W, b, y, p, t, keep):
+        add(block)
     return rho, hx, hW.to(W.dtype), hb.to(W.dtype), hp, ht
 
 
