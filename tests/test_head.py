@@ -9,7 +9,7 @@ import torch
 
 from torch_nnmath import functional as F
 
-head = importlib.import_module("torch_nnmath.kernels.head")
+head = importlib.import_module("torch_nnmath.kernels.blocked")
 N, D, C = 97, 5, 7
 
 
@@ -92,3 +92,25 @@ def test_memory_does_not_grow_with_rows_times_classes(order):
         peaks.append(float(subprocess.check_output(run, text=True)))
     assert max(peaks) < 250, peaks
     assert peaks[1] - peaks[0] < 100, peaks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("target", ["indices", "probabilities"])
+def test_operators_keep_their_contract(dtype, wanted, target):
+    """Schema, no alias, and a fake that agrees with the real operator."""
+    x, W, b, y, _, t = (v if v.dtype == torch.int64 else v.to(dtype) for v in problem())
+    y, keep = torch.ops.torch_nnmath.class_indices.default(y, C, -100)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    gamma, p, t = keep.to(wide), keep.to(wide), t.to(wide)
+    places = (y, p, None, keep) if target == "indices" else (None, None, t, None)
+    directions = (x, W, b, *((p, None) if target == "indices" else (None, t)))
+    wants = [wanted] * 3 + [wanted and target == "indices", wanted and target != "indices"]
+    utils = ("test_schema", "test_faketensor")
+    for operator, args in (
+        ("class_indices", (y, C, None)),
+        ("head", (gamma, x, W, b, *places, 2.0, wants)),
+        ("head_second", (gamma, x, W, b, *places, *directions, 2.0, wants)),
+    ):
+        operator = getattr(torch.ops.torch_nnmath, operator).default
+        assert set(torch.library.opcheck(operator, args, test_utils=utils).values()) == {"SUCCESS"}

@@ -27,7 +27,9 @@ from torch import Tensor
 
 import torch_nnmath.functional as ours
 
-HEAD = importlib.import_module("torch_nnmath.kernels.head")  # the package's name is the operator's
+HEAD = importlib.import_module(
+    "torch_nnmath.kernels.blocked"
+)  # the package's name is the operator's
 F64 = torch.float64
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 2, 3, 0, 5)

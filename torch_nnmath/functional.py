@@ -317,7 +317,11 @@ def categorical_cross_entropy(
     if target.is_floating_point():
         _check_shape("target with class probabilities", target, probs.shape)
     else:
-        _check_shape("target with class indices", target, probs.sum(dim).shape)
+        if probs.dim() == 0:
+            raise IndexError("beside class indices probs needs an axis of classes, got shape ()")
+        _check_shape(
+            "target with class indices", target, (*probs.shape[:dim], *probs.shape[dim + 1 :])
+        )
         y, _ = kernels.class_indices(target, probs.shape[dim], None)
         probs = probs.gather(dim, y.unsqueeze(dim))
         target = torch.ones_like(probs)

@@ -3,7 +3,7 @@
 Each name is called by a formula, below autograd.
 """
 
+from torch_nnmath.kernels.blocked import head, head_second
 from torch_nnmath.kernels.classes import class_indices
-from torch_nnmath.kernels.head import head, head_second
 
 __all__ = ["class_indices", "head", "head_second"]

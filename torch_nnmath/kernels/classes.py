@@ -20,14 +20,14 @@ def _fake(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tenso
 def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     """(y, keep): the indices, 0 where ignored, and where they are not; raises outside [0, classes).
 
-    An operator, so that a compiled graph checks too. On the CPU the error is an IndexError that
-    names the value; elsewhere the device asserts, without a synchronisation.
+    An operator, so that a compiled graph checks too. The error is an IndexError that names the
+    value; on a GPU the device asserts, without a synchronisation.
     """
     y = target.to(torch.int64, copy=True)
     keep = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
     y.masked_fill_(~keep, 0)
     inside = (y >= 0) & (y < classes)
-    if target.device.type != "cpu":
+    if target.device.type == "cuda":
         torch._assert_async(inside.all(), f"a class index is not in [0, {classes})")
     elif not inside.all():
         wrong = y[~inside][0].item()
