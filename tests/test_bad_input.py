@@ -248,9 +248,9 @@ BAD = [
             "(2, 4, 3)",
             "(2, 2)",
         ),
-        sequence=(ValueError, a(lambda: (r(2, 3, D), r(C, D), ints(6))), "(2, 3)", "(6,)"),
+        sequence=(RuntimeError, a(lambda: (r(2, 3, D), r(C, D), ints(6))), "(2, 3)", "(6,)"),
         sequence_transposed=(
-            ValueError,
+            RuntimeError,
             a(lambda: (r(2, 3, D), r(C, D), ints(3, 2))),
             "(2, 3)",
             "(3, 2)",

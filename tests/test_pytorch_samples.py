@@ -42,7 +42,6 @@ MODULES = [
 EXCLUDED = {
     "the gradient of class `weight` beside class indices": "PyTorch has none: nll_loss raises",
     "the warning that `options` is ignored": "ours is always blocked, and has no such warning",
-    "float16 modules": "a module only calls the function, which is compared in float16",
     "each module sample in both modes": "no module here reads `training`: they take turns",
 }
 
@@ -266,7 +265,7 @@ def test_head_errors():
         assert not missing, f"{error.error_regex!r}: {missing} not in {raised.value}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=short)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("name", list(module_cases()))
 def test_module(name, dtype, record_property):
     verdict(*check_module(name, dtype), record_property)
@@ -299,7 +298,7 @@ def main():
         (f"nn.{name}", dtype, check_module(name, dtype))
         for name in MODULES
         if hasattr(torch.nn, name)
-        for dtype in DTYPES[:3]
+        for dtype in DTYPES
     ]
     print(f"{'samples of PyTorch ' + torch.__version__:50} {'dtype':9} samples faults")
     for label, dtype, (count, lines) in rows:

@@ -151,7 +151,7 @@ def softmax(
         warnings.warn(
             "Implicit dimension choice for softmax has been deprecated. "
             "Change the call to include dim=X as an argument.",
-            stacklevel=_stacklevel + 1,  # one frame is _public's
+            stacklevel=_stacklevel,
         )
     if dtype is None and input.device.type == "cuda" and _is_autocast(input):
         dtype = torch.float32 if input.dtype != torch.float64 else None
