@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
+from torch_nnmath._precision import for_loss, for_product, is_autocast, number, wide, wide_type
 
 __all__ = [
     "categorical_cross_entropy",
@@ -72,9 +74,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> linear(torch.ones(1, 2), torch.tensor([[1., 2.], [3., 4.]]))
     tensor([[3., 7.]])
     """
-    _check_real(input=input, weight=weight, **_given(bias=bias))
-    _check_product("weight", input, weight, bias, dims=(1, 2))
-    input, weight, bias = _for_product(input, weight, bias)
+    check.real(input=input, weight=weight, **check.given(bias=bias))
+    check.product("weight", input, weight, bias, dims=(1, 2))
+    input, weight, bias = for_product(input, weight, bias)
     if weight.dim() == 2:
         return formulas.Affine.of(input, weight, bias)
     if bias is not None and bias.dim():
@@ -93,7 +95,7 @@ def sigmoid(input: Tensor) -> Tensor:
     >>> sigmoid(torch.tensor([0.]))
     tensor([0.5000])
     """
-    _check_real(input=input)
+    check.real(input=input)
     return formulas.Sigmoid.of(input)
 
 
@@ -104,7 +106,7 @@ def tanh(input: Tensor) -> Tensor:
     >>> tanh(torch.tensor([0.]))
     tensor([0.])
     """
-    _check_real(input=input)
+    check.real(input=input)
     return formulas.Tanh.of(input)
 
 
@@ -117,9 +119,9 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     >>> relu(torch.tensor([-1., 2.]))
     tensor([0., 2.])
     """
-    _check_real(input=input)
+    check.real(input=input)
     if inplace:
-        _check_writable(input)
+        check.writable(input)
     return formulas.relu_(input) if inplace else formulas.ReLU.of(input)
 
 
@@ -145,7 +147,7 @@ def softmax(
     >>> softmax(torch.tensor([0., 0.]), dim=0)
     tensor([0.5000, 0.5000])
     """
-    _check_real(input=input)
+    check.real(input=input)
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1
         warnings.warn(
@@ -153,7 +155,7 @@ def softmax(
             "Change the call to include dim=X as an argument.",
             stacklevel=_stacklevel,
         )
-    if dtype is None and input.device.type == "cuda" and _is_autocast(input):
+    if dtype is None and input.device.type == "cuda" and is_autocast(input):
         dtype = torch.float32 if input.dtype != torch.float64 else None
     return formulas.Softmax.of(input if dtype is None else input.to(dtype), dim)
 
@@ -176,7 +178,7 @@ def softmax_jacobian(input: Tensor, dim: int) -> Tensor:
     tensor([[ 0.2500, -0.2500],
             [-0.2500,  0.2500]])
     """
-    _check_real(input=input)
+    check.real(input=input)
     if input.dim() == 0:
         raise IndexError("softmax_jacobian needs an input with at least one axis, got shape ()")
     return formulas.softmax_jacobian(input, dim)
@@ -208,7 +210,7 @@ def mse_loss(
     >>> mse_loss(torch.tensor([1., 2.]), torch.tensor([1., 4.]))
     tensor(2.)
     """
-    _check_real(input=input, target=target, **_given(weight=weight))
+    check.real(input=input, target=target, **check.given(weight=weight))
     if target.shape != input.shape:
         warnings.warn(
             f"Using a target size ({tuple(target.shape)}) that is different to the input size "
@@ -222,17 +224,17 @@ def mse_loss(
             f"Weights and input must have the same size, got {tuple(weight.shape)} and "
             f"{tuple(input.shape)}"
         )
-    reduction = _reduction(reduction, size_average, reduce)
+    reduction = check.reduction(reduction, size_average, reduce)
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is None and not dtype.is_floating_point:
         raise NotImplementedError(f"mse_loss of {dtype}: cast input or target to a float type")
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
-    dtype, input, target, weight = _for_loss(dtype, input, target, weight)
-    input, target = torch.broadcast_tensors(_number(input), _number(target))
+    dtype, input, target, weight = for_loss(dtype, input, target, weight)
+    input, target = torch.broadcast_tensors(number(input), number(target))
     if weight is not None:
-        c = formulas.SquaredError.of(input, target, 0, 2.0) * _wide(weight)
-        loss = _reduced(c, reduction, _wide(weight).sum())
+        c = formulas.SquaredError.of(input, target, 0, 2.0) * wide(weight)
+        loss = _reduced(c, reduction, wide(weight).sum())
         return loss.to(dtype) if dtype.is_floating_point or reduction != "mean" else loss
     axes = 0 if reduction == "none" else input.dim()
     c = formulas.SquaredError.of(input, target, axes, 2.0)
@@ -259,7 +261,7 @@ def squared_error(
     >>> squared_error(torch.tensor([.7, .2]), torch.tensor([1., 0.]))
     tensor(0.0650)
     """
-    _check_floating(input=input, target=target)
+    check.floating(input=input, target=target)
     apply = formulas.SquaredError.of
     return _per_example("squared_error", input, target, reduction, dim, lambda *a: apply(*a, 1.0))
 
@@ -275,7 +277,7 @@ def sigmoid_squared_error(
     >>> sigmoid_squared_error(torch.tensor([0., 0.]), torch.tensor([1., 0.]))
     tensor(0.2500)
     """
-    _check_floating(input=input, target=target)
+    check.floating(input=input, target=target)
     apply = formulas.SigmoidSquaredError.of
     return _per_example("sigmoid_squared_error", input, target, reduction, dim, apply)
 
@@ -307,19 +309,19 @@ def categorical_cross_entropy(
     >>> categorical_cross_entropy(torch.tensor([.5, .25, .25]), torch.tensor(1), base=2)
     tensor(2.)
     """
-    _check_floating(probs=probs)
-    _check_real(target=target)
-    _check_base(base)
-    reduction = _reduction(reduction)
-    (dim,) = _axes(probs, dim) or (0,)
+    check.floating(probs=probs)
+    check.real(target=target)
+    check.base(base)
+    reduction = check.reduction(reduction)
+    (dim,) = check.axes(probs, dim) or (0,)
     dtype = torch.promote_types(probs.dtype, target.dtype)
-    dtype, probs, target = _for_loss(dtype, probs, target)
+    dtype, probs, target = for_loss(dtype, probs, target)
     if target.is_floating_point():
-        _check_shape("target with class probabilities", target, probs.shape)
+        check.shape("target with class probabilities", target, probs.shape)
     else:
         if probs.dim() == 0:
             raise IndexError("beside class indices probs needs an axis of classes, got shape ()")
-        _check_shape(
+        check.shape(
             "target with class indices", target, (*probs.shape[:dim], *probs.shape[dim + 1 :])
         )
         y, _ = kernels.class_indices(target, probs.shape[dim], None)
@@ -365,14 +367,14 @@ def cross_entropy(
     >>> cross_entropy(torch.tensor([[0., 0.]]), torch.tensor([1]), base=2)
     tensor(1.)
     """
-    _check_real(input=input, target=target, **_given(weight=weight))
-    _check_base(base)
-    reduction = _reduction(reduction, size_average, reduce)
-    _check_smoothing(label_smoothing)
-    dtype, input, target, weight = _for_loss(input.dtype, input, target, weight)
+    check.real(input=input, target=target, **check.given(weight=weight))
+    check.base(base)
+    reduction = check.reduction(reduction, size_average, reduce)
+    check.smoothing(label_smoothing)
+    dtype, input, target, weight = for_loss(input.dtype, input, target, weight)
     dim = 0 if input.dim() == 1 else 1
     if input.shape == target.shape:
-        _check_probabilities(target, ignore_index)
+        check.probabilities(target, ignore_index)
     C = input.size(dim)  # an IndexError if there is no axis
     if not input.is_floating_point():
         raise NotImplementedError(f"cross_entropy of {input.dtype} logits: cast to a float type")
@@ -381,7 +383,7 @@ def cross_entropy(
         c = formulas.CrossEntropy.of(input, None, t, None, None, dim, base).squeeze(dim)
         count = torch.full((), c.numel() if C else 0, dtype=c.dtype, device=c.device)
         return _reduced(c, reduction, count).to(dtype)
-    _check_indices(input.shape, target)
+    check.indices(input.shape, target)
     if input.dim() == 1:
         target = target.reshape(())
     y, keep, p, q, count = _indices(target, C, weight, ignore_index, label_smoothing, input)
@@ -430,13 +432,13 @@ def linear_cross_entropy(
     tensor(1.)
     """
     del options
-    _check_real(
+    check.real(
         input=input,
         linear_weight=linear_weight,
         target=target,
-        **_given(linear_bias=linear_bias, weight=weight),
+        **check.given(linear_bias=linear_bias, weight=weight),
     )
-    _check_base(base)
+    check.base(base)
     if linear_weight.dim() < 2:
         raise RuntimeError(
             f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
@@ -452,33 +454,33 @@ def linear_cross_entropy(
             f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got "
             f"{tuple(linear_bias.shape)}"
         )
-    _check_product("linear_weight", input, linear_weight, linear_bias, dims=None)
-    reduction = _reduction(reduction)
-    _check_smoothing(label_smoothing)
-    dtype, target, weight = _for_loss(input.dtype, target, weight)
-    if _is_autocast(input):
+    check.product("linear_weight", input, linear_weight, linear_bias, dims=None)
+    reduction = check.reduction(reduction)
+    check.smoothing(label_smoothing)
+    dtype, target, weight = for_loss(input.dtype, target, weight)
+    if is_autocast(input):
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    input, linear_weight, linear_bias = _for_product(input, linear_weight, linear_bias)
-    wide = _wide(input[..., :0]).dtype
+    input, linear_weight, linear_bias = for_product(input, linear_weight, linear_bias)
+    loss_type = wide_type(input.dtype)
     batch = input.shape[:-1]
     N, positions = math.prod([*batch]), math.prod([*out_features])
     x = input.reshape(N, input.shape[-1])
     W = linear_weight.reshape(C, positions, input.shape[-1])
     b = None if linear_bias is None else linear_bias.reshape(C, positions)
     if positions > 1:  # their gradients in x are added up: in float32
-        x, W, b = _wide(x), _wide(W), None if b is None else _wide(b)
+        x, W, b = wide(x), wide(W), None if b is None else wide(b)
     loss_shape = (*batch, *out_features)
     if target.shape == (*batch, C, *out_features):
-        _check_probabilities(target, -1)
+        check.probabilities(target, -1)
         if ignore_index is not None:
             raise RuntimeError(
                 "ignore_index cannot be specified when target contains probabilities, got "
                 f"{ignore_index} and a target of shape {tuple(target.shape)}"
             )
         t, dtype = _probabilities(target, weight, label_smoothing, len(batch), C, dtype)
-        t = t.reshape(N, C, positions).to(wide)
+        t = t.reshape(N, C, positions).to(loss_type)
         columns: list[Any] = [(None, t[..., d], None, None) for d in range(positions)]
-        count = torch.full((), N * positions if C else 0, dtype=wide, device=x.device)
+        count = torch.full((), N * positions if C else 0, dtype=loss_type, device=x.device)
     else:
         if len(batch) > 1:
             if target.shape != batch:
@@ -487,7 +489,7 @@ def linear_cross_entropy(
                     f"{tuple(batch)} or {(*batch, C)}, got {tuple(target.shape)}"
                 )
             target = target.flatten()
-        _check_indices((*[N] * bool(batch), C, *out_features), target)
+        check.indices((*[N] * bool(batch), C, *out_features), target)
         y, keep, p, q, count = _indices(
             target.reshape(N, positions), C, weight, ignore_index, label_smoothing, input
         )
@@ -497,7 +499,7 @@ def linear_cross_entropy(
         formulas.LinearCrossEntropy.of(x, W[:, d], None if b is None else b[:, d], *column, base)
         for d, column in enumerate(columns)
     ]
-    losses = c[0] if positions == 1 else torch.stack(c, 1) if c else x.new_zeros(0, dtype=wide)
+    losses = c[0] if positions == 1 else torch.stack(c, 1) if c else x.new_zeros(0, dtype=loss_type)
     return _reduced(losses.reshape(loss_shape), reduction, count).to(dtype)
 
 
@@ -543,124 +545,15 @@ def feedforward(
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    _check_real(input=input)
+    check.real(input=input)
     features = input
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        _check_real(**_given(**{f"biases[{i}]": bias}), **{f"weights[{i}]": weight})
-        _check_product(f"weights[{i}]", features, weight, bias, dims=(2,))
+        check.real(**check.given(**{f"biases[{i}]": bias}), **{f"weights[{i}]": weight})
+        check.product(f"weights[{i}]", features, weight, bias, dims=(2,))
         features = weight.T  # the next layer's input has as many features, and this dtype
-    input, *parameters = _for_product(input, *weights, *biases)
+    input, *parameters = for_product(input, *weights, *biases)
     activations = " ".join([activation] * (len(weights) - 1) + [output_activation])
     return formulas.Feedforward.of(activations, input, *parameters)[-1]
-
-
-def _check_real(**tensors: Any) -> None:
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
-        if x.is_complex():
-            raise TypeError(
-                f"{name} is complex ({x.dtype}): these formulas are real; pass its real and "
-                "imaginary parts as two features"
-            )
-
-
-def _given(**optional: Any) -> dict[str, Any]:
-    """The arguments that are not None."""
-    return {name: x for name, x in optional.items() if x is not None}
-
-
-def _check_writable(x: Tensor) -> None:
-    """Before anything is written: autograd would say so too, but only after our forward."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
-        return
-    if x.is_leaf or (x._base is not None and x._base.is_leaf and x._base.requires_grad):
-        raise RuntimeError(
-            f"a {'' if x.is_leaf else 'view of a '}leaf Variable of shape {tuple(x.shape)} that "
-            "requires grad is being used in an in-place operation"
-        )
-
-
-def _check_floating(**tensors: Tensor) -> None:
-    _check_real(**tensors)
-    for name, x in tensors.items():
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {x.dtype}: cast it")
-
-
-def _check_base(base: float) -> None:
-    if not (0 < base < math.inf and base != 1):
-        raise ValueError(f"base must be positive, finite and not 1, got {base}")
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing <= 1:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-
-
-def _check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
-
-
-def _check_product(
-    name: str, input: Tensor, weight: Tensor, bias: Tensor | None, dims: tuple[int, ...] | None
-) -> None:
-    if dims is not None and weight.dim() not in dims:
-        raise RuntimeError(
-            f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape "
-            f"{tuple(weight.shape)}"
-        )
-    if input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
-        raise RuntimeError(
-            f"an input of shape {tuple(input.shape)} does not fit {name} of shape "
-            f"{tuple(weight.shape)}: their last axes, the features, must be equal"
-        )
-    dtypes = [x.dtype for x in (input, weight, bias) if x is not None]
-    if len(set(dtypes)) > 1 and not _is_autocast(input):
-        raise RuntimeError(
-            f"input, {name} and bias must have one dtype, got {', '.join(map(str, dtypes))}: cast "
-            "them, or use torch.autocast"
-        )
-
-
-def _check_probabilities(target: Tensor, ignore_index: int) -> None:
-    if not target.is_floating_point():
-        raise RuntimeError(
-            "Expected floating point type for target with class probabilities, got "
-            f"{target.dtype}; its shape {tuple(target.shape)} is that of the logits"
-        )
-    if ignore_index >= 0:
-        raise RuntimeError("ignore_index is not supported for floating point target")
-
-
-def _check_indices(logits: Sequence[int], target: Tensor) -> None:
-    """The shape of class indices against that of logits, (C) or (N, C, d_1, ...); their dtype."""
-    got = f"got logits {tuple(logits)} and target {tuple(target.shape)}"
-    if len(logits) > 1:
-        if target.shape[:1] != tuple(logits[:1]):
-            raise ValueError(f"Expected input batch_size to match target batch_size, {got}")
-        if target.shape[1:] != tuple(logits[2:]):
-            raise RuntimeError(
-                f"Expected target size {(logits[0], *logits[2:])} for class indices, or that of "
-                f"the logits for probabilities, {got}"
-            )
-    elif target.dim() > 1:
-        raise RuntimeError(f"for logits (C) the target must be one class index, {got}")
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(
-            f"expected target dtype to be Long or Byte, but got {target.dtype}; {got}"
-        )
-    if len(logits) == 1 and target.shape not in ((), (1,)):
-        raise ValueError(f"for logits (C) the target must be one class index, {got}")
-
-
-def _check_class_weight(weight: Tensor | None, C: int) -> None:
-    if weight is not None and weight.shape != (C,):
-        raise RuntimeError(
-            f"weight tensor should be defined either for all {C} classes or no classes, got a "
-            f"weight of shape {tuple(weight.shape)}"
-        )
 
 
 def _indices(
@@ -672,11 +565,11 @@ def _indices(
     input: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Class indices y as the target p e_y + q of each row that is kept, and the mean's divisor."""
-    _check_class_weight(weight, C)
-    if weight is not None and weight.dtype != input.dtype and not _is_autocast(input):
+    check.class_weight(weight, C)
+    if weight is not None and weight.dtype != input.dtype and not is_autocast(input):
         raise RuntimeError(f"expected weight of type {input.dtype}, as input, got {weight.dtype}")
     y, keep = kernels.class_indices(target, C, -100 if ignore_index is None else ignore_index)
-    dtype = _wide(input[..., :0]).dtype
+    dtype = wide_type(input.dtype)
     ones = torch.ones((C,), dtype=dtype, device=input.device)
     w = ones if weight is None else weight.to(dtype)
     w_y = keep.to(dtype) if weight is None else w[y].masked_fill(~keep, 0)
@@ -694,14 +587,14 @@ def _probabilities(
     dtype: torch.dtype,
 ) -> tuple[Tensor, torch.dtype]:
     """Probabilities, smoothed and weighted, as the target of F13; and the loss's dtype."""
-    _check_class_weight(weight, C)
+    check.class_weight(weight, C)
     dtype = torch.promote_types(dtype, target.dtype)
-    t = _wide(target)
+    t = wide(target)
     if label_smoothing:
         t = t * (1 - label_smoothing) + label_smoothing / max(C, 1)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
-        t = t * _wide(weight).view(-1, *[1] * (t.dim() - 1 - dim))
+        t = t * wide(weight).view(-1, *[1] * (t.dim() - 1 - dim))
     return t, dtype
 
 
@@ -719,53 +612,13 @@ def _per_example(
             f"{name} needs input and target of one shape, got {tuple(input.shape)} and "
             f"{tuple(target.shape)}"
         )
-    reduction = _reduction(reduction)
-    axes = _axes(input, dim)
-    dtype, input, target = _for_loss(torch.promote_types(input.dtype, target.dtype), input, target)
+    reduction = check.reduction(reduction)
+    axes = check.axes(input, dim)
+    dtype, input, target = for_loss(torch.promote_types(input.dtype, target.dtype), input, target)
     last = tuple(range(-len(axes), 0))
     input, target = input.movedim(axes, last), target.movedim(axes, last)
     c = apply(input, target, len(axes))
     return _reduced(c.squeeze(last) if axes else c, reduction).to(dtype)
-
-
-def _axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
-    """Axes counted from the front; none for a tensor that has none, which `dim` calls -1 or 0."""
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
-    rank = max(x.dim(), 1)
-    for d in dims:
-        if not -rank <= d < rank:
-            raise IndexError(
-                f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but "
-                f"got {d})"
-            )
-    axes = tuple(d % rank for d in dims)
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"dim names an axis twice: {dims}")
-    return axes if x.dim() else ()
-
-
-def _reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
-    """The reduction's name, checked; the deprecated arguments override it, as in PyTorch."""
-    if size_average is not None or reduce is not None:
-        mean = size_average is None or size_average
-        summed = reduce is None or reduce
-        reduction = "none" if not summed else "mean" if mean else "sum"
-        warnings.warn(
-            "size_average and reduce args will be deprecated, please use "
-            f"reduction='{reduction}' instead.",
-            stacklevel=4,
-        )
-    if reduction == "elementwise_mean":
-        warnings.warn(
-            "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.",
-            stacklevel=4,
-        )
-        reduction = "mean"
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(
-            f"{reduction} is not a valid value for reduction: use 'none', 'mean' or 'sum'"
-        )
-    return reduction
 
 
 def _reduced(c: Tensor, reduction: str, n: Tensor | None = None) -> Tensor:
@@ -777,42 +630,3 @@ def _reduced(c: Tensor, reduction: str, n: Tensor | None = None) -> Tensor:
     if n is None:
         n = torch.full((), c.numel(), dtype=c.dtype, device=c.device)
     return formulas.Cost.of(c, n)
-
-
-def _number(x: Tensor) -> Tensor:
-    """bool as integers, which can be subtracted."""
-    return x.int() if x.dtype == torch.bool else x
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _is_autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
-
-
-def _for_product(*tensors: Tensor | None) -> list[Any]:
-    """Operands of a product: in autocast's type where it is on; float64 is left alone."""
-    first = tensors[0]
-    assert first is not None
-    if not _is_autocast(first):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return [
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    ]
-
-
-def _for_loss(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The loss's dtype and operands: under autocast what is half becomes float32."""
-    first = tensors[0]
-    assert first is not None
-    if not _is_autocast(first):
-        return dtype, *tensors
-    half = (torch.float16, torch.bfloat16)
-    return (
-        torch.float32 if dtype in half else dtype,
-        *(x.float() if x is not None and x.dtype in half else x for x in tensors),
-    )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from torch_nnmath._precision import wide
+
 
 class _TangentRule:
     """`Function.jvp`: the formula's `tangent`, out of sight of Dynamo.
@@ -120,11 +122,6 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
     if not torch.compiler.is_compiling():
         ctx.save_for_forward(*tensors)
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precision as float32, in which sums and products of several factors are taken."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def rounded_once(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath.formulas._formula import Formula, save, total, wide
+from torch_nnmath._precision import wide
+from torch_nnmath.formulas._formula import Formula, save, total
 
 
 class CategoricalCrossEntropy(Formula):

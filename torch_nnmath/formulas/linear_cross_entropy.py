@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath.formulas._formula import KernelFormula, save, wide
+from torch_nnmath._precision import wide
+from torch_nnmath.formulas._formula import KernelFormula, save
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, dot, kept, less_target, sum_of
 from torch_nnmath.formulas.softmax import LogSoftmax

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_nnmath.formulas._formula import Formula, save, summed, total, wide
+from torch_nnmath._precision import wide
+from torch_nnmath.formulas._formula import Formula, save, summed, total
 
 
 class SquaredError(Formula):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_nnmath._precision import wide_type
 from torch_nnmath.kernels._library import operator
 
 BLOCK_BYTES = 16 * 2**20  # of logits in float32; each block reads all of W and adds to all of dW
@@ -26,7 +27,7 @@ BLOCK_BYTES = 16 * 2**20  # of logits in float32; each block reads all of W and 
     "head(Tensor? gamma, Tensor x, Tensor W, Tensor? b, Tensor? y, Tensor? p, Tensor? t,"
     " Tensor? keep, float base, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda gamma, x, W, b, y, p, t, keep, base, wants: (
-        x.new_empty(x.shape[:1], dtype=_wide(x.dtype)),
+        x.new_empty(x.shape[:1], dtype=wide_type(x.dtype)),
         *_results(x, W, t, wants),
     ),
 )
@@ -43,7 +44,7 @@ def head(
     wants: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """c of each row, and the gradients of Σ γ c in x, W, b, p, t that `wants` names."""
-    c = x.new_empty(x.shape[:1], dtype=_wide(x.dtype))
+    c = x.new_empty(x.shape[:1], dtype=wide_type(x.dtype))
     dx, dW, db, dp, dt = _results(x, W, t, wants)
     dW, db = dW.to(c.dtype), db.to(c.dtype)
 
@@ -140,17 +141,13 @@ def head_second(
     return rho, hx, hW.to(W.dtype), hb.to(W.dtype), hp, ht
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def _results(x: Tensor, W: Tensor, t: Tensor | None, wants: Sequence[bool]) -> tuple[Tensor, ...]:
     """Memory for a gradient in x, W, b, p, t each; an empty tensor for one that is not wanted."""
 
     def zeros(wanted: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return x.new_zeros(shape if wanted else (0,), dtype=dtype)
 
-    wide = _wide(x.dtype)
+    wide = wide_type(x.dtype)
     return (
         zeros(wants[0], x.shape, x.dtype),
         zeros(wants[1], W.shape, W.dtype),
@@ -237,7 +234,7 @@ def _blocks(
 ) -> Iterator[_Block]:
     """Blocks of equal size, of whole groups of 32 rows, within BLOCK_BYTES where 32 rows are."""
     N, C = x.shape[0], W.shape[0]
-    W, b = W.to(_wide(W.dtype)), None if b is None else b.to(_wide(b.dtype))
+    W, b = W.to(wide_type(W.dtype)), None if b is None else b.to(wide_type(b.dtype))
     most = max(BLOCK_BYTES // (4 * max(C, 1)) // 32, 1) * 32
     size = math.ceil(N / max(math.ceil(N / most), 1) / 32) * 32
     for start in range(0, N, max(size, 1)):

@@ -1,0 +1,162 @@
+"""What the public functions ask of their arguments: PyTorch's exception types, and what to do."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_nnmath._precision import is_autocast
+
+
+def real(**tensors: Any) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        if x.is_complex():
+            raise TypeError(
+                f"{name} is complex ({x.dtype}): these formulas are real; pass its real and "
+                "imaginary parts as two features"
+            )
+
+
+def given(**optional: Any) -> dict[str, Any]:
+    """The arguments that are not None."""
+    return {name: x for name, x in optional.items() if x is not None}
+
+
+def writable(x: Tensor) -> None:
+    """Before anything is written: autograd would say so too, but only after our forward."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return
+    if x.is_leaf or (x._base is not None and x._base.is_leaf and x._base.requires_grad):
+        raise RuntimeError(
+            f"a {'' if x.is_leaf else 'view of a '}leaf Variable of shape {tuple(x.shape)} that "
+            "requires grad is being used in an in-place operation"
+        )
+
+
+def floating(**tensors: Tensor) -> None:
+    real(**tensors)
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}: cast it")
+
+
+def base(base: float) -> None:
+    if not (0 < base < math.inf and base != 1):
+        raise ValueError(f"base must be positive, finite and not 1, got {base}")
+
+
+def smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+
+
+def shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def product(
+    name: str, input: Tensor, weight: Tensor, bias: Tensor | None, dims: tuple[int, ...] | None
+) -> None:
+    if dims is not None and weight.dim() not in dims:
+        raise RuntimeError(
+            f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape "
+            f"{tuple(weight.shape)}"
+        )
+    if input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"an input of shape {tuple(input.shape)} does not fit {name} of shape "
+            f"{tuple(weight.shape)}: their last axes, the features, must be equal"
+        )
+    dtypes = [x.dtype for x in (input, weight, bias) if x is not None]
+    if len(set(dtypes)) > 1 and not is_autocast(input):
+        raise RuntimeError(
+            f"input, {name} and bias must have one dtype, got {', '.join(map(str, dtypes))}: cast "
+            "them, or use torch.autocast"
+        )
+
+
+def probabilities(target: Tensor, ignore_index: int) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            "Expected floating point type for target with class probabilities, got "
+            f"{target.dtype}; its shape {tuple(target.shape)} is that of the logits"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+
+
+def indices(logits: Sequence[int], target: Tensor) -> None:
+    """The shape of class indices against that of logits, (C) or (N, C, d_1, ...); their dtype."""
+    got = f"got logits {tuple(logits)} and target {tuple(target.shape)}"
+    if len(logits) > 1:
+        if target.shape[:1] != tuple(logits[:1]):
+            raise ValueError(f"Expected input batch_size to match target batch_size, {got}")
+        if target.shape[1:] != tuple(logits[2:]):
+            raise RuntimeError(
+                f"Expected target size {(logits[0], *logits[2:])} for class indices, or that of "
+                f"the logits for probabilities, {got}"
+            )
+    elif target.dim() > 1:
+        raise RuntimeError(f"for logits (C) the target must be one class index, {got}")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(
+            f"expected target dtype to be Long or Byte, but got {target.dtype}; {got}"
+        )
+    if len(logits) == 1 and target.shape not in ((), (1,)):
+        raise ValueError(f"for logits (C) the target must be one class index, {got}")
+
+
+def class_weight(weight: Tensor | None, C: int) -> None:
+    if weight is not None and weight.shape != (C,):
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {C} classes or no classes, got a "
+            f"weight of shape {tuple(weight.shape)}"
+        )
+
+
+def axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
+    """Axes counted from the front; none for a tensor that has none, which `dim` calls -1 or 0."""
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    rank = max(x.dim(), 1)
+    for d in dims:
+        if not -rank <= d < rank:
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but "
+                f"got {d})"
+            )
+    axes = tuple(d % rank for d in dims)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"dim names an axis twice: {dims}")
+    return axes if x.dim() else ()
+
+
+def reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
+    """The reduction's name, checked; the deprecated arguments override it, as in PyTorch."""
+    if size_average is not None or reduce is not None:
+        mean = size_average is None or size_average
+        summed = reduce is None or reduce
+        reduction = "none" if not summed else "mean" if mean else "sum"
+        warnings.warn(
+            "size_average and reduce args will be deprecated, please use "
+            f"reduction='{reduction}' instead.",
+            stacklevel=4,
+        )
+    if reduction == "elementwise_mean":
+        warnings.warn(
+            "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.",
+            stacklevel=4,
+        )
+        reduction = "mean"
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(
+            f"{reduction} is not a valid value for reduction: use 'none', 'mean' or 'sum'"
+        )
+    return reduction
