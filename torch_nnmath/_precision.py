@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +28,13 @@ def number(x: Tensor) -> Tensor:
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    return torch.is_autocast_enabled(x.device.type)
+    device = x.device.type  # there is none for meta
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Where products taken in float32 stay so; for x's device."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
 def for_product(*tensors: Tensor | None) -> list[Any]:

@@ -594,7 +594,7 @@ def _probabilities(
         t = t * (1 - label_smoothing) + label_smoothing / max(C, 1)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
-        t = t * wide(weight).view(-1, *[1] * (t.dim() - 1 - dim))
+        t = formulas.Weighted.of(t, wide(weight).view(-1, *[1] * (t.dim() - 1 - dim)))
     return t, dtype
 
 

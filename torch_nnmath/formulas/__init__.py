@@ -3,7 +3,7 @@
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.categorical_cross_entropy import CategoricalCrossEntropy
 from torch_nnmath.formulas.cost import Cost
-from torch_nnmath.formulas.cross_entropy import CrossEntropy
+from torch_nnmath.formulas.cross_entropy import CrossEntropy, Weighted
 from torch_nnmath.formulas.feedforward import ACTIVATIONS, Feedforward
 from torch_nnmath.formulas.linear_cross_entropy import LinearCrossEntropy
 from torch_nnmath.formulas.relu import ReLU, relu_
@@ -28,6 +28,7 @@ __all__ = [
     "Softmax",
     "SquaredError",
     "Tanh",
+    "Weighted",
     "relu_",
     "softmax_jacobian",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,16 @@ class _Primals:
 
     @property
     def saved_tensors(self) -> tuple[Tensor | None, ...]:
-        saved = self._ctx.saved_tensors
-        return tuple(x if x is None else forward_ad.unpack_dual(x).primal for x in saved)
+        return tuple(x if x is None else _primal(x) for x in self._ctx.saved_tensors)
+
+
+def _primal(x: Tensor) -> Tensor:
+    """x without its tangent; also a batch, which PyTorch's `unpack_dual` does not take."""
+    functorch = torch._C._functorch  # there is no public way to look into a batch
+    if not functorch.is_batchedtensor(x):
+        return forward_ad.unpack_dual(x).primal
+    dim, level = functorch.maybe_get_bdim(x), functorch.maybe_get_level(x)
+    return functorch._add_batch_dim(_primal(functorch.get_unwrapped(x)), dim, level)
 
 
 class Formula(Function):
@@ -66,13 +74,17 @@ class Formula(Function):
 
     @classmethod
     def of(cls, *inputs: Any) -> Any:
-        """The formula's value: `apply`, save where a compiler traces a transform.
+        """The formula's value: `apply`, save where a compiler traces.
 
-        There Dynamo cannot carry a Function (its vmap raises, its gradient may miss an input), so
-        that PyTorch differentiates what it can trace: `in_the_open`.
+        Inside a transform Dynamo cannot carry a Function (its vmap raises, its gradient may miss an
+        input), so that PyTorch differentiates what it can trace: `in_the_open`. Where no gradient
+        is wanted Dynamo calls `forward`, but miscounts its arguments if it takes `*inputs`.
         """
-        if torch.compiler.is_compiling() and is_transformed():
-            return cls.in_the_open(*inputs)
+        if torch.compiler.is_compiling():
+            if is_transformed():
+                return cls.in_the_open(*inputs)
+            if not torch.is_grad_enabled() or not any(map(_requires_grad, inputs)):
+                return cls.forward(*inputs)
         return cls.apply(*inputs)
 
     @classmethod
@@ -107,6 +119,10 @@ class KernelFormula(Formula):
         return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
 
 
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
 def _select(x: Any, dim: Any, i: int) -> Any:
     return x.select(dim, i) if isinstance(x, Tensor) else x
 
@@ -117,9 +133,9 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Saves for backward, and for the tangent rule (of which Dynamo knows nothing)."""
-    ctx.save_for_backward(*tensors)
+def save(ctx: Any, *tensors: Tensor | None, backward: Sequence[Tensor | None] = ()) -> None:
+    """Saves for backward, where it may need less, and for the tangent, unknown to Dynamo."""
+    ctx.save_for_backward(*(backward or tensors))
     if not torch.compiler.is_compiling():
         ctx.save_for_forward(*tensors)
 

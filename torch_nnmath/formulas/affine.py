@@ -24,7 +24,8 @@ class Affine(Formula):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, z: Tensor) -> None:
         x, W, b = inputs
-        save(ctx, x, W)
+        wants_x, wants_W, _ = ctx.needs_input_grad
+        save(ctx, x, W, backward=(x if wants_W else None, W if wants_x else None))
         ctx.b_shape = None if b is None else b.shape
 
     @staticmethod
@@ -40,13 +41,13 @@ class Affine(Formula):
 
 
 def affine_gradients(
-    dz: Tensor, x: Tensor, W: Tensor, b_shape: Sequence[int] | None, wants: Sequence[bool]
+    dz: Tensor, x: Any, W: Any, b_shape: Any, wants: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """F8: (Δ W, Δᵀ X, Σ_rows Δ), those that are wanted."""
-    rows = tuple(range(x.dim() - 1))
+    rows = tuple(range(dz.dim() - 1))
     dx = dz @ W if wants[0] else None
     dW = torch.tensordot(dz, x, dims=(rows, rows)) if wants[1] else None
-    db = dz.sum_to_size(b_shape) if wants[2] and b_shape is not None else None
+    db = dz.sum_to_size(b_shape) if wants[2] else None
     return dx, dW, db
 
 

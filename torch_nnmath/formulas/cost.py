@@ -22,17 +22,17 @@ class Cost(Formula):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, C: Tensor) -> None:
         c, n = inputs
-        ctx.shape, ctx.n = c.shape, None if isinstance(n, Tensor) else n
-        save(ctx, C, n if isinstance(n, Tensor) else None)
+        ctx.n = None if isinstance(n, Tensor) else n
+        save(ctx, c, n if isinstance(n, Tensor) else None)  # not C, which users divide in place
 
     @staticmethod
     def backward(ctx: Any, dC: Tensor) -> Any:
-        C, n = ctx.saved_tensors
+        c, n = ctx.saved_tensors
         dc = dC / (ctx.n if n is None else n)
-        return dc.expand(ctx.shape), -dc * C if ctx.needs_input_grad[1] else None
+        return dc.expand(c.shape), -dc * (c.sum() / n) if ctx.needs_input_grad[1] else None
 
     @staticmethod
     def tangent(ctx: Any, dc: Tensor | None, dn: Tensor | None) -> Tensor:
-        C, n = ctx.saved_tensors
-        change = total(None if dc is None else dc.sum(), None if dn is None else -C * dn)
+        c, n = ctx.saved_tensors
+        change = total(None if dc is None else dc.sum(), None if dn is None else -c.sum() / n * dn)
         return change / (ctx.n if n is None else n)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, save
+from torch_nnmath.formulas._formula import Formula, save, total
 from torch_nnmath.formulas.softmax import LogSoftmax
 
 
@@ -66,14 +66,41 @@ class CrossEntropy(Formula):
         return kept(keep, dc) / math.log(ctx.base)
 
 
+class Weighted(Formula):
+    r"""w ∘ t, the target of F13 with class weights w; the derivatives of what is 0 stay 0.
+
+    t (*, n, *), w broadcasting to it: where t is 0 and a logit -inf, dc/dw is 0, not 0 inf.
+    """
+
+    @staticmethod
+    def forward(t: Tensor, w: Tensor) -> Tensor:
+        return t * w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        save(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        t, w = ctx.saved_tensors
+        dt = exact(w, g) if ctx.needs_input_grad[0] else None
+        dw = exact(t, g).sum_to_size(w.shape) if ctx.needs_input_grad[1] else None
+        return dt, dw
+
+    @staticmethod
+    def tangent(ctx: Any, dt: Tensor | None, dw: Tensor | None) -> Tensor:
+        t, w = ctx.saved_tensors
+        return total(None if dt is None else w * dt, None if dw is None else t * dw)
+
+
 def kept(keep: Tensor | None, x: Tensor) -> Tensor:
     """x, 0 where it is ignored."""
     return x if keep is None else x.masked_fill(~keep, 0)
 
 
 def exact(t: Tensor, v: Tensor) -> Tensor:
-    """t v, and 0 where t is 0 and v is -inf."""
-    return t * v.masked_fill((t == 0) & (v == -math.inf), 0)
+    """t v, and 0 where t is 0 and v infinite."""
+    return t * v.masked_fill((t == 0) & v.isinf(), 0)
 
 
 def dot(v: Tensor, p: Tensor | None, t: Tensor | None, y: Tensor | None, dim: int) -> Tensor:

@@ -57,40 +57,44 @@ class Feedforward(Formula):
         weights, biases = halves(parameters)
         ctx.b_shapes = [None if b is None else b.shape for b in biases]
         ctx.set_materialize_grads(False)
-        save(ctx, x, *weights, *outputs)
+        # an identity's product does not read its output, which may then be changed in place
+        read = outputs[:-1] if ctx.activations[-1] == "identity" else outputs
+        save(ctx, *weights, x, *read)
 
     @staticmethod
     def backward(ctx: Any, *das: Tensor | None) -> Any:
-        x, *saved = ctx.saved_tensors
-        weights, outputs = halves(saved)
+        weights, a = weights_and_activations(ctx)
         wants_weights, wants_biases = halves(ctx.needs_input_grad[2:])
         dWs: list[Tensor | None] = [None] * len(weights)
         dbs: list[Tensor | None] = [None] * len(weights)
         dx = None  # (W^{l+1})ᵀ δ^{l+1}: what the layer above sends down
         for l in reversed(range(len(weights))):
+            wants_below = ctx.needs_input_grad[1] or any((*wants_weights[:l], *wants_biases[:l]))
+            wants = (wants_below, wants_weights[l], wants_biases[l])
             da = total(dx, das[l])
-            if da is None:
-                continue
-            dz = ACTIVATIONS[ctx.activations[l]].product(outputs[l], da)
-            below = outputs[l - 1] if l else x
-            wants = (l > 0 or ctx.needs_input_grad[1], wants_weights[l], wants_biases[l])
-            dx, dWs[l], dbs[l] = affine_gradients(dz, below, weights[l], ctx.b_shapes[l], wants)
+            if da is not None and any(wants):
+                dz = ACTIVATIONS[ctx.activations[l]].product(a[l + 1], da)
+                dx, dWs[l], dbs[l] = affine_gradients(dz, a[l], weights[l], ctx.b_shapes[l], wants)
         return None, dx, *dWs, *dbs
 
     @staticmethod
     def tangent(ctx: Any, _: None, dx: Tensor | None, *dparameters: Tensor | None) -> Any:
-        x, *saved = ctx.saved_tensors
-        weights, outputs = halves(saved)
+        weights, a = weights_and_activations(ctx)
         dWs, dbs = halves(dparameters)
-        tangents = []
-        below, da = x, dx
+        tangents, da = [], dx
         for l, W in enumerate(weights):
+            shape = (*a[l].shape[:-1], W.shape[0])
             if any(d is not None for d in (da, dWs[l], dbs[l])):
-                dz = affine_tangent(below, W, da, dWs[l], dbs[l]).expand_as(outputs[l])
-                da = ACTIVATIONS[ctx.activations[l]].product(outputs[l], dz)
-            tangents.append(torch.zeros_like(outputs[l]) if da is None else da)
-            below = outputs[l]
+                dz = affine_tangent(a[l], W, da, dWs[l], dbs[l]).expand(shape)
+                da = ACTIVATIONS[ctx.activations[l]].product(a[l + 1], dz)
+            tangents.append(a[l].new_zeros(shape) if da is None else da)
         return tuple(tangents)
+
+
+def weights_and_activations(ctx: Any) -> tuple[Any, Any]:
+    """W^1 .. W^L, and a^0 = x, a^1 .. a^L (None for one that nothing reads)."""
+    count = len(ctx.activations)
+    return ctx.saved_tensors[:count], (*ctx.saved_tensors[count:], None)
 
 
 def halves(items: Any) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath._precision import wide
+from torch_nnmath._precision import wide, without_autocast
 from torch_nnmath.formulas._formula import KernelFormula, save
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, dot, kept, less_target, sum_of
@@ -125,18 +125,21 @@ class HeadSecond(KernelFormula):
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         f = InTheOpen(ctx, [c is not None for c in cotangents])
         wanted = [i for i in f.present if ctx.needs_input_grad[i]]
-        _, pull = vjp(f.of(wanted), *(f.tensors[i] for i in wanted))
-        found = dict(zip(wanted, pull(tuple(c for c in cotangents if c is not None)), strict=True))
+        with without_autocast(f.tensors[0]):
+            _, pull = vjp(f.of(wanted), *(f.tensors[i] for i in wanted))
+            gradients = pull(tuple(c for c in cotangents if c is not None))
+        found = dict(zip(wanted, gradients, strict=True))
         return *(found.get(i) for i in range(11)), None, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> Any:
         f = InTheOpen(ctx, (True, *ctx.wants))
         moved = [i for i in f.present if tangents[i] is not None]
-        values, pull = vjp(f.of(moved), *(f.tensors[i] for i in moved))
-        # pull is linear, so its own pullback is the tangent map
-        _, push = vjp(lambda c: pull(c), tuple(torch.zeros_like(v) for v in values))
-        (changes,) = push(tuple(tangents[i] for i in moved))
+        with without_autocast(f.tensors[0]):
+            values, pull = vjp(f.of(moved), *(f.tensors[i] for i in moved))
+            # pull is linear, so its own pullback is the tangent map
+            _, push = vjp(lambda c: pull(c), tuple(torch.zeros_like(v) for v in values))
+            (changes,) = push(tuple(tangents[i] for i in moved))
         found = iter(changes)
         return tuple(next(found) if there else None for there in (True, *ctx.wants))
 

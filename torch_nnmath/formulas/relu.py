@@ -30,8 +30,30 @@ class ReLU(Formula):
 
     @staticmethod
     def product(a: Tensor, v: Tensor) -> Tensor:
-        """J v = v where a > 0, else 0; exactly 0 also where v is not finite."""
+        """J v = v where a > 0, else 0."""
+        return ReLUProduct.apply(a, v)
+
+
+class ReLUProduct(Formula):
+    r"""F2: J v = v where a > 0, else 0, also where v is not finite;  in a: 0, in v: J."""
+
+    @staticmethod
+    def forward(a: Tensor, v: Tensor) -> Tensor:
         return v.masked_fill(a <= 0, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, product: Tensor) -> None:
+        save(ctx, inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> Any:
+        (a,) = ctx.saved_tensors
+        return torch.zeros_like(a), ReLUProduct.apply(a, u)
+
+    @staticmethod
+    def tangent(ctx: Any, da: Tensor | None, dv: Tensor | None) -> Tensor:
+        (a,) = ctx.saved_tensors
+        return torch.zeros_like(a) if dv is None else ReLUProduct.apply(a, dv)
 
 
 class ReLUInPlace(ReLU):

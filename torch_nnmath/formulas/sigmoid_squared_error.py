@@ -39,7 +39,7 @@ class SigmoidSquaredError(Formula):
     def tangent(ctx: Any, dz: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
         z, t = ctx.saved_tensors
         a, slope = sigmoid_and_slope(wide(z))
-        change = total(None if dz is None else slope * dz, None if dt is None else -dt)
+        change = total(None if dz is None else slope * dz, None if dt is None else -wide(dt))
         return summed((a - wide(t)) * change, ctx.axes)
 
 

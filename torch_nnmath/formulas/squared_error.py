@@ -35,5 +35,5 @@ class SquaredError(Formula):
     @staticmethod
     def tangent(ctx: Any, da: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
         a, t = ctx.saved_tensors
-        change = total(da, None if dt is None else -dt)
+        change = total(None if da is None else wide(da), None if dt is None else -wide(dt))
         return ctx.scale * summed((wide(a) - wide(t)) * change, ctx.axes)

@@ -1,6 +1,6 @@
 """The arithmetic made fast, as operators of `torch.library`; none has a derivative of its own.
 
-Each name is called by a formula, below autograd.
+Each is called below autograd: `class_indices` by a public function, the others by the head.
 """
 
 from torch_nnmath.kernels.blocked import head, head_second

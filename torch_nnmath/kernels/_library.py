@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_nnmath._precision import without_autocast
+
 LIBRARY = torch.library.Library("torch_nnmath", "DEF")
 
 
@@ -21,15 +23,12 @@ def operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[...
 
     def register(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
-        def without_autocast(*args: Any) -> Any:
-            device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-            if not torch.is_autocast_enabled(device):
-                return function(*args)
-            with torch.autocast(device, enabled=False):
+        def as_it_is(*args: Any) -> Any:
+            with without_autocast(next(arg for arg in args if isinstance(arg, Tensor))):
                 return function(*args)
 
         LIBRARY.define(signature)
-        LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, as_it_is, "CompositeExplicitAutograd")
         torch.library.register_fake(f"torch_nnmath::{name}", fake, lib=LIBRARY)
         return getattr(torch.ops.torch_nnmath, name).default
 

@@ -50,7 +50,7 @@ def head(
 
     def add(block: _Block) -> None:
         rows, X, l, target = block.rows, block.x, block.log_softmax(), block.target
-        c[rows] = block.kept(target.dot(l)).squeeze(1) / -math.log(base)
+        c[rows] = block.kept(target.dot(l) / -math.log(base)).squeeze(1)
         if gamma is None:
             return
         g = block.kept(gamma[rows, None]) / math.log(base)
@@ -61,7 +61,7 @@ def head(
         if any(wants[:3]):
             delta = target.subtracted_from(l.exp_().mul_(target.total())).mul_(g)
             if wants[0]:
-                dx[rows] = (delta @ block.W).to(dx.dtype)
+                dx[rows] = block.kept_(delta @ block.W).to(dx.dtype)
             if wants[1]:
                 dW.addmm_(delta.T, X)
             if wants[2]:
@@ -128,7 +128,8 @@ def head_second(
             delta = target.subtracted_from(a.mul_(target.total())).mul_(g)
             if wants[0]:
                 of_rows = Q @ block.W
-                hx[rows] = (of_rows if V is None else of_rows.addmm_(delta, V)).to(hx.dtype)
+                of_rows = of_rows if V is None else of_rows.addmm_(delta, V)
+                hx[rows] = block.kept_(of_rows).to(hx.dtype)
             if wants[1]:
                 hW.addmm_(Q.T, X)
                 if U is not None:

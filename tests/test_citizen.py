@@ -1,0 +1,228 @@
+"""What users do around a formula: transforms over batches, compilers, autocast, edits in place."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import jvp, vmap
+
+from torch_nnmath import formulas, nn
+from torch_nnmath import functional as F
+from torch_nnmath.catalog import CATALOG
+
+SAMPLES = [
+    pytest.param(sample, id=f"{row.name}: {sample.name or 'plain'}")
+    for row in CATALOG
+    for sample in row.samples
+]
+Y = torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_forward_mode_over_vmap(sample):
+    """Batching beneath a level of forward mode, of torch.func and of forward_ad."""
+    members = [tuple(x.detach() for x in sample.draw(seed)) for seed in range(2)]
+    inputs = tuple(torch.stack(xs) for xs in zip(*members, strict=True))
+    tangents = tuple(x.cos() for x in inputs)
+    batched = vmap(sample.call)
+    want = torch.stack(
+        [
+            jvp(sample.call, member, tuple(t[i] for t in tangents))[1]
+            for i, member in enumerate(members)
+        ]
+    )
+    torch.testing.assert_close(jvp(batched, inputs, tangents)[1], want)
+    with forward_ad.dual_level():
+        duals = (forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True))
+        torch.testing.assert_close(forward_ad.unpack_dual(batched(*duals)).tangent, want)
+    if sample.name == "in place":
+        return  # PyTorch changes nothing in place at two levels of forward mode
+
+    def second(call, at, along):
+        return jvp(lambda *x: jvp(call, x, along)[1], at, along)[1]
+
+    each = [second(sample.call, m, tuple(t[i] for t in tangents)) for i, m in enumerate(members)]
+    torch.testing.assert_close(second(batched, inputs, tangents), torch.stack(each))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_compiled(sample, backend):
+    """One graph, with gradients and without, and inside transforms."""
+    torch._dynamo.reset()
+    inputs = sample.draw()
+    plain = tuple(x.detach() for x in inputs)
+
+    def scalar(*xs):
+        out = sample.call(*xs)
+        return (out * torch.arange(1, out.numel() + 1, dtype=out.dtype).view_as(out)).sum()
+
+    def compiled(f):
+        return torch.compile(f, backend=backend, fullgraph=True)
+
+    want = torch.autograd.grad(scalar(*inputs), inputs)
+    got = torch.autograd.grad(compiled(scalar)(*inputs), inputs)
+    torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(sample.call)(*plain), sample.call(*plain))
+    places = tuple(range(len(plain)))
+    gradient = compiled(lambda *xs: torch.func.grad(scalar, places)(*xs))
+    torch.testing.assert_close(gradient(*plain), want)
+    tangent = compiled(lambda *xs: jvp(sample.call, xs, plain)[1])
+    torch.testing.assert_close(tangent(*plain), jvp(sample.call, plain, plain)[1])
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_exported(sample):
+    class Module(torch.nn.Module):
+        def forward(self, *inputs):
+            return sample.call(*inputs)
+
+    plain = tuple(x.detach() for x in sample.draw())
+    for strict in (False, True):
+        program = torch.export.export(Module(), plain, strict=strict)
+        torch.testing.assert_close(program.module()(*plain), sample.call(*plain))
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_meta_device(sample):
+    inputs = [x.detach().to("meta").requires_grad_() for x in sample.draw()]
+    out = sample.call(*inputs)
+    assert out.device.type == "meta"
+    assert out.shape == sample.call(*sample.draw()).shape
+    gradients = torch.autograd.grad(out.sum(), inputs)
+    assert [g.shape for g in gradients] == [x.shape for x in inputs]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: F.cross_entropy(x, Y),
+        lambda x: F.cross_entropy(x, Y, reduction="sum"),
+        lambda x: F.mse_loss(x, x.detach() + 1),
+        lambda x: F.squared_error(x, x.detach() + 1),
+        lambda x: F.linear_cross_entropy(x, torch.eye(3), Y),
+        lambda x: F.categorical_cross_entropy(x.softmax(-1), Y),
+    ],
+)
+def test_a_loss_may_be_divided_in_place(loss):
+    x = torch.randn(4, 3, requires_grad=True)
+    (want,) = torch.autograd.grad(loss(x) / 4, x)
+    divided = loss(x)
+    divided /= 4
+    torch.testing.assert_close(torch.autograd.grad(divided, x)[0], want)
+
+
+def test_only_what_backward_reads_is_saved():
+    x, W = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3)
+    z = F.linear(x, W)
+    with torch.no_grad():
+        x.add_(1)  # W is frozen: nothing reads x
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], W.sum(0).expand(2, 3))
+    features = torch.randn(2, 3)
+    W.requires_grad_()
+    z = F.linear(features, W)
+    with torch.no_grad():
+        W.add_(1)  # the features are data: nothing reads W
+    torch.testing.assert_close(
+        torch.autograd.grad(z.sum(), W)[0], features.sum(0).expand(4, 3), rtol=1e-6, atol=1e-6
+    )
+    y = nn.Feedforward((3, 4, 2), output_activation="identity")(features)
+    y += 1
+    y.sum().backward()
+
+
+def test_what_backward_reads_may_not_be_edited():
+    x, W = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    z = F.linear(x, W)
+    with torch.no_grad():
+        W.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_gradients_of_frozen_layers_are_not_computed():
+    """A network of which only the last layer learns costs one product in backward."""
+    net = nn.Feedforward((3, 4, 4, 2), dtype=torch.float64)
+    for parameter in net.layers[:2].parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    out = net(x)
+    with torch.profiler.profile() as profile:
+        out.sum().backward()
+    products = [e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm")]
+    assert sum(products) == 1
+    hidden = net(x).detach()
+    assert hidden.shape == (5, 2)
+    assert net.layers[0].weight.grad is None
+    delta = out.detach() * (1 - out.detach())
+    below = torch.sigmoid(x @ net.layers[0].weight.T + net.layers[0].bias)
+    below = torch.sigmoid(below @ net.layers[1].weight.T + net.layers[1].bias)
+    torch.testing.assert_close(net.layers[2].weight.grad, delta.T @ below)
+
+
+@pytest.mark.parametrize("z", [1e-12, 1e-8, 1e-5, 1e-3, 3.0])
+def test_the_second_derivative_of_tanh_near_0(z):
+    z = torch.tensor(z, dtype=torch.float32, requires_grad=True)
+    (g,) = torch.autograd.grad(F.tanh(z), z, create_graph=True)
+    (h,) = torch.autograd.grad(g, z)
+    a = torch.tanh(z.detach().double())
+    torch.testing.assert_close(h.double(), -2 * a * (1 - a * a), rtol=1e-5, atol=0)
+
+
+def test_relu_has_a_second_derivative_of_0():
+    x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    (g,) = torch.autograd.grad((F.relu(x) * x.detach()).sum(), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), x)
+    assert torch.equal(h, torch.zeros(3))
+
+
+def test_third_order_of_the_head_inside_autocast():
+    x, W = torch.randn(4, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+
+    def third(loss, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            (g,) = torch.autograd.grad(loss, W, create_graph=True)
+            (h,) = torch.autograd.grad((g * g.detach().cos()).sum(), W, create_graph=True)
+            return torch.autograd.grad((h * h.detach().cos()).sum(), (x, W))
+
+    loss = F.linear_cross_entropy(x, W, Y)
+    torch.testing.assert_close(third(loss, True), third(loss, False), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_forbidden_class_of_weight_or_target_0_leaves_no_nan(head):
+    z = torch.tensor([[0.0, 1.0, -math.inf]], dtype=torch.float64)
+
+    def loss(t, w):
+        if head:
+            eye, bias = torch.zeros(3, 1).double(), z[0]
+            x = torch.zeros(1, 1).double()
+            return F.linear_cross_entropy(x, eye, t, linear_bias=bias, weight=w)
+        return F.cross_entropy(z, t, w)
+
+    l = z.log_softmax(-1)[0]
+    t, w = torch.tensor([[0.5, 0.5, 0.0]]).double(), torch.ones(3).double().requires_grad_()
+    (dw,) = torch.autograd.grad(loss(t, w), w)
+    torch.testing.assert_close(dw, torch.tensor([-0.5 * l[0], -0.5 * l[1], 0.0]).double())
+    t, w = t.requires_grad_(), torch.tensor([1.0, 1.0, 0.0]).double()
+    (dt,) = torch.autograd.grad(loss(t, w), t)
+    torch.testing.assert_close(dt, torch.tensor([[-l[0], -l[1], 0.0]]).double())
+
+
+def test_an_ignored_row_is_clean_beside_an_infinite_weight():
+    x = torch.randn(2, 3, requires_grad=True)
+    W = torch.randn(4, 3)
+    W[2] = math.inf
+    loss = F.linear_cross_entropy(x, W, torch.tensor([0, -100]), reduction="sum")
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert torch.equal(dx[1], torch.zeros(3))
+    none = F.linear_cross_entropy(x, W, torch.tensor([0, -100]), reduction="none")
+    assert math.copysign(1, none[1].item()) == 1
+
+
+def test_the_derivative_of_a_product_of_class_weights():
+    t, w = (torch.rand(2, 3).double().requires_grad_(), torch.rand(1, 3).double().requires_grad_())
+    assert torch.autograd.gradcheck(formulas.Weighted.apply, (t, w), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(formulas.Weighted.apply, (t, w))
