@@ -17,7 +17,7 @@ over the same batches. What to see:
     python examples/digits.py
     python examples/digits.py --hidden 128 --seed 1 --accelerator gpu
 
-It needs `pip install torch-nnmath[examples]`, and takes well under a minute on two cores.
+It needs `pip install ".[examples]"`, and takes well under a minute on two cores.
 """
 
 from __future__ import annotations
