@@ -48,7 +48,7 @@ class ReLUProduct(Formula):
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:
         (a,) = ctx.saved_tensors
-        return torch.zeros_like(a), ReLUProduct.apply(a, u)
+        return None, ReLUProduct.apply(a, u)
 
     @staticmethod
     def tangent(ctx: Any, da: Tensor | None, dv: Tensor | None) -> Tensor:
