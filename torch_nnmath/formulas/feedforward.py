@@ -72,7 +72,7 @@ class Feedforward(Formula):
             wants_below = ctx.needs_input_grad[1] or any((*wants_weights[:l], *wants_biases[:l]))
             wants = (wants_below, wants_weights[l], wants_biases[l])
             da = total(dx, das[l])
-            if da is not None and any(wants):
+            if da is not None:
                 dz = ACTIVATIONS[ctx.activations[l]].product(a[l + 1], da)
                 dx, dWs[l], dbs[l] = affine_gradients(dz, a[l], weights[l], ctx.b_shapes[l], wants)
         return None, dx, *dWs, *dbs
