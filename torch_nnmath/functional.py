@@ -204,7 +204,7 @@ def mse_loss(
     Raises:
         ValueError: for an unknown reduction, or a weight of another shape.
         RuntimeError: if input and target do not broadcast.
-        NotImplementedError: if input and target are both integers.
+        NotImplementedError: if input and target are both integers, and no weight is given.
         TypeError: if an argument is complex or no tensor.
 
     >>> mse_loss(torch.tensor([1., 2.]), torch.tensor([1., 4.]))
@@ -238,8 +238,7 @@ def mse_loss(
         return loss.to(dtype) if dtype.is_floating_point or reduction != "mean" else loss
     axes = 0 if reduction == "none" else input.dim()
     c = formulas.SquaredError.of(input, target, axes, 2.0)
-    count = torch.full((), input.numel(), dtype=c.dtype, device=c.device)
-    return _reduced(c, reduction, count).to(dtype)
+    return _reduced(c, reduction, input.numel()).to(dtype)
 
 
 @_public
@@ -381,8 +380,7 @@ def cross_entropy(
     if input.shape == target.shape:
         t, dtype = _probabilities(target, weight, label_smoothing, dim, C, dtype)
         c = formulas.CrossEntropy.of(input, None, t, None, None, dim, base).squeeze(dim)
-        count = torch.full((), c.numel() if C else 0, dtype=c.dtype, device=c.device)
-        return _reduced(c, reduction, count).to(dtype)
+        return _reduced(c, reduction, c.numel() if C else 0).to(dtype)
     check.indices(input.shape, target)
     if input.dim() == 1:
         target = target.reshape(())
@@ -480,7 +478,7 @@ def linear_cross_entropy(
         t, dtype = _probabilities(target, weight, label_smoothing, len(batch), C, dtype)
         t = t.reshape(N, C, positions).to(loss_type)
         columns: list[Any] = [(None, t[..., d], None, None) for d in range(positions)]
-        count = torch.full((), N * positions if C else 0, dtype=loss_type, device=x.device)
+        count: Any = N * positions if C else 0
     else:
         if len(batch) > 1:
             if target.shape != batch:
@@ -621,12 +619,12 @@ def _per_example(
     return _reduced(c.squeeze(last) if axes else c, reduction).to(dtype)
 
 
-def _reduced(c: Tensor, reduction: str, n: Tensor | None = None) -> Tensor:
+def _reduced(c: Tensor, reduction: str, n: Tensor | int | None = None) -> Tensor:
     """F3: the losses, their sum, or their sum over n, by default their number."""
     if reduction == "none":
         return c
     if reduction == "sum":
         return formulas.Cost.of(c, 1.0)
-    if n is None:
-        n = torch.full((), c.numel(), dtype=c.dtype, device=c.device)
+    if not isinstance(n, Tensor):  # 0 examples too: their mean is nan
+        n = torch.full((), c.numel() if n is None else n, dtype=c.dtype, device=c.device)
     return formulas.Cost.of(c, n)
