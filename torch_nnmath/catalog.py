@@ -16,23 +16,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_nnmath import formulas, reference
+from torch_nnmath import formulas, nn, reference
 from torch_nnmath import functional as F
 from torch_nnmath.reference import Form, Forms
 
-EXAMPLES = 3  # in a batch
+EXAMPLES = 5  # in a batch: unlike the other sizes, so that it can be told from them
+CLASSES = 3
 
 
 class Input(NamedTuple):
     """An input of one example, or one that all examples share."""
 
     shape: tuple[int, ...]
-    kind: Literal["real", "signed", "positive"] = "real"  # signed: away from 0
+    # signed: away from 0; class: an index; label: the same, and the first example's is ignored
+    kind: Literal["real", "signed", "positive", "class", "label"] = "real"
     shared: bool = False
 
     def draw(self, rng: np.random.Generator) -> np.ndarray[Any, Any]:
         """Random numbers, for a batch of examples unless shared."""
         shape = self.shape if self.shared else (EXAMPLES, *self.shape)
+        if self.kind in ("class", "label"):
+            y = rng.integers(0, CLASSES, shape)
+            if self.kind == "label":
+                y[0] = -100
+            return y
         if self.kind == "positive":
             return rng.uniform(0.2, 1.2, shape)
         if self.kind == "signed":
@@ -42,17 +49,21 @@ class Input(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A call and its differentiable inputs: a batch of examples goes in, a value each comes out."""
+    """A call and its inputs.
+
+    A batch of examples goes in, a value each or their mean comes out; if all inputs are shared,
+    they are one example.
+    """
 
     call: Callable[..., Tensor]
     inputs: Mapping[str, Input]
     name: str = ""
 
     def draw(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, ...]:
-        """float64 tensors that require gradients, one for each input."""
+        """A tensor for each input: float64 that requires gradients, or class indices."""
         rng = np.random.default_rng(seed)
         drawn = (torch.tensor(i.draw(rng), device=device) for i in self.inputs.values())
-        return tuple(x.requires_grad_() for x in drawn)
+        return tuple(x.requires_grad_(x.is_floating_point()) for x in drawn)
 
 
 @dataclass(frozen=True)
@@ -81,29 +92,16 @@ def _layer(n_in: int, n_out: int, tag: str = "") -> dict[str, Input]:
     return {f"W{tag}": Input((n_out, n_in), shared=True), f"b{tag}": Input((n_out,), shared=True)}
 
 
-def _indices(*y: int) -> Tensor:
-    return torch.tensor(y)
+def _each(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    return partial(loss, reduction="none", **options)
 
 
-def _loss(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    return partial(function, **{"reduction": "none", **options})
-
-
-def _with_indices(function: Callable[..., Tensor], y: Tensor, **options: Any) -> Any:
-    """A loss of everything but its target, which is y."""
+def _weighted(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """A loss whose last input is its weight."""
 
     def call(*inputs: Tensor) -> Tensor:
-        return _loss(function, **options)(*inputs, y.to(inputs[0].device))
-
-    return call
-
-
-def _with_class_weight(function: Callable[..., Tensor], y: Tensor, **options: Any) -> Any:
-    """The same; the last input is the class weight."""
-
-    def call(*inputs: Tensor) -> Tensor:
-        *first, w = inputs
-        return _with_indices(function, y, weight=w, **options)(*first)
+        *others, w = inputs
+        return loss(*others, weight=w, **options)
 
     return call
 
@@ -114,9 +112,15 @@ def _head(x: Tensor, W: Tensor, *rest: Tensor, **options: Any) -> Tensor:
     return F.linear_cross_entropy(x, W, t, linear_bias=bias[0] if bias else None, **options)
 
 
-def _costs(c: Tensor) -> Tensor:
-    """The cost of each row of losses."""
-    return torch.stack([formulas.Cost.of(row, row.new_tensor(len(row))) for row in c])
+def _module(kind: Callable[..., torch.nn.Module], *sizes: int, **options: Any) -> torch.nn.Module:
+    """A module in float64, always with the same parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(*sizes, **options).double()
+
+
+def _mean(c: Tensor) -> Tensor:
+    return formulas.Cost.of(c, torch.full((), c.shape[0], dtype=c.dtype, device=c.device))
 
 
 def _network(x: Tensor, *parameters: Tensor, **options: str) -> Tensor:
@@ -138,11 +142,11 @@ def _flat(form: Form) -> Form:
     return Form(rule)
 
 
-_Y = _indices(2, 0, 1)
-_IGNORED = _indices(2, -100, 1)
-_LOGITS = {"z": _vector(3)}
-_HEAD = {"x": _vector(2), **_layer(2, 3)}
-_CLASS_WEIGHT = {"w": Input((3,), "positive", shared=True)}
+_LOGITS = {"z": _vector(CLASSES)}
+_PROBABILITIES = {"t": _vector(CLASSES, "positive")}
+_LABELS = {"y": Input((), "label")}
+_HEAD = {"x": _vector(2), **_layer(2, CLASSES)}
+_CLASS_WEIGHT = {"w": Input((CLASSES,), "positive", shared=True)}
 _NETWORK = {"x": _vector(3), **_layer(3, 2, "1"), **_layer(2, 2, "2")}
 
 CATALOG: tuple[Row, ...] = (
@@ -157,6 +161,7 @@ CATALOG: tuple[Row, ...] = (
             Sample(
                 lambda x, W: F.linear(x, W), {"x": _vector(3), "W": _layer(3, 2)["W"]}, "no bias"
             ),
+            Sample(_module(nn.Linear, 3, 2), {"x": _vector(3)}, "module"),
         ),
         ("E3", "E4", "E12"),
     ),
@@ -166,7 +171,10 @@ CATALOG: tuple[Row, ...] = (
         "tanh",
         formulas.Tanh,
         reference.TANH,
-        (Sample(F.tanh, {"z": _vector(3)}),),
+        (
+            Sample(F.tanh, {"z": _vector(3)}),
+            Sample(nn.Tanh(), {"z": _vector(3)}, "module"),
+        ),
     ),
     Row(
         ("F2",),
@@ -177,6 +185,7 @@ CATALOG: tuple[Row, ...] = (
         (
             Sample(F.relu, {"z": _vector(4, "signed")}),
             Sample(lambda z: F.relu(z * 1, inplace=True), {"z": _vector(4, "signed")}, "in place"),
+            Sample(nn.ReLU(), {"z": _vector(4, "signed")}, "module"),
         ),
     ),
     Row(
@@ -185,7 +194,14 @@ CATALOG: tuple[Row, ...] = (
         "cost of a batch",
         formulas.Cost,
         reference.COST,
-        (Sample(_costs, {"c": _vector(4)}),),
+        (
+            Sample(_mean, {"c": Input((4,), shared=True)}),
+            Sample(
+                formulas.Cost.of,
+                {"c": Input((4,), shared=True), "n": Input((), "positive", shared=True)},
+                "total weight",
+            ),
+        ),
         ("E15",),
     ),
     Row(
@@ -195,10 +211,11 @@ CATALOG: tuple[Row, ...] = (
         formulas.SquaredError,
         reference.SQUARED_ERROR,
         (
-            Sample(_loss(F.squared_error), {"a": _vector(3), "t": _vector(3)}),
-            Sample(F.mse_loss, {"a": _vector(3), "t": _vector(3)}, "mean squared error"),
+            Sample(_each(F.squared_error), {"a": _vector(3), "t": _vector(3)}),
+            Sample(nn.SquaredErrorLoss(), {"a": _vector(3), "t": _vector(3)}, "module, mean"),
+            Sample(nn.MSELoss(), {"a": _vector(3), "t": _vector(3)}, "mean squared error"),
             Sample(
-                lambda a, t, w: F.mse_loss(a, t, weight=w),
+                _weighted(F.mse_loss),
                 {"a": _vector(3), "t": _vector(3), "w": _vector(3, "positive")},
                 "mean squared error, weighted",
             ),
@@ -213,13 +230,18 @@ CATALOG: tuple[Row, ...] = (
         reference.CATEGORICAL_CROSS_ENTROPY,
         (
             Sample(
-                _loss(F.categorical_cross_entropy, base=2),
-                {"a": _vector(3, "positive"), "t": _vector(3, "positive")},
+                _each(F.categorical_cross_entropy, base=2),
+                {"a": _vector(CLASSES, "positive"), **_PROBABILITIES},
             ),
             Sample(
-                _with_indices(F.categorical_cross_entropy, _Y),
-                {"a": _vector(3, "positive")},
+                _each(F.categorical_cross_entropy),
+                {"a": _vector(CLASSES, "positive"), "y": Input((), "class")},
                 "class indices",
+            ),
+            Sample(
+                nn.CategoricalCrossEntropyLoss(base=10),
+                {"a": _vector(CLASSES, "positive"), "y": Input((), "class")},
+                "module, class indices, mean",
             ),
         ),
         ("E8", "E16"),
@@ -231,7 +253,10 @@ CATALOG: tuple[Row, ...] = (
         "sigmoid",
         formulas.Sigmoid,
         reference.SIGMOID,
-        (Sample(F.sigmoid, {"z": _vector(3)}),),
+        (
+            Sample(F.sigmoid, {"z": _vector(3)}),
+            Sample(nn.Sigmoid(), {"z": _vector(3)}, "module"),
+        ),
         ("E14",),
     ),
     Row(
@@ -243,6 +268,7 @@ CATALOG: tuple[Row, ...] = (
         (
             Sample(partial(F.softmax, dim=-1), {"z": _vector(3)}),
             Sample(partial(F.softmax, dim=1), {"z": Input((3, 2))}, "middle axis"),
+            Sample(nn.Softmax(-1), {"z": _vector(3)}, "module"),
         ),
         ("E10", "E11"),
     ),
@@ -271,6 +297,11 @@ CATALOG: tuple[Row, ...] = (
                 {"z": Input((2, 2)), "t": Input((2, 2))},
                 "two axes, mean",
             ),
+            Sample(
+                nn.SigmoidSquaredErrorLoss(reduction="sum"),
+                {"z": _vector(2), "t": _vector(2)},
+                "module, sum",
+            ),
         ),
         ("E1", "E14"),
     ),
@@ -292,6 +323,7 @@ CATALOG: tuple[Row, ...] = (
                 _NETWORK,
                 "relu and identity",
             ),
+            Sample(_module(nn.Feedforward, (3, 2, 2)), {"x": _vector(3)}, "module"),
         ),
         ("E5", "E13"),
     ),
@@ -302,25 +334,24 @@ CATALOG: tuple[Row, ...] = (
         formulas.CrossEntropy,
         reference.CROSS_ENTROPY,
         (
-            Sample(_loss(F.cross_entropy, base=2), {**_LOGITS, "t": _vector(3, "positive")}),
-            Sample(_with_indices(F.cross_entropy, _IGNORED), _LOGITS, "class indices"),
+            Sample(_each(F.cross_entropy, base=2), {**_LOGITS, **_PROBABILITIES}),
+            Sample(_each(F.cross_entropy), {**_LOGITS, **_LABELS}, "class indices"),
             Sample(
-                _with_class_weight(
-                    F.cross_entropy, _IGNORED, label_smoothing=0.2, base=10, reduction="mean"
-                ),
-                {**_LOGITS, **_CLASS_WEIGHT},
+                _weighted(F.cross_entropy, label_smoothing=0.2, base=10),
+                {**_LOGITS, **_LABELS, **_CLASS_WEIGHT},
                 "indices, weights, smoothing, mean",
             ),
             Sample(
-                lambda z, t, w: F.cross_entropy(z, t, w, label_smoothing=0.2),
-                {**_LOGITS, "t": _vector(3, "positive"), **_CLASS_WEIGHT},
-                "probabilities, weights, smoothing",
+                _weighted(F.cross_entropy, label_smoothing=0.2, reduction="sum"),
+                {**_LOGITS, **_PROBABILITIES, **_CLASS_WEIGHT},
+                "probabilities, weights, smoothing, sum",
             ),
             Sample(
-                _with_indices(F.cross_entropy, torch.tensor([[2, 0], [1, -100], [2, 2]])),
-                {"z": Input((3, 2))},
-                "K-dimensional",
+                F.cross_entropy,
+                {"z": Input((CLASSES, 2)), "y": Input((2,), "label")},
+                "K-dimensional, mean",
             ),
+            Sample(nn.CrossEntropyLoss(), {**_LOGITS, **_LABELS}, "module, mean"),
         ),
         ("E6", "E7"),
         {"beta": 2},
@@ -332,27 +363,31 @@ CATALOG: tuple[Row, ...] = (
         formulas.LinearCrossEntropy,
         reference.LINEAR_CROSS_ENTROPY,
         (
-            Sample(_loss(_head, base=2), {**_HEAD, "t": _vector(3, "positive")}),
-            Sample(_with_indices(_head, _IGNORED), _HEAD, "class indices"),
+            Sample(_each(_head, base=2), {**_HEAD, **_PROBABILITIES}),
+            Sample(_each(_head), {**_HEAD, **_LABELS}, "class indices"),
             Sample(
-                _with_class_weight(_head, _IGNORED, label_smoothing=0.2, base=10, reduction="mean"),
-                {**_HEAD, **_CLASS_WEIGHT},
+                _weighted(_head, label_smoothing=0.2, base=10),
+                {**_HEAD, **_LABELS, **_CLASS_WEIGHT},
                 "indices, weights, smoothing, mean",
             ),
             Sample(
-                lambda x, W, t, w: _head(x, W, t, weight=w, label_smoothing=0.2),
-                {
-                    "x": _vector(2),
-                    "W": _HEAD["W"],
-                    "t": _vector(3, "positive"),
-                    **_CLASS_WEIGHT,
-                },
-                "probabilities, weights, smoothing, no bias",
+                _weighted(_head, label_smoothing=0.2, reduction="sum"),
+                {"x": _vector(2), "W": _HEAD["W"], **_PROBABILITIES, **_CLASS_WEIGHT},
+                "probabilities, weights, smoothing, no bias, sum",
             ),
             Sample(
-                _with_indices(_head, torch.tensor([[2, 0], [1, -100], [2, 2]])),
-                {"x": _vector(2), "W": Input((3, 2, 2), shared=True)},
-                "K-dimensional",
+                _head,
+                {
+                    "x": _vector(2),
+                    "W": Input((CLASSES, 2, 2), shared=True),
+                    "y": Input((2,), "label"),
+                },
+                "K-dimensional, mean",
+            ),
+            Sample(
+                _module(nn.LinearCrossEntropyLoss, 2, CLASSES),
+                {"x": _vector(2), **_LABELS},
+                "module, mean",
             ),
         ),
         ("E6", "E7"),

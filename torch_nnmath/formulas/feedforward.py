@@ -93,8 +93,9 @@ class Feedforward(Formula):
 
 def weights_and_activations(ctx: Any) -> tuple[Any, Any]:
     """W^1 .. W^L, and a^0 = x, a^1 .. a^L (None for one that nothing reads)."""
+    saved = ctx.saved_tensors  # read once: checkpointing makes them again for each reading
     count = len(ctx.activations)
-    return ctx.saved_tensors[:count], (*ctx.saved_tensors[count:], None)
+    return saved[:count], (*saved[count:], None)
 
 
 def halves(items: Any) -> tuple[Any, Any]:

@@ -1,0 +1,110 @@
+"""What the checker says: a verdict on each transform, together a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+
+class Verdict(StrEnum):
+    """What is said of a function under a transform."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    SILENT_ZERO = "silent zero"
+    RAISES = "raises"
+    WRITES = "writes its input"
+    CANNOT = "PyTorch cannot"
+    NOT_APPLICABLE = "not applicable"
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the function is to blame."""
+        return self not in (Verdict.RIGHT, Verdict.CANNOT, Verdict.NOT_APPLICABLE)
+
+
+class Finding(Exception):
+    """Raised by a transform's check where the function is not simply right."""
+
+    verdict = Verdict.RAISES
+
+
+class Wrong(Finding):
+    verdict = Verdict.WRONG
+
+
+class SilentZero(Finding):
+    verdict = Verdict.SILENT_ZERO
+
+
+class WritesInput(Finding):
+    verdict = Verdict.WRITES
+
+
+class NotApplicable(Finding):
+    verdict = Verdict.NOT_APPLICABLE
+
+
+@dataclass(frozen=True)
+class Row:
+    """A transform, the verdict, and its numbers, message or reason ("" where it is right)."""
+
+    transform: str
+    verdict: Verdict
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdicts on a function, a row for each transform."""
+
+    function: str
+    dtype: torch.dtype
+    rows: tuple[Row, ...]
+
+    @property
+    def right(self) -> bool:
+        """Whether no row is a fault of the function."""
+        return not any(row.verdict.is_fault for row in self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, transform: str) -> Row:
+        for row in self.rows:
+            if row.transform == transform:
+                return row
+        raise KeyError(transform)
+
+    def __str__(self) -> str:
+        width = max((len(row.transform) for row in self.rows), default=0)
+        lines = [f"{self.function}, {str(self.dtype).removeprefix('torch.')}"]
+        for row in self.rows:
+            line = f"{row.transform:{width}}  {row.verdict:16}  {shortened(row.detail, 120)}"
+            lines.append(line.rstrip())
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as a dict of plain values, for JSON."""
+        return {
+            "function": self.function,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "right": self.right,
+            "rows": [{**asdict(row), "verdict": str(row.verdict)} for row in self.rows],
+        }
+
+    def raise_on_failure(self) -> None:
+        """Raises AssertionError with the first row that is a fault of the function."""
+        for row in self.rows:
+            if row.verdict.is_fault:
+                message = f"{self.function}: {row.transform}: {row.verdict}"
+                raise AssertionError(f"{message}: {row.detail}" if row.detail else message)
+
+
+def shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
