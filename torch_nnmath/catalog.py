@@ -112,7 +112,7 @@ def _head(x: Tensor, W: Tensor, *rest: Tensor, **options: Any) -> Tensor:
     return F.linear_cross_entropy(x, W, t, linear_bias=bias[0] if bias else None, **options)
 
 
-def _module(kind: Callable[..., torch.nn.Module], *sizes: int, **options: Any) -> torch.nn.Module:
+def _module(kind: Callable[..., torch.nn.Module], *sizes: Any, **options: Any) -> torch.nn.Module:
     """A module in float64, always with the same parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -12,8 +12,9 @@ vmap      right
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.func import functional_call
 from torch_nnmath.testing import _compilers  # noqa: F401  (enters its transforms into the table)
 from torch_nnmath.testing._case import TOLERANCES, Case
 from torch_nnmath.testing._report import Finding, Report, Row, Verdict, shortened
-from torch_nnmath.testing._transforms import ALL, Transform
+from torch_nnmath.testing._transforms import ALL, Transform, autograd_functions
 
 __all__ = ["QUICK", "TRANSFORMS", "Report", "Row", "Verdict", "assert_right", "check"]
 
@@ -93,23 +94,42 @@ def assert_right(
 
 
 def _judge(transform: Transform, case: Case) -> tuple[Verdict, str]:
-    """The verdict; a fault that PyTorch's own operation has too is PyTorch's.
+    """The verdict; a fault that PyTorch's own has too is PyTorch's.
 
-    But to be wrong where PyTorch's own operation raises is a fault.
+    But to be silently wrong where PyTorch's own raises is a fault.
     """
     verdict, detail = _try(transform, case)
     if verdict.is_fault and verdict is not Verdict.WRITES:
-        own, why = _try(transform, case.control)
-        if own.is_fault and verdict in (own, Verdict.RAISES):
-            return Verdict.CANNOT, f"its own torch.sin: {own}: {why}"
+        for name, control in _controls(case):
+            own, why = _try(transform, case.control(control))
+            if own.is_fault and (verdict is Verdict.RAISES or own is not Verdict.RAISES):
+                return Verdict.CANNOT, f"{name}: {own}: {why}"
     return verdict, detail
+
+
+def _controls(case: Case) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """What is right wherever PyTorch can be.
+
+    Operations of its own (the derivative of one reads the input, that of the other something in
+    between) and, if the function is made of Functions with a `jvp`, one of those.
+    """
+    yield "its own sin", torch.sin
+    yield "its own exp and square", lambda x: x.exp().square()
+    try:
+        functions = [*autograd_functions(case.f(*case.leaves(watch=False)))]
+    except Exception:  # it has no value
+        return
+    if any(function.jvp is not torch.autograd.Function.jvp for function in functions):
+        yield "any Function with a jvp", Sine.apply
 
 
 def _try(transform: Transform, case: Case) -> tuple[Verdict, str]:
     verdict, detail = Verdict.RIGHT, ""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # what fails is said in the report
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's, on its way
+            warnings.simplefilter("ignore")
             case.prepare()
             transform.check(case)
     except Finding as finding:
@@ -117,6 +137,8 @@ def _try(transform: Transform, case: Case) -> tuple[Verdict, str]:
     except Exception as error:  # whatever a function raises is what is found
         message = " ".join(str(error).split())
         verdict, detail = Verdict.RAISES, f"{type(error).__name__}: {shortened(message, 400)}"
+    finally:
+        logging.disable(disabled)
     try:
         case.unwritten()
     except Finding as finding:
@@ -140,7 +162,7 @@ def _case(
     places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
     if not places and not (isinstance(function, torch.nn.Module) and [*function.parameters()]):
         places = [i for i, x in enumerate(given) if _is_real(x)]
-    module, names = None, ()
+    module, names = None, tuple[str, ...]()
     if isinstance(function, torch.nn.Module):
         module = copy.deepcopy(function).to(dtype)
         parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -163,6 +185,31 @@ def _case(
     )
 
 
+class Sine(torch.autograd.Function):
+    """A right Function, as PyTorch's documentation tells how to write one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, y: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return dy * x.cos()
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return dx * x.cos()
+
+
 def _as_function(
     function: Callable[..., Any], names: Sequence[str], dtype: torch.dtype
 ) -> Callable[..., Any]:
@@ -171,10 +218,13 @@ def _as_function(
         return function.apply
     if not isinstance(function, torch.nn.Module):
         return function
-    modules = {d: copy.deepcopy(function).to(d) for d in (dtype, torch.float32, torch.float64)}
+    modules = {}
+    for kind in (dtype, torch.float32, torch.float64):
+        module = copy.deepcopy(function).to(kind)
+        modules[kind, False], modules[kind, True] = module, copy.deepcopy(module).to("meta")
 
     def call(*inputs: Any) -> Any:
-        kind = next(x.dtype for x in inputs if _is_real(x))
+        kind = next((x.dtype, x.is_meta) for x in inputs if _is_real(x))
         parameters = dict(zip(names, inputs[: len(names)], strict=True))
         return functional_call(modules[kind], parameters, inputs[len(names) :])
 

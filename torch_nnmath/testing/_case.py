@@ -1,4 +1,4 @@
-"""A function at a point: how to call it, and the truth about it, found by numerical differentiation.
+"""A function at a point: how to call it, and the truth about it by numerical differentiation.
 
 The truth needs values only: those of the reference, or else of the function itself, in float64.
 """
@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from torch_nnmath.testing._report import NotApplicable, SilentZero, Wrong, WritesInput
+from torch_nnmath.testing._report import NotApplicable, SilentZero, WritesInput, Wrong
 
 # Relative to the largest entry of the truth, for the value and the derivatives of each order.
 TOLERANCES = {
@@ -52,6 +51,7 @@ class Case:
         self.parameters = tuple(parameters)  # of the module: the first inputs
         self.dtype = dtype
         self.referred = referred  # whether `exact` is a reference
+        self._size = 0.0  # the largest value that was met
         self._watched: list[tuple[str, Tensor, Tensor, int]] = []
 
     def at(self, inputs: Sequence[Any], **changes: Any) -> Case:
@@ -107,8 +107,8 @@ class Case:
         """Fresh differentiable inputs that require gradients; they may not be written."""
         xs = tuple(x.clone().requires_grad_() for x in self.points)
         if watch:
-            for i, x in zip(self.places, xs, strict=True):
-                self.watch(f"input {i}", x)
+            for name, x in zip(self.labels, xs, strict=True):
+                self.watch(name, x)
         return xs
 
     def watch(self, name: str, x: Tensor) -> Tensor:
@@ -125,6 +125,12 @@ class Case:
                 raise WritesInput(f"{name} was changed, by up to {off:.3g}")
             if x._version != version:
                 raise WritesInput(f"{name} was written in place (with the numbers that it had)")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the differentiable inputs are called."""
+        count = len(self.parameters)
+        return tuple(self.parameters[i] if i < count else f"input {i - count}" for i in self.places)
 
     # directions: upstream gradients and tangents, the same whenever they are asked for
 
@@ -151,7 +157,9 @@ class Case:
             arguments[place] = x
         arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments]
         with torch.no_grad():
-            return tuple(y.clone() for y in real_tensors(self.exact(*arguments)))
+            values = tuple(y.clone() for y in real_tensors(self.exact(*arguments)))
+        self._size = max(self._size, *map(_largest, values), 0.0)
+        return values
 
     @cached_property
     def outputs(self) -> Tensors:
@@ -200,14 +208,14 @@ class Case:
         """The gradient: the upstream gradients times the Jacobian."""
         rows = zip(upstream, self.jacobian, strict=True)
         products = [[u.double().flatten() @ J for J in row] for u, row in rows]
-        sums = [sum(parts) for parts in zip(*products, strict=True)]
-        return tuple(s.view(x.shape) for s, x in zip(sums, self.points, strict=True))
+        columns = zip(zip(*products, strict=True), self.points, strict=True)
+        return tuple(torch.stack(parts).sum(0).view(x.shape) for parts, x in columns)
 
     def pushed(self, tangents: Sequence[Tensor]) -> Tensors:
         """The tangent of each output: the Jacobian times the tangents."""
         flat = [t.double().flatten() for t in tangents]
         return tuple(
-            sum(J @ t for J, t in zip(row, flat, strict=True)).view(y.shape)
+            torch.stack([J @ t for J, t in zip(row, flat, strict=True)]).sum(0).view(y.shape)
             for row, y in zip(self.jacobian, self.outputs, strict=True)
         )
 
@@ -238,18 +246,23 @@ class Case:
 
     def allowed(self, truth: Tensor, order: int, step: float = 0.0) -> float:
         """How far from the truth a result may be: rounding of the truth, and of the result."""
-        size = max((_largest(y) for y in self.outputs), default=0.0)
-        noise = 50 * EPS * size / (step or STEPS[order] / 4) ** order if order else 0.0
+        noise = 50 * EPS * self._size / (step or STEPS[order] / 4) ** order if order else 0.0
         return TOLERANCES[self.dtype][order] * _largest(truth) + noise
 
     # comparing with it
 
     def compare(
-        self, got: Sequence[Tensor | None], truth: Sequence[Tensor], what: str, order: int = 1
+        self,
+        got: Sequence[Tensor | None],
+        truth: Sequence[Tensor],
+        what: str,
+        order: int = 1,
+        labels: Sequence[Any] | None = None,
     ) -> None:
-        """Raises a finding unless each tensor is its truth, and of the type that it ought to be."""
-        for i, (mine, exact) in enumerate(zip(got, truth, strict=True)):
-            name = what.format(i)
+        """Raises a finding unless each tensor is its truth; `what` says which, by its label."""
+        labels = labels or range(len(truth))
+        for label, mine, exact in zip(labels, got, truth, strict=True):
+            name = what.format(label)
             allowed = self.allowed(exact, order)
             silent = "no graph" if mine is None else "zeros"
             if mine is None or (mine.numel() and not mine.detach().any()):
@@ -273,10 +286,11 @@ class Case:
     def compare_gradient(
         self, got: Sequence[Tensor | None], upstream: Sequence[Tensor] | None = None
     ) -> None:
-        for i, g, x in zip(self.places, got, self.points, strict=True):
+        for label, g, x in zip(self.labels, got, self.points, strict=True):
             if g is not None and g.dtype != x.dtype:
-                raise Wrong(f"the gradient in input {i} is {g.dtype}, the input {x.dtype}")
-        self.compare(got, self.pulled(upstream or self.upstream), "the gradient in input {}")
+                raise Wrong(f"the gradient in {label} is {g.dtype}, and {label} {x.dtype}")
+        truth = self.pulled(upstream or self.upstream)
+        self.compare(got, truth, "the gradient in {}", labels=self.labels)
 
     def compare_tangent(
         self, got: Sequence[Tensor | None], tangents: Sequence[Tensor] | None = None
@@ -284,7 +298,7 @@ class Case:
         self.compare(got, self.pushed(tangents or self.tangents), "the tangent of output {}")
 
     def compare_second(self, got: Sequence[Tensor | None]) -> None:
-        self.compare(got, self.second, "the Hessian times a vector, in input {},", 2)
+        self.compare(got, self.second, "the Hessian times a vector, in {},", 2, self.labels)
 
     # other points
 
@@ -337,26 +351,33 @@ class Case:
         ]
 
     def _takes(self, inputs: Sequence[Any]) -> bool:
-        """Whether the function has a value there: what it takes, only it can tell."""
+        """Whether the function has a value there, of as many tensors: only it can tell."""
         try:
-            self.at(inputs).evaluate(*(inputs[i].double() for i in self.places))
-        except Exception:
+            values = self.at(inputs).evaluate(*(inputs[i].double() for i in self.places))
+        except Exception:  # whatever a function raises says no
             return False
-        return True
+        return len(values) == len(self.outputs)
 
     def to(self, dtype: torch.dtype) -> Case:
         """The case with its real inputs in another precision."""
         return self.at([x.to(dtype) if _is_real(x) else x for x in self.inputs], dtype=dtype)
 
-    @cached_property
-    def control(self) -> Case:
-        """An operation of PyTorch's own in the place of the function."""
-        places = self.places
+    def control(self, operation: Callable[[Tensor], Tensor]) -> Case:
+        """An operation on each differentiable input in the place of the function, at tame numbers.
+
+        It reads the other tensors too, so that a compiler meets as many.
+        """
+        places, others = self.places, sorted({*self.tensor_places} - {*self.places})
 
         def control(*inputs: Any) -> Any:
-            return tuple(torch.sin(inputs[i]) for i in places)
+            nothing = [0 * inputs[i].sum().to(inputs[places[0]].dtype) for i in others]
+            return tuple(sum(nothing, operation(inputs[i])) for i in places)
 
-        return Case(control, self.inputs, self.places, dtype=self.dtype)
+        inputs = [
+            _numbers(x, 301 + i).to(x.dtype) if _is_real(x) else x
+            for i, x in enumerate(self.inputs)
+        ]
+        return Case(control, inputs, self.places, dtype=self.dtype)
 
 
 def real_tensors(result: Any) -> Tensors:
