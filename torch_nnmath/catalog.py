@@ -7,6 +7,7 @@ the row are options that change the arithmetic; they are held to numerical diffe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,6 +65,17 @@ class Sample:
         rng = np.random.default_rng(seed)
         drawn = (torch.tensor(i.draw(rng), device=device) for i in self.inputs.values())
         return tuple(x.requires_grad_(x.is_floating_point()) for x in drawn)
+
+    def on(self, device: str) -> Callable[..., Tensor]:
+        """The call; a module is moved there."""
+        if isinstance(self.call, torch.nn.Module):
+            return copy.deepcopy(self.call).to(device)
+        return self.call
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether several examples go in."""
+        return not all(i.shared for i in self.inputs.values())
 
 
 @dataclass(frozen=True)
