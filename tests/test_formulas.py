@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import jacfwd, jacrev, vmap
+from torch.autograd import forward_ad
+from torch.func import jacfwd, jacrev, jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_nnmath import formulas, functional
+from torch_nnmath import formulas, functional, testing
 from torch_nnmath.catalog import CATALOG
-from torch_nnmath.verify import CHECKS
+from torch_nnmath.verify import BEYOND_PYTORCH, CHECKS, TRANSFORMS
 
 ROWS = [pytest.param(row, id=row.name) for row in CATALOG]
 SAMPLES = [
@@ -20,22 +20,25 @@ SAMPLES = [
 ]
 
 
+def drawn(sample):
+    """A sample's inputs, and those of them that are differentiable."""
+    inputs = sample.draw()
+    return inputs, [x for x in inputs if x.requires_grad]
+
+
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("check", [name for name in CHECKS if name != "batched"])
-def test_verification(row, check):
+@pytest.mark.parametrize("check", CHECKS)
+def test_reference(row, check):
     CHECKS[check](row, "cpu")
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_batched_derivatives(sample):
-    assert gradcheck(
-        sample.call,
-        sample.draw(),
-        check_forward_ad=True,
-        check_batched_grad=True,
-        check_batched_forward_grad=True,
-    )
-    assert gradgradcheck(sample.call, sample.draw(), check_batched_grad=True)
+def test_every_transform(sample):
+    """Every sample under every transform; what PyTorch cannot is what its own sin cannot."""
+    report = testing.check(sample.call, sample.draw(), transforms=TRANSFORMS)
+    assert report.right, report
+    cannot = {found.transform for found in report if found.verdict == testing.Verdict.CANNOT}
+    assert cannot <= set(BEYOND_PYTORCH), report
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -44,10 +47,13 @@ def test_orders_and_modes_agree(sample):
     # PyTorch changes nothing in place at two levels of forward mode, its own relu_ included
     most_forward = 1 if sample.name == "in place" else 3
     inputs = tuple(x.detach() for x in sample.draw())
-    directions = tuple(0.3 * torch.randn_like(x) for x in inputs)
+    directions = tuple(0.3 * torch.randn(x.shape).double() for x in inputs)
 
     def along(step):
-        moved = (x + step * d for x, d in zip(inputs, directions, strict=True))
+        moved = (
+            x + step * d if x.is_floating_point() else x
+            for x, d in zip(inputs, directions, strict=True)
+        )
         out = sample.call(*moved)
         return (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum()
 
@@ -75,19 +81,30 @@ def _third_derivative(f, h=2e-2):
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_vmap_over_everything(sample):
-    """vmap of a call, and of its Jacobian, is the call on each member."""
-    members = [tuple(x.detach() for x in sample.draw(seed)) for seed in range(3)]
-    stacked = tuple(torch.stack(xs) for xs in zip(*members, strict=True))
-    places = tuple(range(len(stacked)))
-    for function in (sample.call, jacrev(sample.call, places), jacfwd(sample.call, places)):
-        got = vmap(function)(*stacked)
-        want = [function(*member) for member in members]
-        if isinstance(got, tuple):
-            want = tuple(torch.stack(parts) for parts in zip(*want, strict=True))
+def test_reverse_over_dual_numbers(sample):
+    """The gradient of a tangent in leaves that require gradients, without `torch.func`."""
+    inputs, differentiable = drawn(sample)
+    tangents = [x.detach().cos() for x in differentiable]
+    with forward_ad.dual_level():
+        duals = iter(map(forward_ad.make_dual, differentiable, tangents))
+        out = sample.call(*(next(duals) if x.is_floating_point() else x for x in inputs))
+        tangent = forward_ad.unpack_dual(out).tangent
+        if tangent.requires_grad:
+            got = torch.autograd.grad(tangent.cos().sum(), differentiable, allow_unused=True)
         else:
-            want = torch.stack(want)
-        torch.testing.assert_close(got, want)
+            got = [None] * len(differentiable)
+
+    def along(*xs):
+        given = iter(xs)
+        arguments = (next(given) if x.is_floating_point() else x for x in inputs)
+        return sample.call(*arguments)
+
+    plain = tuple(x.detach() for x in differentiable)
+    want = torch.func.grad(
+        lambda *xs: jvp(along, xs, tuple(tangents))[1].cos().sum(), tuple(range(len(plain)))
+    )(*plain)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(torch.zeros_like(theirs) if mine is None else mine, theirs)
 
 
 def test_every_formula_of_the_document_is_in_the_catalog():
@@ -175,7 +192,7 @@ class Recorded(TorchDispatchMode):
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_no_derivative_kernel_of_pytorch_runs_at_any_order(sample):
-    inputs = sample.draw()
+    inputs, differentiable = drawn(sample)
     with Recorded() as recorded:
         derivative = sample.call(*inputs)
         for _ in range(3):
@@ -184,13 +201,16 @@ def test_no_derivative_kernel_of_pytorch_runs_at_any_order(sample):
                 [
                     g.flatten()
                     for g in torch.autograd.grad(
-                        total, inputs, create_graph=True, allow_unused=True
+                        total, differentiable, create_graph=True, allow_unused=True
                     )
                     if g is not None and g.requires_grad
                 ]
-                or [sum(x.sum() for x in inputs).reshape(1)]
+                or [sum(x.sum() for x in differentiable).reshape(1)]
             )
-        torch.func.jvp(sample.call, tuple(x.detach() for x in inputs), inputs)
+        with forward_ad.dual_level():
+            sample.call(
+                *(forward_ad.make_dual(x.detach(), x) if x.requires_grad else x for x in inputs)
+            )
     allowed = {"slice_backward", "select_backward"}  # views: they move numbers, they compute none
     kernels = {
         name

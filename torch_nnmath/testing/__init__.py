@@ -11,7 +11,6 @@ vmap      right
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from torch_nnmath.testing import _compilers  # noqa: F401  (enters its transforms into the table)
-from torch_nnmath.testing._case import TOLERANCES, Case
+from torch_nnmath.testing._case import TOLERANCES, Case, module_function
 from torch_nnmath.testing._report import Finding, Report, Row, Verdict, shortened
 from torch_nnmath.testing._transforms import ALL, Transform, autograd_functions
 
@@ -156,6 +154,8 @@ def _case(
 ) -> Case:
     if not callable(function):
         raise TypeError(f"function must be callable, not {type(function).__name__}")
+    if isinstance(function, type) and issubclass(function, torch.nn.Module):
+        raise TypeError(f"give an instance of {function.__name__}, not the class")
     given = []
     for x in inputs:
         if isinstance(x, Tensor) and x.is_complex():
@@ -166,7 +166,7 @@ def _case(
         places = [i for i, x in enumerate(given) if _is_real(x)]
     module, names = None, tuple[str, ...]()
     if isinstance(function, torch.nn.Module):
-        module = copy.deepcopy(function).to(dtype)
+        module = function
         parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         names = tuple(parameters)
         given = [*(_copy(p, dtype) for p in parameters.values()), *given]
@@ -220,17 +220,7 @@ def _as_function(
         return function.apply
     if not isinstance(function, torch.nn.Module):
         return function
-    modules = {}
-    for kind in (dtype, torch.float32, torch.float64):
-        module = copy.deepcopy(function).to(kind)
-        modules[kind, False], modules[kind, True] = module, copy.deepcopy(module).to("meta")
-
-    def call(*inputs: Any) -> Any:
-        kind = next((x.dtype, x.is_meta) for x in inputs if _is_real(x))
-        parameters = dict(zip(names, inputs[: len(names)], strict=True))
-        return functional_call(modules[kind], parameters, inputs[len(names) :])
-
-    return call
+    return module_function(function, names, (dtype, torch.float32, torch.float64))
 
 
 def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:

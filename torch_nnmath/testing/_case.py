@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from torch_nnmath.testing._report import NotApplicable, SilentZero, WritesInput, Wrong
 
@@ -378,6 +379,26 @@ class Case:
             for i, x in enumerate(self.inputs)
         ]
         return Case(control, inputs, self.places, dtype=self.dtype)
+
+
+def module_function(
+    module: torch.nn.Module, parameters: Sequence[str], dtypes: Sequence[torch.dtype]
+) -> Callable[..., Any]:
+    """A module as a function of some of its parameters and its inputs, in several precisions."""
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    others = {name: x.detach() for name, x in state.items() if name not in parameters}
+    states = {}
+    for dtype in dtypes:
+        there = {n: x.to(dtype, copy=True) if _is_real(x) else x.clone() for n, x in others.items()}
+        states[dtype, False] = there
+        states[dtype, True] = {n: x.to("meta") for n, x in there.items()}
+
+    def call(*inputs: Any) -> Any:
+        kind = next((x.dtype, x.is_meta) for x in inputs if _is_real(x))
+        given = dict(zip(parameters, inputs[: len(parameters)], strict=True))
+        return functional_call(module, {**states[kind], **given}, inputs[len(parameters) :])
+
+    return call
 
 
 def real_tensors(result: Any) -> Tensors:

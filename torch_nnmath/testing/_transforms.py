@@ -9,6 +9,7 @@ import copy
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.func import functional_call, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from torch_nnmath.testing._case import Case, Tensors, dot, real_tensors, same
+from torch_nnmath.testing._case import Case, Tensors, dot, module_function, real_tensors, same
 from torch_nnmath.testing._report import NotApplicable, Wrong
 
 
@@ -83,10 +84,10 @@ def types_of_gradients(case: Case) -> None:
     xs = case.leaves()
     outputs = case.f(*xs)
     faults: list[str] = []
-    for node in _nodes(outputs):
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            node.register_hook(lambda got, _, node=node: faults.extend(_mistyped(node, got)))
-    grad(case, outputs, xs)
+    with ExitStack() as stack:
+        for function in {*autograd_functions(outputs)}:
+            stack.enter_context(_recorded(function, faults))
+        grad(case, outputs, xs)
     if faults:
         raise Wrong(faults[0])
 
@@ -403,7 +404,8 @@ def vjp_(case: Case) -> None:
     """`torch.func.vjp`."""
     outputs, pull = vjp(case.f, *_data(case))  # type: ignore[misc]
     case.compare_value(outputs)
-    us = tuple(u.to(y.dtype) for u, y in zip(case.upstream, outputs, strict=True))
+    pairs = zip(case.upstream, outputs, strict=True)
+    us = tuple(case.watch("the upstream gradient", u.to(y.dtype, copy=True)) for u, y in pairs)
     case.compare_gradient(pull(us))
 
 
@@ -561,7 +563,7 @@ def grad(
 
     The upstream gradients may not be written.
     """
-    pairs = zip(outputs, upstream or case.upstream, strict=True)
+    pairs = zip(outputs, upstream or [u.clone() for u in case.upstream], strict=True)
     chosen = [(y, u.to(y.dtype)) for y, u in pairs if y.requires_grad]
     if not chosen:
         return [None] * len(xs)
@@ -617,7 +619,9 @@ def _data(case: Case) -> Tensors:
 
 
 def _tangents(case: Case) -> Tensors:
-    return tuple(t.to(x.dtype) for t, x in zip(case.tangents, case.points, strict=True))
+    """The tangents, which may not be written."""
+    rows = zip(case.labels, case.tangents, case.points, strict=True)
+    return tuple(case.watch(f"the tangent of {n}", t.to(x.dtype, copy=True)) for n, t, x in rows)
 
 
 def _duals(case: Case, xs: Sequence[Tensor], chosen: set[int] | None = None) -> Tensors:
@@ -690,15 +694,36 @@ def autograd_functions(outputs: Sequence[Tensor]) -> Iterator[Any]:
             yield node._forward_cls  # type: ignore[attr-defined]
 
 
-def _mistyped(node: Any, gradients: Sequence[Tensor | None]) -> Iterator[str]:
-    for i, (g, (following, k)) in enumerate(zip(gradients, node.next_functions, strict=True)):
-        if g is not None and following is not None:
-            expected = _metadata(following, k)
-            if expected is not None and g.dtype != expected:
-                yield f"{node.name()} returned {g.dtype} as gradient {i}, of a {expected} tensor"
+@contextmanager
+def _recorded(function: Any, faults: list[str]) -> Iterator[None]:
+    """Notes what is wrong with the types of what a Function's backward returns."""
+    name = "backward" if function.vjp is torch.autograd.Function.vjp else "vjp"
+    own, plain = function.__dict__.get(name), getattr(function, name)
+
+    def recording(ctx: Any, *upstream: Any) -> Any:
+        returned = plain(ctx, *upstream)
+        gradients = returned if isinstance(returned, tuple) else (returned,)
+        wanted = [g for g, n in zip(gradients, ctx.needs_input_grad, strict=False) if n]
+        edges = [(node, k) for node, k in ctx.next_functions if node is not None]
+        for g, edge in zip(wanted, edges, strict=True):
+            expected = _metadata(*edge)
+            if g is not None and g.dtype != expected:
+                what = f"{function.__name__}.{name}"
+                faults.append(f"{what} returns {g.dtype} for a tensor that is {expected}")
+        return returned
+
+    setattr(function, name, staticmethod(recording))
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(function, name)
+        else:
+            setattr(function, name, own)
 
 
-def _metadata(node: Any, k: int) -> torch.dtype | None:
+def _metadata(node: Any, k: int) -> torch.dtype:
+    """The type that a node takes in the place k."""
     variable = getattr(node, "variable", None)
     return node._input_metadata[k].dtype if variable is None else variable.dtype
 
@@ -754,12 +779,7 @@ def _copied(case: Case, duplicate: Callable[[torch.nn.Module], torch.nn.Module])
         raise Wrong("the copy has other parameters or buffers")
     if {id(p) for p in case.module.parameters()} & {id(p) for p in module.parameters()}:
         raise Wrong("the copy shares a parameter")
-    names = case.parameters
-
-    def function(*inputs: Any) -> Any:
-        parameters = dict(zip(names, inputs[: len(names)], strict=True))
-        return functional_call(module, parameters, inputs[len(names) :])
-
+    function = module_function(module, case.parameters, (case.dtype,))
     again = Case(function, case.inputs, case.places, exact=case.exact, dtype=case.dtype)
     xs = again.leaves()
     outputs = again.f(*xs)
