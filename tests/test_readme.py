@@ -20,7 +20,8 @@ def test_the_table_of_formulas_is_the_catalog():
 
 
 def test_links_lead_somewhere():
-    for page in (README, (ROOT / "docs" / "slips.md").read_text(encoding="utf-8")):
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    for page in (README, *pages):
         for link in re.findall(r"\]\(([^)#:]+)\)", page):
             assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
 

@@ -1,9 +1,11 @@
 """The command: what it prints, writes and returns, and that it notices what is broken."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +100,10 @@ def right(x):
     return x * 1
 
 
+def twice(x):
+    return 2 * x
+
+
 def inputs():
     return [torch.tensor([0.5, -1.0])]
 
@@ -111,14 +117,17 @@ def test_a_function_of_the_users(capsys, tmp_path):
     assert re.search(r"^gradient +right$", capsys.readouterr().out, re.M)
     path = tmp_path / "out.json"
     assert run("wrong", "--json", str(path)) == 1
+    printed = capsys.readouterr().out
     assert re.search(
-        r"^gradient +wrong +the gradient in input 0 is 2", capsys.readouterr().out, re.M
+        r"^gradient +wrong +the gradient in input 0 is 1\.\d+, the truth ", printed, re.M
     )
     written = json.loads(path.read_text())
     assert written["function"] == "wrong"
     assert [row["transform"] for row in written["rows"]] == list(testing.QUICK)
-    assert run("right", "--reference", f"{__name__}:wrong") == 1
-    assert re.search(r"^gradient +wrong +.* the truth 2", capsys.readouterr().out, re.M) is None
+    assert run("right", "--reference", f"{__name__}:wrong") == 0  # its value is right
+    assert re.search(r"^value +right$", capsys.readouterr().out, re.M)
+    assert run("right", "--reference", f"{__name__}:twice") == 1
+    assert re.search(r"^value +wrong +output 0 is -1, the truth -2$", capsys.readouterr().out, re.M)
 
 
 def test_the_command_runs_where_the_users_module_lies(tmp_path):
@@ -127,7 +136,14 @@ def test_the_command_runs_where_the_users_module_lies(tmp_path):
         "    return torch.ones(2)\n"
     )
     command = ["-m", "torch_nnmath", "verify", "mine:loss", "--inputs", "mine:inputs", "--quick"]
-    run = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("loss, float64\n")
 
