@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_nnmath import formulas, nn
 from torch_nnmath import functional as F
@@ -160,3 +161,30 @@ def test_the_derivative_of_a_product_of_class_weights():
     t, w = (torch.rand(2, 3).double().requires_grad_(), torch.rand(1, 3).double().requires_grad_())
     assert torch.autograd.gradcheck(formulas.Weighted.apply, (t, w), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(formulas.Weighted.apply, (t, w))
+
+
+@pytest.fixture
+def cuda_autocast():
+    """Autocast on for CUDA, whose tensors are fake where there is no device."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.float16)
+    try:
+        with FakeTensorMode():
+            yield lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_rule_of_autocast_for_cuda(cuda_autocast, dtype):
+    """PyTorch's lists: products in float16, softmax and losses in float32, float64 left alone."""
+    x, W, t = (cuda_autocast(*shape, dtype=dtype) for shape in ((4, 3), (5, 3), (4, 3)))
+    wide = torch.promote_types(dtype, torch.float32)
+    assert F.linear(x, W).dtype == (torch.float64 if dtype == torch.float64 else torch.float16)
+    assert F.softmax(x, -1).dtype == wide
+    assert F.cross_entropy(x, t).dtype == wide
+    assert F.mse_loss(x, t).dtype == wide
+    for elementwise in (F.sigmoid, F.tanh, F.relu):
+        assert elementwise(x).dtype == dtype
