@@ -233,8 +233,9 @@ def mse_loss(
     dtype, input, target, weight = for_loss(dtype, input, target, weight)
     input, target = torch.broadcast_tensors(number(input), number(target))
     if weight is not None:
-        c = formulas.SquaredError.of(input, target, 0, 2.0) * wide(weight)
-        loss = _reduced(c, reduction, wide(weight).sum())
+        weight = wide(weight)  # once: both of its gradients are added before they are rounded
+        c = formulas.SquaredError.of(input, target, 0, 2.0) * weight
+        loss = _reduced(c, reduction, weight.sum())
         return loss.to(dtype) if dtype.is_floating_point or reduction != "mean" else loss
     axes = 0 if reduction == "none" else input.dim()
     c = formulas.SquaredError.of(input, target, axes, 2.0)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide
 from torch_nnmath.formulas._formula import Formula, save, summed, total
-from torch_nnmath.formulas.sigmoid import Sigmoid
 
 
 class SigmoidSquaredError(Formula):
@@ -28,22 +28,38 @@ class SigmoidSquaredError(Formula):
 
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> Any:
-        z, t = ctx.saved_tensors
-        a, slope = sigmoid_and_slope(wide(z))
-        da = dc * (a - wide(t))
-        dz = (da * slope).to(z.dtype) if ctx.needs_input_grad[0] else None
-        dt = -da.to(t.dtype) if ctx.needs_input_grad[1] else None
+        saved = ctx.saved_tensors
+        z, t = map(wide, saved)
+        da = dc * (SigmoidOfInput.apply(z) - t)
+        dz = (da * slope(z)).to(saved[0].dtype) if ctx.needs_input_grad[0] else None
+        dt = -da.to(saved[1].dtype) if ctx.needs_input_grad[1] else None
         return dz, dt, None
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
-        z, t = ctx.saved_tensors
-        a, slope = sigmoid_and_slope(wide(z))
-        change = total(None if dz is None else slope * dz, None if dt is None else -wide(dt))
-        return summed((a - wide(t)) * change, ctx.axes)
+        z, t = map(wide, ctx.saved_tensors)
+        change = total(None if dz is None else slope(z) * dz, None if dt is None else -wide(dt))
+        return summed((SigmoidOfInput.apply(z) - t) * change, ctx.axes)
 
 
-def sigmoid_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
-    """σ(z) and σ(z) σ(-z), which is a (1 - a) without its cancellation at large z."""
-    a = Sigmoid.apply(z)
-    return a, a * Sigmoid.apply(-z)
+class SigmoidOfInput(Formula):
+    """F6 with its derivative at every order from z: da/dz = σ(z) σ(-z)."""
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return torch.sigmoid(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, a: Tensor) -> None:
+        save(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor) -> Tensor:
+        return da * slope(*ctx.saved_tensors)
+
+    tangent = backward  # the Jacobian is symmetric
+
+
+def slope(z: Tensor) -> Tensor:
+    """σ(z) σ(-z), which is a (1 - a) without its cancellation at large z."""
+    return SigmoidOfInput.apply(z) * SigmoidOfInput.apply(-z)
