@@ -523,6 +523,24 @@ def test_half_of_a_verdict_depends_on_which_inputs_are_differentiated():
     testing.assert_right(detached, [x.requires_grad_(), y], transforms=testing.QUICK)
 
 
+def test_of_a_module_parameters_and_inputs_are_differentiated():
+    class LosesItsInput(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    class LosesItsBias(nn.Linear):
+        def forward(self, x):
+            return plain.linear(x, self.weight, self.bias.detach())
+
+    for kind, label in ((LosesItsInput, "input 0"), (LosesItsBias, "bias")):
+        report = testing.check(kind(3, 2), [X], transforms=["gradient"])
+        assert report["gradient"].verdict == ZERO
+        assert f"the gradient in {label} is 0" in report["gradient"].detail
+    frozen = LosesItsBias(3, 2)
+    frozen.bias.requires_grad_(False)
+    testing.assert_right(frozen, [X], transforms=["gradient", "forward mode", "vmap(grad)"])
+
+
 def test_a_reference_gives_the_value_and_the_truth():
     def scaled(x):
         return 1.001 * x.square()

@@ -51,6 +51,7 @@ def check(
             of tensors.
         inputs: its positional arguments, tensors or not. Those that require gradients are
             differentiated; if none does, all tensors of real numbers are. They are not written.
+            A module's parameters are differentiated beside them, unless they are frozen.
         reference: a function of the same arguments with the right value; for a module, a module
             with parameters of the same names.
         transforms: names from `TRANSFORMS`, such as `QUICK`; all if None.
@@ -162,7 +163,7 @@ def _case(
             raise TypeError("complex inputs are not supported")
         given.append(_copy(x, dtype) if isinstance(x, Tensor) else x)
     places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
-    if not places and not (isinstance(function, torch.nn.Module) and [*function.parameters()]):
+    if not places:
         places = [i for i, x in enumerate(given) if _is_real(x)]
     module, names = None, tuple[str, ...]()
     if isinstance(function, torch.nn.Module):
