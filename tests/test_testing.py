@@ -404,6 +404,48 @@ def test_a_saved_intermediate_is_caught_at_second_order():
     assert report["second order"].detail.startswith("the Hessian times a vector, in input 0, is ")
 
 
+class SlightlyOff(Function):
+    """x³, its derivative of one order off by so much of itself."""
+
+    @staticmethod
+    def forward(x, errors):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, y):
+        x, ctx.errors = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        first, second, third = (1 + error for error in ctx.errors)
+        here = x.detach()
+        step = x - here
+        series = 3 * here**2 * first + 6 * here * second * step + 3 * third * step**2
+        return dy * series, None
+
+
+@pytest.mark.parametrize(
+    ("row", "place", "error"),
+    [("gradient", 0, 1e-7), ("second order", 1, 1e-5), ("third order", 2, 1e-3)],
+)
+def test_how_near_right_is(row, place, error):
+    """Ten times the tolerance is wrong, a tenth of it right."""
+    for size, right in ((error, False), (error / 100, True)):
+        errors = [0.0, 0.0, 0.0]
+        errors[place] = size
+        report = testing.check(SlightlyOff, [numbers(3), errors], transforms=[row])
+        assert report.right == right, report
+    reference = testing.check(
+        torch.sin,
+        numbers(3),
+        reference=lambda x: x.sin() * (1 + 1e-9),
+        transforms=["value"],
+    )
+    assert not reference.right
+
+
 def test_faults_of_compiled_code():
     def specialises(x):
         return sum(x[i] for i in range(x.shape[0]))
@@ -550,6 +592,8 @@ def test_a_reference_gives_the_value_and_the_truth():
     assert [row.verdict for row in alone] == [Verdict.NOT_APPLICABLE, Verdict.RIGHT]
     against = testing.check(scaled, x, reference=torch.square, transforms=["value", "gradient"])
     assert [row.verdict for row in against] == [WRONG, WRONG]
+    shaped = testing.check(lambda x: x[None], x, reference=lambda x: +x, transforms=["value"])
+    assert shaped["value"].detail == "output 0 has shape (1, 3), not (3,)"
     module, reference = nn.Linear(3, 2), nn.Linear(3, 2)
     assert testing.check(module, [X], reference=reference, transforms=["value", "gradient"]).right
     with pytest.raises(TypeError, match="reference of a module"):
