@@ -22,7 +22,7 @@ from torch_nnmath import testing
 from torch_nnmath.catalog import CATALOG, EXAMPLES, Input, Row, Sample
 from torch_nnmath.reference import Elementary, Form
 from torch_nnmath.testing import Report, Verdict
-from torch_nnmath.testing._report import Wrong, shortened
+from torch_nnmath.testing._report import Wrong, described, shortened
 
 SYMBOLIC = Elementary(
     exp=np.frompyfunc(sympy.exp, 1, 1),
@@ -284,8 +284,7 @@ def _found(check: Callable[[Row, str], None], row: Row, device: str) -> Found:
     except Wrong as wrong:
         return Verdict.WRONG, str(wrong)
     except Exception as error:  # whatever a broken formula raises is a finding
-        message = " ".join(str(error).split())
-        return Verdict.RAISES, f"{type(error).__name__}: {shortened(message, 400)}"
+        return Verdict.RAISES, described(error)
     return Verdict.RIGHT, ""
 
 

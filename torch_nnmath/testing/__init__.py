@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torch_nnmath.testing import _compilers  # noqa: F401  (enters its transforms into the table)
 from torch_nnmath.testing._case import TOLERANCES, Case, module_function
-from torch_nnmath.testing._report import Finding, Report, Row, Verdict, shortened
+from torch_nnmath.testing._report import Finding, Report, Row, Verdict, described
 from torch_nnmath.testing._transforms import ALL, Transform, autograd_functions
 
 __all__ = ["QUICK", "TRANSFORMS", "Report", "Row", "Verdict", "assert_right", "check"]
@@ -136,8 +136,7 @@ def _try(transform: Transform, case: Case) -> tuple[Verdict, str]:
     except Finding as finding:
         verdict, detail = finding.verdict, str(finding)
     except Exception as error:  # whatever a function raises is what is found
-        message = " ".join(str(error).split())
-        verdict, detail = Verdict.RAISES, f"{type(error).__name__}: {shortened(message, 400)}"
+        verdict, detail = Verdict.RAISES, described(error)
     finally:
         logging.disable(disabled)
     try:

@@ -112,6 +112,12 @@ class Case:
                 self.watch(name, x)
         return xs
 
+    def tensor_leaves(self) -> tuple[Tensors, Tensors]:
+        """Copies of all tensors; and those that are differentiable, which require gradients."""
+        tensors = tuple(x.clone() for x in self.tensors)
+        pairs = zip(self.tensor_places, tensors, strict=True)
+        return tensors, tuple(x.requires_grad_() for place, x in pairs if place in self.places)
+
     def watch(self, name: str, x: Tensor) -> Tensor:
         """Notes what x holds, for `unwritten`."""
         self._watched.append((name, x, x.detach().clone(), x._version))

@@ -164,9 +164,7 @@ def _graphs(f: Callable[..., Tensors], cases: Sequence[Case], check: bool) -> in
 
     compiled = _compile(f, backend)
     for case in cases:
-        tensors = [x.clone() for x in case.tensors]
-        pairs = zip(case.tensor_places, tensors, strict=True)
-        xs = [x.requires_grad_() for place, x in pairs if place in case.places]
+        tensors, xs = case.tensor_leaves()
         outputs = compiled(*tensors)
         if check:
             case.compare_value(outputs)
@@ -230,9 +228,7 @@ def _export(case: Case, strict: bool) -> None:
     )
     f = program.module()
     for each in points:
-        tensors = [x.clone() for x in each.tensors]
-        pairs = zip(each.tensor_places, tensors, strict=True)
-        xs = [x.requires_grad_() for place, x in pairs if place in each.places]
+        tensors, xs = each.tensor_leaves()
         outputs = real_tensors(f(*tensors))
         each.compare_value(outputs)
         each.compare_gradient(grad(each, outputs, xs))

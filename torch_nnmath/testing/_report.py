@@ -106,5 +106,11 @@ class Report:
                 raise AssertionError(f"{message}: {row.detail}" if row.detail else message)
 
 
+def described(error: Exception) -> str:
+    """An error's type and message, in a line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {shortened(message, 400)}"
+
+
 def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"

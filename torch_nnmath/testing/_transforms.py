@@ -177,11 +177,7 @@ def expanded_inputs(case: Case) -> None:
 def edited_before_backward(case: Case) -> None:
     """A tensor edited in place between forward and backward: an error, or no effect."""
     for edited in range(len(case.tensor_places) + len(case.outputs)):
-        tensors = [x.clone() for x in case.tensors]
-        xs = []
-        for place, x in zip(case.tensor_places, tensors, strict=True):
-            if place in case.places:
-                xs.append(x.requires_grad_())
+        tensors, xs = case.tensor_leaves()
         outputs = case.of_tensors(*tensors)
         target = [*tensors, *outputs][edited]
         try:
