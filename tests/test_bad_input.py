@@ -674,8 +674,9 @@ def test_good_calls_write_to_nothing(f, shapes, rest, row, dtype):
     given.check()
     before.check()
     results.check()
+    eps = torch.finfo(dtype).eps  # one is computed as it is written, the other in blocks
     for d, e in zip(first, again, strict=True):
-        assert torch.equal(d, e)
+        torch.testing.assert_close(d, e, rtol=4 * eps, atol=4 * eps, equal_nan=True)
 
     primals = [x.detach().clone() for x in leaves]
     tangents = [torch.rand_like(x) for x in leaves]

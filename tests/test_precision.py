@@ -41,7 +41,7 @@ plain = torch.nn.functional
 
 @pytest.fixture(autouse=True)
 def _60_digits_and_small_blocks(monkeypatch):
-    monkeypatch.setattr(blocked, "BLOCK_BYTES", 1)  # blocks of 32 rows
+    monkeypatch.setattr(blocked, "BLOCK_BYTES", (0, 1))  # blocks of 32 rows
     with mpmath.workdps(60), np.errstate(all="ignore"):  # an e may overflow where v does
         yield
 

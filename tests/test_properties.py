@@ -90,7 +90,7 @@ class Case:
     def blocks(self) -> Any:
         if self.block_bytes is None:
             return contextlib.nullcontext()
-        return mock.patch.object(HEAD, "BLOCK_BYTES", self.block_bytes)
+        return mock.patch.object(HEAD, "BLOCK_BYTES", (self.block_bytes,) * 2)
 
 
 class Numbers:
@@ -1013,7 +1013,7 @@ class Rows:
         return ours.linear_cross_entropy(x, W, target, linear_bias=b, **options)
 
     def in_blocks(self, block_bytes: int | None = None) -> Any:
-        return mock.patch.object(HEAD, "BLOCK_BYTES", block_bytes or self.block_bytes)
+        return mock.patch.object(HEAD, "BLOCK_BYTES", (block_bytes or self.block_bytes,) * 2)
 
     def parameters(self) -> list[Tensor]:
         return [self.W] if self.b is None else [self.W, self.b]

@@ -494,12 +494,16 @@ def linear_cross_entropy(
         )
         q = None if q is None else q.unsqueeze(0)
         columns = [(p[:, d], q, y[:, d], keep[:, d]) for d in range(positions)]
+    is_summed = reduction != "none"
+    of = formulas.sum_of_linear_cross_entropy if is_summed else formulas.LinearCrossEntropy.of
     c = [
-        formulas.LinearCrossEntropy.of(x, W[:, d], None if b is None else b[:, d], *column, base)
+        of(x, W[:, d], None if b is None else b[:, d], *column, base)
         for d, column in enumerate(columns)
     ]
-    losses = c[0] if positions == 1 else torch.stack(c, 1) if c else x.new_zeros(0, dtype=loss_type)
-    return _reduced(losses.reshape(loss_shape), reduction, count).to(dtype)
+    losses = torch.stack(c, -1) if c else x.new_zeros(0, dtype=loss_type)
+    if not is_summed:
+        losses = losses.reshape(loss_shape)
+    return _reduced(losses, reduction, count).to(dtype)
 
 
 @_public

@@ -5,7 +5,10 @@ from torch_nnmath.formulas.categorical_cross_entropy import CategoricalCrossEntr
 from torch_nnmath.formulas.cost import Cost
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, Weighted
 from torch_nnmath.formulas.feedforward import ACTIVATIONS, Feedforward
-from torch_nnmath.formulas.linear_cross_entropy import LinearCrossEntropy
+from torch_nnmath.formulas.linear_cross_entropy import (
+    LinearCrossEntropy,
+    sum_of_linear_cross_entropy,
+)
 from torch_nnmath.formulas.relu import ReLU, relu_
 from torch_nnmath.formulas.sigmoid import Sigmoid
 from torch_nnmath.formulas.sigmoid_squared_error import SigmoidSquaredError
@@ -31,4 +34,5 @@ __all__ = [
     "Weighted",
     "relu_",
     "softmax_jacobian",
+    "sum_of_linear_cross_entropy",
 ]

@@ -74,7 +74,7 @@ class Formula(Function):
 
     @classmethod
     def of(cls, *inputs: Any) -> Any:
-        """The formula's value: `apply`, save where a compiler traces.
+        """The formula's value: `apply`, save where no gradient is wanted or a compiler traces.
 
         Inside a transform Dynamo cannot carry a Function (its vmap raises, its gradient may miss an
         input), so that PyTorch differentiates what it can trace: `in_the_open`. Where no gradient
@@ -83,8 +83,10 @@ class Formula(Function):
         if torch.compiler.is_compiling():
             if is_transformed():
                 return cls.in_the_open(*inputs)
-            if not torch.is_grad_enabled() or not any(map(_requires_grad, inputs)):
+            if not torch.is_grad_enabled() or not any(map(requires_grad, inputs)):
                 return cls.forward(*inputs)
+        elif not torch.is_grad_enabled() and not is_transformed():
+            return cls.forward(*inputs)
         return cls.apply(*inputs)
 
     @classmethod
@@ -119,7 +121,38 @@ class KernelFormula(Formula):
         return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
 
 
-def _requires_grad(x: Any) -> bool:
+def fast(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Has the kernel compute what is written, on the CPU, where nothing looks inside.
+
+    Grad mode off is not enough to tell: forward over reverse has it off too. A transform, a level
+    of forward mode, a mode that dispatches, a tracer and a subclass of Tensor see the written
+    operations; so does a compiler, which fuses them itself.
+    """
+
+    def choose(written: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(written)
+        def chosen(*args: Any) -> Any:
+            return (kernel if is_unseen(args) else written)(*args)
+
+        return chosen
+
+    return choose
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_unseen(args: Any) -> bool:
+    """Whether only numbers come of an operation on these, whatever it does inside."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_transformed():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    return all(type(x) in PLAIN and x.device.type == "cpu" and x.numel() for x in tensors)
+
+
+def requires_grad(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 

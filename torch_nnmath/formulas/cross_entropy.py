@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_nnmath import kernels
 from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, save, total
+from torch_nnmath.formulas._formula import Formula, fast, save, total
 from torch_nnmath.formulas.softmax import LogSoftmax
 
 
@@ -23,6 +24,7 @@ class CrossEntropy(Formula):
     """
 
     @staticmethod
+    @fast(kernels.cross_entropy)
     def forward(
         z: Tensor,
         p: Tensor | None,
@@ -46,19 +48,30 @@ class CrossEntropy(Formula):
 
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> Any:
-        z, p, t, y, keep = ctx.saved_tensors
+        z, _, t, y, keep = saved = ctx.saved_tensors
         wants_z, wants_p, wants_t, *_ = ctx.needs_input_grad
-        k = kept(keep, dc) / math.log(ctx.base)
-        l = LogSoftmax.apply(wide(kept(keep, z)), ctx.dim)
-        dz = k * less_target(sum_of(p, t, ctx.dim) * l.exp(), p, t, y, ctx.dim) if wants_z else None
-        dp = -exact(k, l.gather(ctx.dim, y)) if wants_p else None
-        dt = -exact(k, l).sum_to_size(t.shape) if wants_t else None
-        return None if dz is None else dz.to(z.dtype), dp, dt, None, None, None, None
+        dz = CrossEntropy.in_z(dc, *saved, ctx.dim, ctx.base) if wants_z else None
+        dp = dt = None
+        if wants_p or wants_t:
+            kl = exact(kept(keep, dc) / math.log(ctx.base), log_softmax(z, keep, ctx.dim))
+            dp = -kl.gather(ctx.dim, y) if wants_p else None
+            dt = -kl.sum_to_size(t.shape) if wants_t else None
+        return dz, dp, dt, None, None, None, None
+
+    @staticmethod
+    @fast(kernels.cross_entropy_gradient)
+    def in_z(
+        dc: Tensor, z: Tensor, p: Any, t: Any, y: Any, keep: Any, dim: int, base: float
+    ) -> Tensor:
+        """dc (1/ln β)(T a - t)."""
+        a = log_softmax(z, keep, dim).exp()
+        k = kept(keep, dc) / math.log(base)
+        return (k * less_target(sum_of(p, t, dim) * a, p, t, y, dim)).to(z.dtype)
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, dp: Any, dt: Any, *_: None) -> Tensor:
         z, p, t, y, keep = ctx.saved_tensors
-        l = LogSoftmax.apply(wide(kept(keep, z)), ctx.dim)
+        l = log_softmax(z, keep, ctx.dim)
         dc = -dot(l, dp, dt, y, ctx.dim)
         if dz is not None:
             delta = less_target(sum_of(p, t, ctx.dim) * l.exp(), p, t, y, ctx.dim)
@@ -91,6 +104,12 @@ class Weighted(Formula):
     def tangent(ctx: Any, dt: Tensor | None, dw: Tensor | None) -> Tensor:
         t, w = ctx.saved_tensors
         return total(None if dt is None else w * dt, None if dw is None else t * dw)
+
+
+def log_softmax(z: Tensor, keep: Tensor | None, dim: int) -> Tensor:
+    """l = z - lse(z)."""
+    l: Tensor = LogSoftmax.apply(wide(kept(keep, z)), dim)
+    return l
 
 
 def kept(keep: Tensor | None, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_nnmath import kernels
 from torch_nnmath._precision import wide, without_autocast
-from torch_nnmath.formulas._formula import KernelFormula, save
+from torch_nnmath.formulas._formula import KernelFormula, is_transformed, requires_grad, save
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, dot, kept, less_target, sum_of
 from torch_nnmath.formulas.softmax import LogSoftmax
@@ -49,7 +49,7 @@ class LinearCrossEntropy(KernelFormula):
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> Any:
         wants = ctx.needs_input_grad[:5]
-        gradients = HeadGradient.apply(dc, *ctx.saved_tensors, ctx.base, wants)
+        gradients = HeadGradient.apply(dc, *ctx.saved_tensors, ctx.base, wants, None)
         return *gradients, None, None, None
 
     @staticmethod
@@ -61,19 +61,77 @@ class LinearCrossEntropy(KernelFormula):
         return dc
 
 
-class HeadGradient(KernelFormula):
-    r"""F15 batch: the gradients of Σ γ c in x, W, b, p, t; None for one that is not wanted."""
+class LinearCrossEntropySum(KernelFormula):
+    r"""F3 of F14, F15: C = Σ c, with its gradients dx, dW, db, dp, dt, which `wants` names: three
+    products, not four. A backward takes them and scales them by dC; after that it is HeadGradient.
+    """
 
     @staticmethod
     def forward(
-        γ: Any, x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float, wants: Any
+        x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float, wants: Any
     ) -> Any:
-        _, *gradients = kernels.head(γ, x, W, b, y, p, t, keep, base, list(wants))
-        return only(wants, gradients)
+        c, *gradients = kernels.head(None, x, W, b, y, p, t, keep, base, list(wants))
+        return c.sum(), *only(wants, gradients)
+
+    @classmethod
+    def in_the_open(cls, *inputs: Any) -> Any:
+        return LinearCrossEntropy.in_the_open(*inputs[:-1]).sum(), *[None] * 5
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
+        *tensors, ctx.base, _ = inputs
+        _, *ctx.known = outputs
+        ctx.mark_non_differentiable(*(g for g in ctx.known if g is not None))
+        ctx.set_materialize_grads(False)
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dC: Tensor, *_: None) -> Any:
+        saved, wants = ctx.saved_tensors, ctx.needs_input_grad[:5]
+        known = dC, only(wants, ctx.known)
+        if torch.compiler.is_compiling():
+            return *scaled(*known, saved), None, None, None, None
+        ctx.known = only([not want for want in wants], ctx.known)
+        # an infinite dC is left to the kernel, which keeps it from the rows that are ignored
+        is_number = not is_transformed() and (dC.device.type != "cpu" or bool(dC.isfinite()))
+        γ = dC.expand(saved[0].shape[:1])
+        gradients = HeadGradient.apply(γ, *saved, ctx.base, wants, known if is_number else None)
+        return *gradients, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Any) -> Any:
+        return LinearCrossEntropy.tangent(ctx, *tangents[:8]).sum(), *[None] * 5
+
+
+def sum_of_linear_cross_entropy(*inputs: Any) -> Any:
+    """Σ F14, with the gradients that will be wanted; arguments as there."""
+    # a transform would not see how they depend on its inputs; an exported program has its own
+    seen = torch.is_grad_enabled() and not (is_transformed() or torch.compiler.is_exporting())
+    wants = tuple(seen and requires_grad(v) for v in inputs[:5])
+    return LinearCrossEntropySum.of(*inputs, wants)[0]
+
+
+class HeadGradient(KernelFormula):
+    r"""F15 batch: the gradients of Σ γ c in x, W, b, p, t; None for one that is not wanted.
+
+    Where all γ are one number `known` has it, and the gradients for γ = 1, or None if they are not.
+    """
+
+    @staticmethod
+    def forward(
+        γ: Any, x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float, *rest: Any
+    ) -> Any:
+        wants, known = rest
+        dC, gradients = known or (γ, [None] * 5)
+        if any(want and g is None for want, g in zip(wants, gradients, strict=True)):
+            γ = γ if known is None else None
+            _, *gradients = kernels.head(γ, x, W, b, y, p, t, keep, base, list(wants))
+        gradients = only(wants, gradients)
+        return gradients if known is None else scaled(dC, gradients, (x, W, b, p, t, y, keep))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, gradients: Any) -> None:
-        *tensors, ctx.base, ctx.wants = inputs
+        *tensors, ctx.base, ctx.wants, _ = inputs
         ctx.set_materialize_grads(False)
         save(ctx, *tensors)
 
@@ -82,7 +140,7 @@ class HeadGradient(KernelFormula):
         γ, x, W, b, p, t, y, keep = ctx.saved_tensors
         wants = ctx.needs_input_grad[1:6]
         derivatives = HeadSecond.apply(γ, x, W, b, p, t, *direction, y, keep, ctx.base, wants)
-        return *derivatives, None, None, None, None
+        return *derivatives, None, None, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, dγ: Tensor | None, *rest: Any) -> Any:
@@ -90,13 +148,30 @@ class HeadGradient(KernelFormula):
         direction = rest[:5]
         tangents: Any = [None] * 5
         if dγ is not None:
-            tangents = HeadGradient.apply(dγ, x, W, b, p, t, y, keep, ctx.base, ctx.wants)
+            tangents = HeadGradient.apply(dγ, x, W, b, p, t, y, keep, ctx.base, ctx.wants, None)
         if any(d is not None for d in direction):
             _, *second = HeadSecond.apply(
                 γ, x, W, b, p, t, *direction, y, keep, ctx.base, ctx.wants
             )
             tangents = [s if d is None else d + s for d, s in zip(tangents, second, strict=True)]
         return tuple(tangents)
+
+
+def _save_for_export(ctx: Any, inputs: Any, output: Any) -> None:
+    _, x, W, b, y, p, t, keep, ctx.base, _ = inputs
+    ctx.save_for_backward(x, W, b, p, t, y, keep)
+
+
+def _backward_of_export(ctx: Any, dc: Tensor, *_: Any) -> Any:
+    """F15 batch, where an exported program, which has no Function, calls the operator itself."""
+    _, *wants = (ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5, 6))
+    dx, dW, db, dp, dt = HeadGradient.apply(dc, *ctx.saved_tensors, ctx.base, tuple(wants), None)
+    return None, dx, dW, db, None, dp, dt, None, None, None
+
+
+torch.library.register_autograd(
+    "torch_nnmath::head", _backward_of_export, setup_context=_save_for_export
+)
 
 
 class HeadSecond(KernelFormula):
@@ -195,6 +270,29 @@ class InTheOpen:
             None if p is None else ht.gather(1, y).squeeze(1),
             None if t is None else ht.sum_to_size(t.shape),
         )
+
+
+def scaled(k: Tensor, gradients: Any, saved: Any) -> tuple[Tensor | None, ...]:
+    """k times the gradients in x, W, b, p, t, in the types of these; written over in an eager step.
+
+    Where k may be infinite, since looking at it would wait, what comes of no kept row stays 0.
+    """
+    *_, keep = saved
+    is_seen = not torch.compiler.is_compiling() and k.device.type == "cpu"
+
+    def times_k(g: Tensor, v: Tensor) -> Tensor:
+        if is_seen:
+            return g if k == 1 else g.mul_(k)
+        if keep is None:
+            return g * k if len(saved[0]) else g
+        of_rows = v is not saved[1] and v is not saved[2] and g.shape[0] == len(keep)
+        kept_rows = keep.view(-1, *[1] * (g.dim() - 1)) if of_rows else keep.any()
+        return torch.where(kept_rows, g * k, 0)
+
+    return tuple(
+        None if g is None else times_k(g, v).to(v.dtype)
+        for g, v in zip(gradients, saved[:5], strict=True)
+    )
 
 
 def only(wants: Any, results: Any) -> tuple[Tensor | None, ...]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath.formulas._formula import Formula, is_transformed, save
+from torch_nnmath import kernels
+from torch_nnmath.formulas._formula import Formula, fast, is_transformed, save
 
 
 class ReLU(Formula):
@@ -31,13 +32,14 @@ class ReLU(Formula):
     @staticmethod
     def product(a: Tensor, v: Tensor) -> Tensor:
         """J v = v where a > 0, else 0."""
-        return ReLUProduct.apply(a, v)
+        return ReLUProduct.of(a, v)
 
 
 class ReLUProduct(Formula):
     r"""F2: J v = v where a > 0, else 0, also where v is not finite;  in a: 0, in v: J."""
 
     @staticmethod
+    @fast(kernels.relu_product)
     def forward(a: Tensor, v: Tensor) -> Tensor:
         return v.masked_fill(a <= 0, 0)
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath.formulas._formula import Formula, rounded_once, save
+from torch_nnmath import kernels
+from torch_nnmath.formulas._formula import Formula, fast, rounded_once, save
 
 
 class Sigmoid(Formula):
@@ -28,6 +29,7 @@ class Sigmoid(Formula):
     tangent = backward  # the Jacobian is symmetric
 
     @staticmethod
+    @fast(kernels.sigmoid_product)
     @rounded_once
     def product(a: Tensor, v: Tensor) -> Tensor:
         """J v = a (1 - a) ∘ v."""

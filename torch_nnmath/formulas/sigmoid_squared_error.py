@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_nnmath import kernels
 from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, save, summed, total
+from torch_nnmath.formulas._formula import Formula, fast, save, summed, total
 
 
 class SigmoidSquaredError(Formula):
@@ -18,6 +20,7 @@ class SigmoidSquaredError(Formula):
     """
 
     @staticmethod
+    @fast(functools.partial(kernels.squared_error, scale=1.0, of_sigmoid=True))
     def forward(z: Tensor, t: Tensor, axes: int) -> Tensor:
         return summed((wide(t) - wide(z).sigmoid()).square(), axes) / 2
 
@@ -30,10 +33,16 @@ class SigmoidSquaredError(Formula):
     def backward(ctx: Any, dc: Tensor) -> Any:
         saved = ctx.saved_tensors
         z, t = map(wide, saved)
-        da = dc * (SigmoidOfInput.apply(z) - t)
-        dz = (da * slope(z)).to(saved[0].dtype) if ctx.needs_input_grad[0] else None
-        dt = -da.to(saved[1].dtype) if ctx.needs_input_grad[1] else None
+        wants_z, wants_t, _ = ctx.needs_input_grad
+        dz = SigmoidSquaredError.in_z(dc, z, t).to(saved[0].dtype) if wants_z else None
+        dt = (dc * (t - SigmoidOfInput.of(z))).to(saved[1].dtype) if wants_t else None
         return dz, dt, None
+
+    @staticmethod
+    @fast(kernels.sigmoid_squared_error_gradient)
+    def in_z(dc: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """dc (a - t) a (1 - a)."""
+        return dc * (SigmoidOfInput.apply(z) - t) * slope(z)
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath.formulas._formula import Formula, rounded_once, save
+from torch_nnmath import kernels
+from torch_nnmath.formulas._formula import Formula, fast, rounded_once, save
 
 
 class Softmax(Formula):
@@ -34,6 +35,7 @@ class Softmax(Formula):
         return Softmax.product(*ctx.saved_tensors, dz, ctx.dim)  # the Jacobian is symmetric
 
     @staticmethod
+    @fast(kernels.softmax_product)
     @rounded_once
     def product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:
         """J v = a ∘ (v - a·v)."""

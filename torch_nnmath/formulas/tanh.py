@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_nnmath import kernels
 from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, rounded_once, save, total
+from torch_nnmath.formulas._formula import Formula, fast, rounded_once, save, total
 
 
 class Tanh(Formula):
@@ -32,7 +33,7 @@ class Tanh(Formula):
     @staticmethod
     def product(a: Tensor, v: Tensor) -> Tensor:
         """J v = (1 - a²) ∘ v."""
-        return TanhProduct.apply(a, v)
+        return TanhProduct.of(a, v)
 
 
 class TanhProduct(Formula):
@@ -41,6 +42,7 @@ class TanhProduct(Formula):
     """
 
     @staticmethod
+    @fast(kernels.tanh_product)
     @rounded_once
     def forward(a: Tensor, v: Tensor) -> Tensor:
         return (1 - a) * (1 + a) * v

@@ -1,9 +1,32 @@
 """The arithmetic made fast, as operators of `torch.library`; none has a derivative of its own.
 
-Each is called below autograd: `class_indices` by a public function, the others by the head.
+Each is called below autograd: `class_indices` by a public function, the others by a formula.
 """
 
 from torch_nnmath.kernels.blocked import head, head_second
 from torch_nnmath.kernels.classes import class_indices
+from torch_nnmath.kernels.elementwise import (
+    relu_product,
+    sigmoid_product,
+    sigmoid_squared_error_gradient,
+    softmax_product,
+    squared_error,
+    squared_error_gradient,
+    tanh_product,
+)
+from torch_nnmath.kernels.rowwise import cross_entropy, cross_entropy_gradient
 
-__all__ = ["class_indices", "head", "head_second"]
+__all__ = [
+    "class_indices",
+    "cross_entropy",
+    "cross_entropy_gradient",
+    "head",
+    "head_second",
+    "relu_product",
+    "sigmoid_product",
+    "sigmoid_squared_error_gradient",
+    "softmax_product",
+    "squared_error",
+    "squared_error_gradient",
+    "tanh_product",
+]

@@ -11,20 +11,23 @@ from torch import Tensor
 
 from torch_nnmath._precision import without_autocast
 
+SLICE = 2**20  # entries that are gone through at a time, so that they stay in the cache
+
 LIBRARY = torch.library.Library("torch_nnmath", "DEF")
 
 
 def operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Registers a function under `torch.ops.torch_nnmath`, for every device, with its fake.
 
-    Autocast, which would narrow the products taken in float32, is off inside.
+    Nothing inside is differentiated. Autocast, which would narrow products in float32, is off.
     """
     name = signature.split("(")[0]
 
     def register(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
         def as_it_is(*args: Any) -> Any:
-            with without_autocast(next(arg for arg in args if isinstance(arg, Tensor))):
+            tensor = next(arg for arg in args if isinstance(arg, Tensor))
+            with torch.no_grad(), without_autocast(tensor):
                 return function(*args)
 
         LIBRARY.define(signature)
@@ -33,3 +36,8 @@ def operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[...
         return getattr(torch.ops.torch_nnmath, name).default
 
     return register
+
+
+def exact(t: Any, v: Tensor) -> Any:
+    """t v, and 0 where t is 0, whatever v is."""
+    return (t * v).masked_fill_(t == 0, 0) if isinstance(t, Tensor) else t

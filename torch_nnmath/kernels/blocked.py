@@ -1,26 +1,32 @@
 """The head (F15 batch) block by block of rows, so that memory does not grow with rows x classes.
 
-Shapes: γ (N) the coefficient of each row's loss, x (N, D), W (C, D), b (C). The target of a row is
-`p e_y + t`: y, p (N) a class and its weight, t (N, C), or (1, C) for all rows; each may be None.
-keep (N) is False for the rows that are ignored: they are taken out of every product.
-u, V, s, π, τ are a direction in which x, W, b, p, t move; each may be None.
+Shapes: γ (N) the coefficient of each row's loss, 1 if None; x (N, D), W (C, D), b (C). The target
+of a row is `p e_y + t`: y, p (N) a class and its weight, t (N, C), or (1, C) for all rows; each may
+be None. u, V, s, π, τ are a direction in which x, W, b, p, t move; each may be None.
+keep (N) is False for the rows that are ignored: they are taken out of every product, on the CPU by
+gathering the others, elsewhere, where counting them would wait for the device, by masks.
 Where x is half, γ, p, t and c are float32, and so is all arithmetic: results are rounded once.
 A result that is not wanted is empty.
+
+A block's logits lie in memory class by class, which makes the products with W and for dW cheapest.
+They are written over, in slices of classes that stay in the cache, by e^{z - max z}, and then by Δ
+but for a coefficient of each row, with which x and the rows of dx are scaled instead.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide_type
-from torch_nnmath.kernels._library import operator
+from torch_nnmath.kernels._library import SLICE, exact, operator
 
-BLOCK_BYTES = 16 * 2**20  # of logits in float32; each block reads all of W and adds to all of dW
+ROWS = 256  # of a block, which share the cost of reading W and of adding to all of dW
+BLOCK_BYTES = (8 * 2**20, 64 * 2**20)  # of its logits: more rows for few classes, fewer for many
 
 
 @operator(
@@ -28,7 +34,7 @@ BLOCK_BYTES = 16 * 2**20  # of logits in float32; each block reads all of W and 
     " Tensor? keep, float base, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda gamma, x, W, b, y, p, t, keep, base, wants: (
         x.new_empty(x.shape[:1], dtype=wide_type(x.dtype)),
-        *_results(x, W, t, wants),
+        *_rounded(x, W, gamma is not None, *_results(x, W, t, wants)),
     ),
 )
 def head(
@@ -43,33 +49,53 @@ def head(
     base: float,
     wants: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """c of each row, and the gradients of Σ γ c in x, W, b, p, t that `wants` names."""
-    c = x.new_empty(x.shape[:1], dtype=wide_type(x.dtype))
-    dx, dW, db, dp, dt = _results(x, W, t, wants)
-    dW, db = dW.to(c.dtype), db.to(c.dtype)
+    """c of each row, and the gradients of Σ γ c in x, W, b, p, t that `wants` names.
+
+    Without γ they are not rounded, for they are still to be scaled.
+    """
+    is_rounded = gamma is not None
+    c = x.new_zeros(x.shape[:1], dtype=wide_type(x.dtype))
+    gamma = torch.ones_like(c) if gamma is None else gamma
+    groups = _groups_of_rows(x, W, keep)
+    dx, dW, db, dp, dt = _results(x, W, t, wants, bool(groups))
 
     def add(block: _Block) -> None:
-        rows, X, l, target = block.rows, block.x, block.log_softmax(), block.target
-        c[rows] = block.kept(target.dot(l) / -math.log(base)).squeeze(1)
-        if gamma is None:
-            return
-        g = block.kept(gamma[rows, None]) / math.log(base)
-        if wants[3]:
-            dp[rows] = (-g * target.of_class(l)).squeeze(1)
+        rows, target, z = block.rows, block.target, block.logits_()
+        g = block.kept(gamma[rows].unsqueeze(1)) / math.log(base)
+        z_y, tz = target.of_class(z), torch.zeros_like(g)
         if wants[4]:
-            _put(dt, rows, -g * l)
+            _put(dt, rows, slice(None), torch.log_softmax(z, 1).mul_(-g))
+        for classes, zc in block.exponentials_():
+            if target.t is not None:
+                tz += target.dot(zc, classes)
+        lse = block.s.log()
+        loss = exact(target.sum_of_t(), lse) - tz
+        if z_y is not None:
+            l_y = z_y.sub_(block.m).sub_(lse)
+            loss -= exact(target.p, l_y)
+            if wants[3]:
+                dp[rows] = (-g * l_y).squeeze(1)
+        c[rows] = block.kept(loss).squeeze(1) / math.log(base)
         if any(wants[:3]):
-            delta = target.subtracted_from(l.exp_().mul_(target.total())).mul_(g)
+            k = g / block.s  # of a row: z k becomes Δ
+            if target.t is None and target.p is not None and target.y is not None:
+                k *= target.p
+                z.scatter_add_(1, target.y, -block.s)
+            else:
+                T = target.total(like=g)
+                for zc in _slices(z):
+                    zc.mul_(T)
+                target.subtract_from_(z, block.s)
             if wants[0]:
-                dx[rows] = block.kept_(delta @ block.W).to(dx.dtype)
+                dx[rows] = block.kept_((z @ block.W).mul_(k))
             if wants[1]:
-                dW.addmm_(delta.T, X)
+                dW.addmm_(z.T, block.x * k, beta=block.beta)
             if wants[2]:
-                db.add_(delta.sum(0))
+                db.addmv_(z.T, k.squeeze(1))
 
-    for block in _blocks(x, W, b, y, p, t, keep):
+    for block in _blocks(groups, x, W, b, y, p, t, keep):
         add(block)
-    return c, dx, dW.to(W.dtype), db.to(W.dtype), dp, dt
+    return c, *_rounded(x, W, is_rounded, dx, dW, db, dp, dt)
 
 
 @operator(
@@ -78,7 +104,7 @@ def head(
     " bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda gamma, x, W, b, y, p, t, keep, u, V, s, pi, tau, base, wants: (
         torch.empty_like(gamma),
-        *_results(x, W, t, wants),
+        *_rounded(x, W, True, *_results(x, W, t, wants)),
     ),
 )
 def head_second(
@@ -99,63 +125,88 @@ def head_second(
     wants: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """ρ, the derivative of each row's c along (u, V, s, π, τ), and the gradients of Σ γ ρ."""
-    rho = torch.empty_like(gamma)
-    hx, hW, hb, hp, ht = _results(x, W, t, wants)
-    hW, hb = hW.to(gamma.dtype), hb.to(gamma.dtype)
+    rho = torch.zeros_like(gamma)
+    groups = _groups_of_rows(x, W, keep)
+    hx, hW, hb, hp, ht = _results(x, W, t, wants, bool(groups))
     V, s = (None if v is None else v.to(gamma.dtype) for v in (V, s))
+    buffer = _buffer(groups, W, gamma.dtype)
 
     def add(block: _Block) -> None:
-        rows, X, l, target = block.rows, block.x, block.log_softmax(), block.target
+        rows, target, a = block.rows, block.target, block.logits_()
         direction = _Target.of(rows, y, pi, tau)
-        U = None if u is None else block.kept(u[rows].to(l.dtype))
-        r = block.kept_(_direction_of_logits(X, block.W, U, V, s, like=l))
-        rho_rows = target.dot(r) + direction.dot(l)
-        a = l.exp_()
-        ar = (a * r).sum(1, keepdim=True)
-        rho_rows = target.total() * ar - rho_rows
+        g = block.kept(gamma[rows].unsqueeze(1)) / math.log(base)
+        U = None if u is None else block.kept(u[rows].to(a.dtype))
+        r = block.kept_(_direction_of_logits_(buffer[: len(a)], block.x, block.W, U, V, s))
+        z_y, r_y = direction.of_class(a), target.of_class(r)
+        tz, tr, ar = (torch.zeros_like(g) for _ in range(3))
+        for classes, zc in block.exponentials_():
+            if direction.t is not None:
+                tz += direction.dot(zc, classes)
+            if target.t is not None:
+                tr += target.dot(r[:, classes], classes)
+        lse, q = block.s.log(), 1 / block.s
+        for ac, rc in zip(_slices(a), _slices(r), strict=True):
+            ar += (ac.mul_(q) * rc).sum(1, keepdim=True)
+        T, T_of_direction = target.total(like=g), direction.total(like=g)
+        rho_rows = T * ar - tr + exact(direction.sum_of_t(), lse) - tz
+        if r_y is not None:
+            rho_rows -= exact(target.p, r_y)
+        if z_y is not None:
+            rho_rows -= exact(direction.p, z_y.sub_(block.m).sub_(lse))
         rho[rows] = block.kept(rho_rows).squeeze(1) / math.log(base)
-        if not any(wants):
-            return
-        g = block.kept(gamma[rows, None]) / math.log(base)
-        if wants[3]:
-            hp[rows] = (g * (ar - target.of_class(r))).squeeze(1)
+        if wants[3] and r_y is not None:
+            hp[rows] = (g * (ar - r_y)).squeeze(1)
         if wants[4]:
-            _put(ht, rows, g * (ar - r))
+            for classes, rc in zip(_ranges(r), _slices(r), strict=True):
+                _put(ht, rows, classes, g * (ar - rc))
         if any(wants[:3]):
-            # Q = dΔ along the direction; r makes way for it, and a for Δ
-            Q = r.neg_().add_(ar).mul_(-target.total()).add_(direction.total()).mul_(a)
-            Q = direction.subtracted_from(Q).mul_(g)
-            delta = target.subtracted_from(a.mul_(target.total())).mul_(g)
+            # r becomes Q = dΔ along the direction and a becomes Δ, but for g
+            for ac, rc in zip(_slices(a), _slices(r), strict=True):
+                rc.sub_(ar).mul_(T).add_(T_of_direction).mul_(ac)
+                ac.mul_(T)
+            Q, delta = r, a
+            direction.subtract_from_(Q)
+            target.subtract_from_(delta)
             if wants[0]:
                 of_rows = Q @ block.W
                 of_rows = of_rows if V is None else of_rows.addmm_(delta, V)
-                hx[rows] = block.kept_(of_rows).to(hx.dtype)
+                hx[rows] = block.kept_(of_rows.mul_(g))
             if wants[1]:
-                hW.addmm_(Q.T, X)
+                hW.addmm_(Q.T, block.x * g, beta=block.beta)
                 if U is not None:
-                    hW.addmm_(delta.T, U)
+                    hW.addmm_(delta.T, U * g)
             if wants[2]:
-                hb.add_(Q.sum(0))
+                hb.addmv_(Q.T, g.squeeze(1))
 
-    for block in _blocks(x, W, b, y, p, t, keep):
+    for block in _blocks(groups, x, W, b, y, p, t, keep):
         add(block)
-    return rho, hx, hW.to(W.dtype), hb.to(W.dtype), hp, ht
+    return rho, *_rounded(x, W, True, hx, hW, hb, hp, ht)
 
 
-def _results(x: Tensor, W: Tensor, t: Tensor | None, wants: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Memory for a gradient in x, W, b, p, t each; an empty tensor for one that is not wanted."""
+def _results(
+    x: Tensor, W: Tensor, t: Tensor | None, wants: Sequence[bool], is_written: bool = False
+) -> list[Tensor]:
+    """Zeros for a gradient in x, W, b, p, t each; an empty tensor for one that is not wanted.
 
-    def zeros(wanted: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return x.new_zeros(shape if wanted else (0,), dtype=dtype)
+    Only that in W is not filled with zeros where the first block is to write all of it.
+    """
+    shapes = x.shape, W.shape, W.shape[:1], x.shape[:1], () if t is None else t.shape
+    dtype = wide_type(x.dtype)
+    return [
+        (torch.empty if is_written and i == 1 else torch.zeros)(
+            shape if wanted else (0,), dtype=dtype, device=x.device
+        )
+        for i, (shape, wanted) in enumerate(zip(shapes, wants, strict=True))
+    ]
 
-    wide = wide_type(x.dtype)
-    return (
-        zeros(wants[0], x.shape, x.dtype),
-        zeros(wants[1], W.shape, W.dtype),
-        zeros(wants[2], W.shape[:1], W.dtype),
-        zeros(wants[3], x.shape[:1], wide),
-        zeros(wants[4], () if t is None else t.shape, wide),
-    )
+
+def _rounded(
+    x: Tensor, W: Tensor, is_rounded: bool, dx: Tensor, dW: Tensor, db: Tensor, *rest: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients in x, W, b in the types of these."""
+    if not is_rounded:
+        return dx, dW, db, *rest
+    return dx.to(x.dtype), dW.to(W.dtype), db.to(W.dtype), *rest
 
 
 class _Target(NamedTuple):
@@ -166,54 +217,71 @@ class _Target(NamedTuple):
     t: Tensor | None
 
     @staticmethod
-    def of(rows: slice, y: Tensor | None, p: Tensor | None, t: Tensor | None) -> _Target:
+    def of(rows: Any, y: Tensor | None, p: Tensor | None, t: Tensor | None) -> _Target:
         return _Target(
-            None if y is None else y[rows, None],
-            None if p is None else p[rows, None],
+            None if y is None else y[rows].unsqueeze(1),
+            None if p is None else p[rows].unsqueeze(1),
             t if t is None or t.shape[0] == 1 else t[rows],
         )
 
-    def of_class(self, v: Tensor) -> Tensor:
-        """v_y of each row."""
-        assert self.y is not None
-        return v.gather(1, self.y)
+    def of_class(self, v: Tensor) -> Tensor | None:
+        """v_y of each row, if there is a y with a weight."""
+        return None if self.y is None or self.p is None else v.gather(1, self.y)
 
-    def total(self) -> Tensor | float:
-        """T of each row."""
-        T: Tensor | float = 0.0 if self.p is None else self.p
-        return T if self.t is None else T + self.t.sum(1, keepdim=True)
+    def sum_of_t(self) -> Tensor | float:
+        """Σ t of each row."""
+        return 0.0 if self.t is None else self.t.sum(1, keepdim=True)
 
-    def dot(self, v: Tensor) -> Tensor:
-        """The target times v, row by row; a target of 0 adds 0, also where v is -inf."""
-        result = torch.zeros_like(v[:, :1])
-        if self.p is not None:
-            result += (self.p * self.of_class(v)).masked_fill_(self.p == 0, 0)
+    def total(self, like: Tensor) -> Tensor:
+        """T = p + Σ t of each row."""
+        total = torch.zeros_like(like) if self.p is None else self.p
+        return total + self.sum_of_t()
+
+    def dot(self, v: Tensor, classes: slice) -> Tensor:
+        """t·v over some classes; where t is 0 it adds 0, also where v is -inf."""
+        assert self.t is not None
+        return exact(self.t[:, classes], v).sum(1, keepdim=True)
+
+    def subtract_from_(self, v: Tensor, scale: Tensor | None = None) -> None:
+        """v -= scale (p e_y + t), the scale one of each row."""
+        if self.p is not None and self.y is not None:
+            v.scatter_add_(1, self.y, -(self.p if scale is None else scale * self.p))
         if self.t is not None:
-            result += (self.t * v).masked_fill_(self.t == 0, 0).sum(1, keepdim=True)
-        return result
-
-    def subtracted_from(self, v: Tensor) -> Tensor:
-        """v minus the target, in v."""
-        if self.p is not None:
-            assert self.y is not None
-            v.scatter_add_(1, self.y, -self.p)
-        return v if self.t is None else v.sub_(self.t)
+            for classes in _ranges(v):
+                t = self.t[:, classes]
+                v[:, classes].sub_(t if scale is None else t * scale)
 
 
-class _Block(NamedTuple):
+class _Block:
     """Some rows of the head, widened; `drop` marks those that are ignored, a column."""
 
-    rows: slice
-    x: Tensor
-    W: Tensor
-    b: Tensor | None
-    target: _Target
-    drop: Tensor | None
+    def __init__(
+        self,
+        rows: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        target: _Target,
+        drop: Tensor | None,
+        z: Tensor,
+        beta: int,
+    ):
+        self.rows, self.x, self.W, self.b = rows, x, W, b
+        self.target, self.drop, self.z, self.beta = target, drop, z, beta
 
-    def log_softmax(self) -> Tensor:
-        """l = z - lse(z), z = W x + b."""
-        z = torch.nn.functional.linear(self.x, self.W, self.b)
-        return torch.log_softmax(self.kept_(z), 1)
+    def logits_(self) -> Tensor:
+        """z = W x + b, in this block's memory."""
+        z, W, x = self.z, self.W, self.x
+        torch.mm(x, W.T, out=z) if self.b is None else torch.addmm(self.b, x, W.T, out=z)
+        return self.kept_(z)
+
+    def exponentials_(self) -> Iterator[tuple[slice, Tensor]]:
+        """Makes e^{z-m} of z, m its maximum, and their sum s; shows each slice of z - m before."""
+        self.m = self.z.amax(1, keepdim=True)
+        self.s = torch.zeros_like(self.m)
+        for classes, z in zip(_ranges(self.z), _slices(self.z), strict=True):
+            yield classes, z.sub_(self.m)
+            self.s += z.exp_().sum(1, keepdim=True)
 
     def kept(self, v: Tensor) -> Tensor:
         """v, 0 in the rows that are ignored."""
@@ -224,7 +292,40 @@ class _Block(NamedTuple):
         return v if self.drop is None else v.masked_fill_(self.drop, 0)
 
 
+def block_rows(N: int, C: int) -> int:
+    """The rows of a block: whole groups of 32, and blocks of equal size."""
+    least, most = (size // (4 * max(C, 1)) for size in BLOCK_BYTES)
+    rows = max(min(max(ROWS, least), most) // 32, 1) * 32
+    return math.ceil(N / math.ceil(N / rows) / 32) * 32
+
+
+def _groups_of_rows(x: Tensor, W: Tensor, keep: Tensor | None) -> list[Any]:
+    """The rows of each block, as a slice, or as indices where some rows are ignored."""
+    N, C = x.shape[0], W.shape[0]
+    if keep is not None and _is_counted(keep):
+        kept = keep.nonzero().squeeze(1)
+        if len(kept) < N:
+            return list(kept.split(block_rows(len(kept), C))) if len(kept) and C else []
+    if not N or not C:
+        return []
+    size = block_rows(N, C)
+    return [slice(i, min(i + size, N)) for i in range(0, N, size)]
+
+
+def _is_counted(keep: Tensor) -> bool:
+    """Whether the rows that are kept are gathered."""
+    return keep.device.type == "cpu"
+
+
+def _buffer(groups: list[Any], W: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for rows x classes of a block, class by class."""
+    rows = groups[0] if groups else slice(0, 0)
+    n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    return W.new_empty((W.shape[0], n), dtype=dtype).T
+
+
 def _blocks(
+    groups: list[Any],
     x: Tensor,
     W: Tensor,
     b: Tensor | None,
@@ -233,36 +334,40 @@ def _blocks(
     t: Tensor | None,
     keep: Tensor | None,
 ) -> Iterator[_Block]:
-    """Blocks of equal size, of whole groups of 32 rows, within BLOCK_BYTES where 32 rows are."""
-    N, C = x.shape[0], W.shape[0]
     W, b = W.to(wide_type(W.dtype)), None if b is None else b.to(wide_type(b.dtype))
-    most = max(BLOCK_BYTES // (4 * max(C, 1)) // 32, 1) * 32
-    size = math.ceil(N / max(math.ceil(N / most), 1) / 32) * 32
-    for start in range(0, N, max(size, 1)):
-        rows = slice(start, min(start + size, N))
-        drop = None if keep is None else ~keep[rows, None]
+    buffer = _buffer(groups, W, W.dtype)
+    for i, rows in enumerate(groups):
+        drop = None if keep is None or _is_counted(keep) else ~keep[rows].unsqueeze(1)
         X = x[rows].to(W.dtype)
         X = X if drop is None else X.masked_fill(drop, 0)
-        yield _Block(rows, X, W, b, _Target.of(rows, y, p, t), drop)
+        z = buffer[: len(X)]
+        yield _Block(rows, X, W, b, _Target.of(rows, y, p, t), drop, z, beta=min(i, 1))
 
 
-def _direction_of_logits(
-    x: Tensor, W: Tensor, u: Tensor | None, V: Tensor | None, s: Tensor | None, like: Tensor
+def _ranges(v: Tensor) -> Iterator[slice]:
+    """The classes of each slice."""
+    rows, C = v.shape
+    size = max(SLICE // max(rows, 1), 1)
+    return (slice(i, min(i + size, C)) for i in range(0, C, size))
+
+
+def _slices(v: Tensor) -> Iterator[Tensor]:
+    return (v[:, classes] for classes in _ranges(v))
+
+
+def _direction_of_logits_(
+    r: Tensor, x: Tensor, W: Tensor, u: Tensor | None, V: Tensor | None, s: Tensor | None
 ) -> Tensor:
-    """r = W u + V x + s for a block; 0 where nothing moves."""
-    r = torch.zeros_like(like)
-    if u is not None:
-        r += u @ W.T
+    """W u + V x + s for a block, in r; 0 where nothing moves."""
+    r.zero_() if u is None else torch.mm(u, W.T, out=r)
     if V is not None:
-        r += x @ V.T
-    if s is not None:
-        r += s
-    return r
+        r.addmm_(x, V.T)
+    return r if s is None else r.add_(s)
 
 
-def _put(result: Tensor, rows: slice, value: Tensor) -> None:
-    """A block's gradient in t: into its rows, or summed where one row stands for all."""
+def _put(result: Tensor, rows: Any, classes: slice, value: Tensor) -> None:
+    """A slice of a block's gradient in t: into its rows, or summed where one row stands for all."""
     if result.shape[0] == 1:
-        result += value.sum(0, keepdim=True)
+        result[:, classes] += value.sum(0, keepdim=True)
     else:
-        result[rows] = value
+        result[rows, classes] = value

@@ -1,0 +1,284 @@
+"""The fast paths: that they are taken, when they may be, and give what is written."""
+
+import itertools
+
+import pytest
+import torch
+
+from torch_nnmath import formulas, kernels
+from torch_nnmath import functional as G
+from torch_nnmath.formulas import _formula
+from torch_nnmath.kernels import _library, blocked, elementwise, rowwise
+
+N, D, C = 70, 5, 7
+
+
+def drawn(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def classes(ignored=True):
+    y = torch.randint(0, C, (N,), generator=torch.Generator().manual_seed(1))
+    if ignored:
+        y[::3] = -100
+    return y
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Slices of a few entries and blocks of 32 rows."""
+    for module in (_library, blocked, elementwise, rowwise):
+        monkeypatch.setattr(module, "SLICE", 64)
+    monkeypatch.setattr(blocked, "BLOCK_BYTES", (0, 32 * 4 * C))
+
+
+# ---- what an operator is to torch.library
+
+y, keep = classes().clamp(min=0), classes() >= 0
+z, p, t = drawn(N, C), drawn(N).abs(), drawn(N, C).softmax(1)
+x, W, b = drawn(N, D), drawn(C, D), drawn(C)
+column = (drawn(N, 1, seed=2), z, p[:, None], None, y[:, None], keep[:, None], 1, 2.0)
+five = [True] * 5
+OPERATORS = {
+    "class_indices": [(classes(), C, -100), (classes(False), C, None)],
+    "cross_entropy": [
+        column[1:],
+        (z, None, t, None, None, 1, 2.0),
+        (z[0], None, t[0], None, None, 0, 3.0),
+    ],
+    "cross_entropy_gradient": [column, (column[0], z, None, t, None, None, 1, 2.0)],
+    "head": [
+        (None, x, W, b, y, p, None, keep, 2.0, [*five[:4], False]),
+        (p, x, W, None, y, p, t[:1], keep, 2.0, five),
+        (
+            p.float(),
+            x.half(),
+            W.half(),
+            None,
+            None,
+            None,
+            t.float(),
+            None,
+            2.0,
+            [*five[:2], False, False, True],
+        ),
+        (None, x, W, None, y, p, None, None, 2.0, [False] * 5),
+    ],
+    "head_second": [
+        (p, x, W, b, y, p, t, keep, x, W, b, p, t, 2.0, five),
+        (p, x, W, None, y, p, None, None, x, None, None, None, None, 2.0, [True, *[False] * 4]),
+    ],
+    "relu_product": [(z.relu(), t), (z.relu().half(), t.half()), (z.relu()[0, 0], t[0, 0])],
+    "sigmoid_product": [(z.sigmoid(), t), (z.sigmoid().bfloat16(), t.bfloat16())],
+    "sigmoid_squared_error_gradient": [(p[:, None], z, t), (p[0], z.half(), t.half())],
+    "softmax_product": [(t, z, -1), (t, z, 0)],
+    "squared_error": [(z, t, 1, 2.0), (z, t, 2, 1.0, True), (z.half(), t.half(), 0, 1.0)],
+    "squared_error_gradient": [(p[:, None], z, t, 2.0), (p[0], z, t, 1.0), (z, t, z, 1.0)],
+    "tanh_product": [(z.tanh(), t), (z.tanh().half(), t.half())],
+}
+
+
+def test_every_operator_is_checked():
+    assert sorted(OPERATORS) == sorted(kernels.__all__)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), [(name, args) for name, rows in OPERATORS.items() for args in rows]
+)
+def test_opcheck(name, args):
+    """Schema, fake, no aliases; also where memory that was never written holds nan."""
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(kernels, name), args, test_utils=tests)
+
+
+# ---- fast and written
+
+
+def losses():
+    """(name, function of leaves, leaves) of every option."""
+    w = drawn(C, seed=3).abs()
+    options = itertools.product(
+        ("none", "sum", "mean"), (False, True), (0.0, 0.2), (torch.e, 2.0), ("y", "t")
+    )
+    for reduction, weighted, smoothing, base, target in options:
+        kwargs = {"reduction": reduction, "label_smoothing": smoothing, "base": base}
+        name = f"{reduction}-{'weighted-' * weighted}{smoothing}-{base:.2g}-{target}"
+        weights = [w] if weighted else []
+        for ignored in (False, True) if target == "y" else (False,):
+            goal = classes(ignored) if target == "y" else t
+
+            def logits(z, *weights, goal=goal, kwargs=kwargs):
+                return G.cross_entropy(z, goal, *weights, **kwargs)
+
+            def head(x, W, *rest, goal=goal, kwargs=kwargs):
+                named = dict(zip(("linear_bias", "weight"), rest, strict=False))
+                return G.linear_cross_entropy(x, W, goal, **named, **kwargs)
+
+            yield f"logits-{name}-{'ignored' * ignored}", logits, [z, *weights]
+            yield f"head-{name}-{'ignored' * ignored}", head, [x, W, b, *weights]
+            if not weighted:
+                yield f"head-{name}-{'ignored' * ignored}-no bias", head, [x, W]
+
+
+def elements():
+    for f in (G.sigmoid, G.tanh, G.relu):
+        yield f.__name__, f, [z]
+    for dim in (0, 1, -1):
+        yield f"softmax-{dim}", lambda z, dim=dim: G.softmax(z, dim), [z]
+    for reduction in ("none", "sum", "mean"):
+        for f in (G.mse_loss, G.squared_error, G.sigmoid_squared_error):
+            yield (
+                f"{f.__name__}-{reduction}",
+                lambda z, t, f=f, reduction=reduction: f(z, t, reduction=reduction),
+                [z, t],
+            )
+        yield (
+            f"squared_error-all axes-{reduction}",
+            lambda z, t, reduction=reduction: G.squared_error(
+                z, t, dim=(0, 1), reduction=reduction
+            ),
+            [z, t],
+        )
+
+
+CASES = {name: (f, leaves) for name, f, leaves in (*losses(), *elements())}
+
+
+def results(f, leaves, dtype=torch.float64, upstream="uneven"):
+    leaves = [v.detach().to(dtype, copy=True).requires_grad_() for v in leaves]
+    value = f(*leaves)
+    g = drawn(*value.shape, seed=5).to(value.dtype)
+    if upstream == "even":
+        g = torch.full((), 0.7, dtype=value.dtype).expand(value.shape)
+    return [value.detach(), *torch.autograd.grad(value, leaves, g)]
+
+
+@pytest.mark.parametrize("upstream", ["uneven", "even"])
+@pytest.mark.parametrize("name", CASES)
+def test_fast_is_what_is_written(small, monkeypatch, name, upstream):
+    f, leaves = CASES[name]
+    fast = results(f, leaves, upstream=upstream)
+    monkeypatch.setattr(_formula, "is_unseen", lambda args: False)
+
+    class Open(formulas.LinearCrossEntropy):
+        @classmethod
+        def of(cls, *inputs):
+            return cls.in_the_open(*inputs)
+
+    monkeypatch.setattr(formulas, "LinearCrossEntropy", Open)
+    monkeypatch.setattr(formulas, "sum_of_linear_cross_entropy", lambda *v: Open.of(*v).sum())
+    for got, want in zip(fast, results(f, leaves, upstream=upstream), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "ignored" in name and "head" in name])
+def test_masks_do_what_gathering_does(small, monkeypatch, name):
+    f, leaves = CASES[name]
+    gathered = results(f, leaves)
+    monkeypatch.setattr(blocked, "_is_counted", lambda keep: False)
+    for got, want in zip(results(f, leaves), gathered, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("f", [G.sigmoid, G.tanh])
+@pytest.mark.parametrize("fused", [True, False])
+def test_near_saturation(monkeypatch, f, fused):
+    """Whether or not the machine multiplies and adds with one rounding."""
+    if fused and not elementwise._rounds_once():
+        pytest.skip("this machine does not")
+    monkeypatch.setattr(elementwise, "_rounds_once", lambda: fused)
+    z = torch.linspace(-9, 9, 1001)
+    _, slope = results(f, [z], dtype=torch.float32, upstream="even")
+    a = f(z).double()  # the derivative from the rounded output, as all of PyTorch's
+    true = 0.7 * (a * (1 - a) if f is G.sigmoid else (1 - a) * (1 + a))
+    torch.testing.assert_close(slope.double(), true, rtol=5e-7, atol=0)
+
+
+# ---- when
+
+
+@pytest.mark.parametrize("f", [G.sigmoid, G.tanh, G.relu, G.mse_loss, G.cross_entropy])
+def test_fast_where_nothing_differentiates_through_it(monkeypatch, f):
+    found = []
+    real = _formula.is_unseen
+    monkeypatch.setattr(_formula, "is_unseen", lambda args: found.append(real(args)) or found[-1])
+
+    def scalar(z):
+        return f(z, *([t] if f in (G.mse_loss, G.cross_entropy) else [])).sum()
+
+    leaf = z.clone().requires_grad_()
+    loss = scalar(leaf)
+    found.clear()
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    assert found == [True]
+    found.clear()
+    torch.autograd.grad(loss, leaf, create_graph=True)
+    assert True not in found or f in (G.tanh, G.relu)  # their products are Functions themselves
+
+
+# ---- gradients that come with the head's value
+
+
+def head(x, W):
+    return G.linear_cross_entropy(x, W, classes())
+
+
+def test_a_graph_may_be_walked_as_often_as_one_likes():
+    leaves = [v.clone().requires_grad_() for v in (x, W)]
+    loss = head(*leaves) * 3
+    (first,) = torch.autograd.grad(loss, leaves[:1], retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, retain_graph=True)
+    third = torch.autograd.grad(loss, leaves, torch.tensor(2.0, dtype=loss.dtype))
+    torch.testing.assert_close(first, again[0], rtol=1e-13, atol=0)
+    for a, b in zip(again, third, strict=True):
+        torch.testing.assert_close(2 * a, b, rtol=1e-13, atol=0)
+    loss = head(*leaves)
+    loss.backward(retain_graph=True)
+    once = [v.grad.clone() for v in leaves]
+    loss.backward()
+    for a, v in zip(once, leaves, strict=True):
+        torch.testing.assert_close(2 * a, v.grad, rtol=1e-13, atol=0)
+
+
+def test_three_products_not_four(monkeypatch):
+    calls = []
+    real = kernels.head
+    monkeypatch.setattr(kernels, "head", lambda *args: calls.append(args[-1]) or real(*args))
+    leaves = [v.clone().requires_grad_() for v in (x, W)]
+    head(*leaves).backward()
+    assert calls == [[True, True, False, False, False]]
+    calls.clear()
+    head(x, leaves[1]).backward()
+    assert calls == [[False, True, False, False, False]]
+    calls.clear()
+    with torch.no_grad():
+        head(*leaves)
+    assert calls == [[False] * 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scaled_before_it_is_rounded(dtype):
+    """A loss scaled up, as for float16, has gradients that are not lost below its least number."""
+    scale = 2.0**12
+    leaves = [(v * 2.0**-9).to(dtype).requires_grad_() for v in (x, W)]
+    gradients = torch.autograd.grad(head(*leaves).float() * scale, leaves)
+    wide = [v.detach().double().requires_grad_() for v in leaves]
+    true = torch.autograd.grad(head(*wide) * scale, wide)
+    for got, want in zip(gradients, true, strict=True):
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), want, rtol=eps, atol=eps * want.abs().max() / 100)
+
+
+def test_a_hessian_vector_product_does_not_see_that_they_came_before():
+    leaves = [v.clone().requires_grad_() for v in (x, W)]
+    directions = [drawn(*v.shape, seed=7) for v in (x, W)]
+    fast, written = [], []
+    for products, f in (
+        (fast, head),
+        (written, lambda x, W: torch.nn.functional.cross_entropy(x @ W.T, classes())),
+    ):
+        gradients = torch.autograd.grad(f(*leaves) ** 2, leaves, create_graph=True)
+        products += [*gradients, *torch.autograd.grad(gradients, leaves, directions)]
+    for a, b in zip(fast, written, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
