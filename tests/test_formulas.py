@@ -1,5 +1,6 @@
 """Every sample of the catalog, held to the reference and to numerical differentiation."""
 
+import itertools
 import math
 
 import pytest
@@ -136,12 +137,17 @@ def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
     monkeypatch.setattr("torch_nnmath.kernels.head", spy)
     x, W, b = (torch.randn(*s, dtype=torch.float64) for s in ((5, 3), (4, 3), (4,)))
     y = torch.tensor([0, 1, 2, 3, 0])
-    for wanted in ((True, False, False), (False, True, False), (False, False, True)):
+    calls = itertools.product(("mean", "none"), range(3))
+    for reduction, i in calls:
+        wanted = tuple(i == j for j in range(3))
         leaves = [v.clone().requires_grad_(w) for v, w in zip((x, W, b), wanted, strict=True)]
-        c = functional.linear_cross_entropy(leaves[0], leaves[1], y, linear_bias=leaves[2])
         asked.clear()
-        c.backward()
-        assert asked == [(*wanted, False, False)]
+        c = functional.linear_cross_entropy(
+            leaves[0], leaves[1], y, linear_bias=leaves[2], reduction=reduction
+        )
+        c.mean().backward()
+        came_before = [] if reduction == "mean" else [(False,) * 5]  # the value's own call
+        assert asked == [*came_before, (*wanted, False, False)]
         z = torch.nn.functional.linear(x, W, b).requires_grad_()
         (dz,) = torch.autograd.grad(torch.nn.functional.cross_entropy(z, y), z)
         want = (dz @ W, dz.T @ x, dz.sum(0))[wanted.index(True)]

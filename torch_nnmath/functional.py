@@ -464,10 +464,10 @@ def linear_cross_entropy(
     batch = input.shape[:-1]
     N, positions = math.prod([*batch]), math.prod([*out_features])
     x = input.reshape(N, input.shape[-1])
-    W = linear_weight.reshape(C, positions, input.shape[-1])
-    b = None if linear_bias is None else linear_bias.reshape(C, positions)
+    W, b = linear_weight, linear_bias
     if positions > 1:  # their gradients in x are added up: in float32
         x, W, b = wide(x), wide(W), None if b is None else wide(b)
+    Ws, bs = _by_position(W, positions, input.shape[-1]), _by_position(b, positions)
     loss_shape = (*batch, *out_features)
     if target.shape == (*batch, C, *out_features):
         check.probabilities(target, -1)
@@ -496,10 +496,7 @@ def linear_cross_entropy(
         columns = [(p[:, d], q, y[:, d], keep[:, d]) for d in range(positions)]
     is_summed = reduction != "none"
     of = formulas.sum_of_linear_cross_entropy if is_summed else formulas.LinearCrossEntropy.of
-    c = [
-        of(x, W[:, d], None if b is None else b[:, d], *column, base)
-        for d, column in enumerate(columns)
-    ]
+    c = [of(x, W, b, *column, base) for W, b, column in zip(Ws, bs, columns, strict=True)]
     losses = torch.stack(c, -1) if c else x.new_zeros(0, dtype=loss_type)
     if not is_summed:
         losses = losses.reshape(loss_shape)
@@ -557,6 +554,15 @@ def feedforward(
     input, *parameters = for_product(input, *weights, *biases)
     activations = " ".join([activation] * (len(weights) - 1) + [output_activation])
     return formulas.Feedforward.of(activations, input, *parameters)[-1]
+
+
+def _by_position(v: Tensor | None, positions: int, *last: int) -> Any:
+    """The head's weight or bias of each position; of an only one a view, whose backward is free."""
+    if v is None:
+        return [None] * positions
+    if positions == 1:
+        return [v.reshape(v.shape[0], *last)]
+    return v.reshape(v.shape[0], positions, *last).unbind(1)
 
 
 def _indices(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from torch_nnmath._precision import wide
@@ -87,6 +88,10 @@ class Formula(Function):
                 return cls.forward(*inputs)
         elif not torch.is_grad_enabled() and not is_transformed():
             return cls.forward(*inputs)
+        elif not is_transformed():
+            # what `apply` comes to, without looking for default arguments in the signature
+            plain_apply: Any = super(Function, cls).apply  # type: ignore[misc]  # untyped
+            return plain_apply(*unwrap_dead_wrappers(inputs))
         return cls.apply(*inputs)
 
     @classmethod
@@ -124,9 +129,10 @@ class KernelFormula(Formula):
 def fast(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Has the kernel compute what is written, on the CPU, where nothing looks inside.
 
-    Grad mode off is not enough to tell: forward over reverse has it off too. A transform, a level
-    of forward mode, a mode that dispatches, a tracer and a subclass of Tensor see the written
-    operations; so does a compiler, which fuses them itself.
+    Few entries are not worth it: one thread has them in its cache. Grad mode off does not tell that
+    nothing looks: forward over reverse has it off too. A transform, a level of forward mode, a mode
+    that dispatches, a tracer and a subclass of Tensor see the written operations; so does a
+    compiler, which fuses them itself.
     """
 
     def choose(written: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,6 +146,7 @@ def fast(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
+FEW = 2**15  # entries, which PyTorch gives to one thread
 
 
 def is_unseen(args: Any) -> bool:
@@ -149,7 +156,9 @@ def is_unseen(args: Any) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
     tensors = [x for x in args if isinstance(x, Tensor)]
-    return all(type(x) in PLAIN and x.device.type == "cpu" and x.numel() for x in tensors)
+    if max(x.numel() for x in tensors) <= FEW:
+        return False
+    return all(type(x) in PLAIN and x.device.type == "cpu" for x in tensors)
 
 
 def requires_grad(x: Any) -> bool:

@@ -119,9 +119,18 @@ class HeadGradient(KernelFormula):
 
     @staticmethod
     def forward(
-        γ: Any, x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float, *rest: Any
+        γ: Any,
+        x: Any,
+        W: Any,
+        b: Any,
+        p: Any,
+        t: Any,
+        y: Any,
+        keep: Any,
+        base: float,
+        wants: Any,
+        known: Any,
     ) -> Any:
-        wants, known = rest
         dC, gradients = known or (γ, [None] * 5)
         if any(want and g is None for want, g in zip(wants, gradients, strict=True)):
             γ = γ if known is None else None

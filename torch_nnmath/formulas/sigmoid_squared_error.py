@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ class SigmoidSquaredError(Formula):
     """
 
     @staticmethod
-    @fast(functools.partial(kernels.squared_error, scale=1.0, of_sigmoid=True))
+    @fast(kernels.sigmoid_squared_error)
     def forward(z: Tensor, t: Tensor, axes: int) -> Tensor:
         return summed((wide(t) - wide(z).sigmoid()).square(), axes) / 2
 

@@ -8,6 +8,7 @@ from torch_nnmath.kernels.classes import class_indices
 from torch_nnmath.kernels.elementwise import (
     relu_product,
     sigmoid_product,
+    sigmoid_squared_error,
     sigmoid_squared_error_gradient,
     softmax_product,
     squared_error,
@@ -24,6 +25,7 @@ __all__ = [
     "head_second",
     "relu_product",
     "sigmoid_product",
+    "sigmoid_squared_error",
     "sigmoid_squared_error_gradient",
     "softmax_product",
     "squared_error",

@@ -105,13 +105,21 @@ def _losses(a: Tensor, t: Tensor, axes: int, *_: Any) -> Tensor:
 
 
 @operator(
-    "squared_error(Tensor a, Tensor t, int axes, float scale, bool of_sigmoid=False) -> Tensor",
+    "squared_error(Tensor a, Tensor t, int axes, float scale) -> Tensor",
     _losses,
 )
-def squared_error(
-    a: Tensor, t: Tensor, axes: int, scale: float, of_sigmoid: bool = False
-) -> Tensor:
-    """F4: scale/2 Σ (t - a)² over the last axes; F9 with σ(a) for a."""
+def squared_error(a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
+    """F4: scale/2 Σ (t - a)² over the last axes."""
+    return _sum_of_squares(a, t, axes, of_sigmoid=False).mul_(scale / 2)
+
+
+@operator("sigmoid_squared_error(Tensor z, Tensor t, int axes) -> Tensor", _losses)
+def sigmoid_squared_error(z: Tensor, t: Tensor, axes: int) -> Tensor:
+    """F9: ½ Σ (t - σ(z))² over the last axes."""
+    return _sum_of_squares(z, t, axes, of_sigmoid=True).div_(2)
+
+
+def _sum_of_squares(a: Tensor, t: Tensor, axes: int, of_sigmoid: bool) -> Tensor:
     c = _losses(a, t, axes)
     per_example = c.view(-1)
     memory = torch.empty(min(SLICE, a.numel()), dtype=c.dtype, device=a.device)
@@ -119,7 +127,7 @@ def squared_error(
         e = memory[: x.numel()].view(x.shape)
         torch.sub(y, torch.sigmoid(x.to(e.dtype), out=e) if of_sigmoid else x.to(e.dtype), out=e)
         per_example[rows] += e.mul_(e).sum(1)
-    return c.mul_(scale / 2)
+    return c
 
 
 @operator(
