@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from torch_nnmath import formulas, kernels
+from torch_nnmath import formulas, kernels, testing, verify
 from torch_nnmath import functional as G
+from torch_nnmath.catalog import CATALOG
 from torch_nnmath.formulas import _formula
 from torch_nnmath.kernels import _library, blocked, elementwise, rowwise
 
@@ -285,3 +286,23 @@ def test_a_hessian_vector_product_does_not_see_that_they_came_before():
         products += [*gradients, *torch.autograd.grad(gradients, leaves, directions)]
     for a, b in zip(fast, written, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+EAGER = tuple(
+    name for name in verify.TRANSFORMS if not any(w in name for w in ("compile", "export", "trace"))
+)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        pytest.param(sample, id=f"{row.name}: {sample.name}")
+        for row in CATALOG
+        if {"F2", "F4", "F6", "F7", "F9", "F12", "F13", "F15"} & set(row.ids)
+        for sample in row.samples
+    ],
+)
+def test_every_transform_of_few_entries(small, sample):
+    """The catalog's samples are small; here they too take the fast paths."""
+    report = testing.check(sample.call, sample.draw(device="cpu"), transforms=EAGER)
+    assert report.right, str(report)

@@ -151,14 +151,19 @@ FEW = 2**15  # entries, which PyTorch gives to one thread
 
 def is_unseen(args: Any) -> bool:
     """Whether only numbers come of an operation on these, whatever it does inside."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_transformed():
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() or max(x.numel() for x in tensors) <= FEW:
+        return False
+    return are_numbers(*tensors)
+
+
+def are_numbers(*tensors: Tensor) -> bool:
+    """Whether these are numbers in the CPU's memory, which nothing watches, traces or batches."""
+    if torch.compiler.is_compiling() or is_transformed():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    if max(x.numel() for x in tensors) <= FEW:
-        return False
-    return all(type(x) in PLAIN and x.device.type == "cpu" for x in tensors)
+    return all(type(x) in PLAIN and x.device.type == "cpu" and not is_batch(x) for x in tensors)
 
 
 def requires_grad(x: Any) -> bool:
@@ -167,6 +172,11 @@ def requires_grad(x: Any) -> bool:
 
 def _select(x: Any, dim: Any, i: int) -> Any:
     return x.select(dim, i) if isinstance(x, Tensor) else x
+
+
+def is_batch(x: Tensor) -> bool:
+    """Whether `is_grads_batched` or `vectorize` of PyTorch's autograd batches x."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(x))  # nothing public tells
 
 
 def is_transformed() -> bool:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from torch_nnmath import kernels
 from torch_nnmath._precision import wide, without_autocast
-from torch_nnmath.formulas._formula import KernelFormula, is_transformed, requires_grad, save
+from torch_nnmath.formulas._formula import (
+    KernelFormula,
+    are_numbers,
+    is_batch,
+    is_transformed,
+    requires_grad,
+    save,
+)
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, dot, kept, less_target, sum_of
 from torch_nnmath.formulas.softmax import LogSoftmax
@@ -86,14 +93,18 @@ class LinearCrossEntropySum(KernelFormula):
         save(ctx, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, dC: Tensor, *_: None) -> Any:
+    def backward(ctx: Any, dC: Tensor | None, *_: None) -> Any:
+        if dC is None:
+            return (None,) * 9
         saved, wants = ctx.saved_tensors, ctx.needs_input_grad[:5]
         known = dC, only(wants, ctx.known)
         if torch.compiler.is_compiling():
             return *scaled(*known, saved), None, None, None, None
         ctx.known = only([not want for want in wants], ctx.known)
         # an infinite dC is left to the kernel, which keeps it from the rows that are ignored
-        is_number = not is_transformed() and (dC.device.type != "cpu" or bool(dC.isfinite()))
+        is_number = (
+            bool(dC.isfinite()) if are_numbers(dC) else not (is_transformed() or is_batch(dC))
+        )
         γ = dC.expand(saved[0].shape[:1])
         gradients = HeadGradient.apply(γ, *saved, ctx.base, wants, known if is_number else None)
         return *gradients, None, None, None, None
@@ -287,7 +298,7 @@ def scaled(k: Tensor, gradients: Any, saved: Any) -> tuple[Tensor | None, ...]:
     Where k may be infinite, since looking at it would wait, what comes of no kept row stays 0.
     """
     *_, keep = saved
-    is_seen = not torch.compiler.is_compiling() and k.device.type == "cpu"
+    is_seen = are_numbers(k)
 
     def times_k(g: Tensor, v: Tensor) -> Tensor:
         if is_seen:
