@@ -9,7 +9,7 @@ from torch_nnmath import formulas, kernels, testing, verify
 from torch_nnmath import functional as G
 from torch_nnmath.catalog import CATALOG
 from torch_nnmath.formulas import _formula
-from torch_nnmath.kernels import _library, blocked, elementwise, rowwise
+from torch_nnmath.kernels import blocked, elementwise, rowwise
 
 N, D, C = 70, 5, 7
 
@@ -29,7 +29,7 @@ def classes(ignored=True):
 @pytest.fixture
 def small(monkeypatch):
     """Slices of a few entries and blocks of 32 rows."""
-    for module in (_library, blocked, elementwise, rowwise):
+    for module in (blocked, elementwise, rowwise):
         monkeypatch.setattr(module, "SLICE", 64)
     monkeypatch.setattr(blocked, "BLOCK_BYTES", (0, 32 * 4 * C))
     monkeypatch.setattr(_formula, "FEW", 0)
@@ -78,7 +78,7 @@ OPERATORS = {
     "softmax_product": [(t, z, -1), (t, z, 0)],
     "squared_error": [(z, t, 1, 2.0), (z, t, 2, 1.0), (z.half(), t.half(), 0, 1.0)],
     "squared_error_gradient": [(p[:, None], z, t, 2.0), (p[0], z, t, 1.0), (z, t, z, 1.0)],
-    "tanh_product": [(z.tanh(), t), (z.tanh().half(), t.half())],
+    "tanh_product": [(z.tanh().T, t.T), (z.tanh(), t), (z.tanh().half(), t.half())],
 }
 
 
@@ -90,9 +90,17 @@ def test_every_operator_is_checked():
     ("name", "args"), [(name, args) for name, rows in OPERATORS.items() for args in rows]
 )
 def test_opcheck(name, args):
-    """Schema, fake, no aliases; also where memory that was never written holds nan."""
+    """Schema, fake, no aliases; and nothing is read or left that was never written."""
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(kernels, name), args, test_utils=tests)
+    operator = getattr(kernels, name)
+    torch.library.opcheck(operator, args, test_utils=tests)
+    plain = operator(*args)
+    torch.use_deterministic_algorithms(True)  # fills what is only allocated with nan
+    try:
+        filled = operator(*args)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(filled, plain, rtol=0, atol=0)
 
 
 # ---- fast and written
@@ -306,3 +314,33 @@ def test_every_transform_of_few_entries(small, sample):
     """The catalog's samples are small; here they too take the fast paths."""
     report = testing.check(sample.call, sample.draw(device="cpu"), transforms=EAGER)
     assert report.right, str(report)
+
+
+@pytest.mark.parametrize("hostile", [float("nan"), float("inf"), float("-inf")])
+def test_of_what_weighs_nothing(monkeypatch, small, hostile):
+    """A logit that is not finite, in the class and outside it, where the target there is 0."""
+    w = torch.ones(C, dtype=torch.float64)
+    w[0] = 0
+    y = torch.arange(N) % C
+    odd = z.clone()
+    odd[:4, 0] = hostile
+    zeros = t.masked_fill(torch.arange(C) == 0, 0)
+
+    def found():
+        return [
+            *results(lambda z: G.cross_entropy(z, y, w, reduction="none"), [odd]),
+            *results(lambda z: G.cross_entropy(z, zeros, reduction="none"), [odd]),
+        ]
+
+    fast = found()
+    monkeypatch.setattr(_formula, "is_unseen", lambda args: False)
+    torch.testing.assert_close(fast, found(), rtol=1e-11, atol=1e-13, equal_nan=True)
+
+
+def test_many_rows_without_a_class():
+    """Too many for the written path by their number, but there is nothing in them."""
+    empty = torch.empty(2**15 + 1, 0, requires_grad=True)
+    loss = G.cross_entropy(empty, torch.empty(empty.shape), reduction="none")
+    loss.backward(torch.ones_like(loss))
+    assert not loss.any()
+    assert empty.grad.shape == empty.shape

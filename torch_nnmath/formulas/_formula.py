@@ -86,9 +86,9 @@ class Formula(Function):
                 return cls.in_the_open(*inputs)
             if not torch.is_grad_enabled() or not any(map(requires_grad, inputs)):
                 return cls.forward(*inputs)
-        elif not torch.is_grad_enabled() and not is_transformed():
-            return cls.forward(*inputs)
         elif not is_transformed():
+            if not torch.is_grad_enabled():
+                return cls.forward(*inputs)
             # what `apply` comes to, without looking for default arguments in the signature
             plain_apply: Any = super(Function, cls).apply  # type: ignore[misc]  # untyped
             return plain_apply(*unwrap_dead_wrappers(inputs))
@@ -152,7 +152,8 @@ FEW = 2**15  # entries, which PyTorch gives to one thread
 def is_unseen(args: Any) -> bool:
     """Whether only numbers come of an operation on these, whatever it does inside."""
     tensors = [x for x in args if isinstance(x, Tensor)]
-    if torch.is_grad_enabled() or max(x.numel() for x in tensors) <= FEW:
+    sizes = [x.numel() for x in tensors]
+    if torch.is_grad_enabled() or min(sizes) == 0 or max(sizes) <= FEW:
         return False
     return are_numbers(*tensors)
 

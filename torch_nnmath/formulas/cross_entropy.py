@@ -12,6 +12,7 @@ from torch_nnmath import kernels
 from torch_nnmath._precision import wide
 from torch_nnmath.formulas._formula import Formula, fast, save, total
 from torch_nnmath.formulas.softmax import LogSoftmax
+from torch_nnmath.kernels._library import exact
 
 
 class CrossEntropy(Formula):
@@ -115,11 +116,6 @@ def log_softmax(z: Tensor, keep: Tensor | None, dim: int) -> Tensor:
 def kept(keep: Tensor | None, x: Tensor) -> Tensor:
     """x, 0 where it is ignored."""
     return x if keep is None else x.masked_fill(~keep, 0)
-
-
-def exact(t: Tensor, v: Tensor) -> Tensor:
-    """t v, and 0 where t is 0 and v infinite."""
-    return t * v.masked_fill((t == 0) & v.isinf(), 0)
 
 
 def dot(v: Tensor, p: Tensor | None, t: Tensor | None, y: Tensor | None, dim: int) -> Tensor:

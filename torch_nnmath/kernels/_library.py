@@ -38,6 +38,6 @@ def operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[...
     return register
 
 
-def exact(t: Any, v: Tensor) -> Any:
-    """t v, and 0 where t is 0, whatever v is."""
-    return (t * v).masked_fill_(t == 0, 0) if isinstance(t, Tensor) else t
+def exact(t: Tensor, v: Tensor) -> Tensor:
+    """t v, and 0 where t is 0 and v infinite; differentiable, for the formulas use it too."""
+    return t * v.masked_fill((t == 0) & v.isinf(), 0)

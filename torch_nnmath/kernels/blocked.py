@@ -69,8 +69,10 @@ def head(
             if target.t is not None:
                 tz += target.dot(zc, classes)
         lse = block.s.log()
-        loss = exact(target.sum_of_t(), lse) - tz
-        if z_y is not None:
+        loss = -tz
+        if target.t is not None:
+            loss += exact(target.sum_of_t(), lse)
+        if z_y is not None and target.p is not None:
             l_y = z_y.sub_(block.m).sub_(lse)
             loss -= exact(target.p, l_y)
             if wants[3]:
@@ -148,10 +150,12 @@ def head_second(
         for ac, rc in zip(_slices(a), _slices(r), strict=True):
             ar += (ac.mul_(q) * rc).sum(1, keepdim=True)
         T, T_of_direction = target.total(like=g), direction.total(like=g)
-        rho_rows = T * ar - tr + exact(direction.sum_of_t(), lse) - tz
-        if r_y is not None:
+        rho_rows = T * ar - tr - tz
+        if direction.t is not None:
+            rho_rows += exact(direction.sum_of_t(), lse)
+        if r_y is not None and target.p is not None:
             rho_rows -= exact(target.p, r_y)
-        if z_y is not None:
+        if z_y is not None and direction.p is not None:
             rho_rows -= exact(direction.p, z_y.sub_(block.m).sub_(lse))
         rho[rows] = block.kept(rho_rows).squeeze(1) / math.log(base)
         if wants[3] and r_y is not None:
@@ -228,14 +232,15 @@ class _Target(NamedTuple):
         """v_y of each row, if there is a y with a weight."""
         return None if self.y is None or self.p is None else v.gather(1, self.y)
 
-    def sum_of_t(self) -> Tensor | float:
+    def sum_of_t(self) -> Tensor:
         """Σ t of each row."""
-        return 0.0 if self.t is None else self.t.sum(1, keepdim=True)
+        assert self.t is not None
+        return self.t.sum(1, keepdim=True)
 
     def total(self, like: Tensor) -> Tensor:
         """T = p + Σ t of each row."""
         total = torch.zeros_like(like) if self.p is None else self.p
-        return total + self.sum_of_t()
+        return total if self.t is None else total + self.sum_of_t()
 
     def dot(self, v: Tensor, classes: slice) -> Tensor:
         """t·v over some classes; where t is 0 it adds 0, also where v is -inf."""

@@ -21,7 +21,7 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _like_v(a: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(v)
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
 @operator("sigmoid_product(Tensor a, Tensor v) -> Tensor", _like_v)
