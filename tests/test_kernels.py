@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from torch_nnmath import formulas, kernels, testing, verify
 from torch_nnmath import functional as G
@@ -45,13 +46,16 @@ five = [True] * 5
 OPERATORS = {
     "class_indices": [(classes(), C, -100), (classes(False), C, None)],
     "cross_entropy": [
-        column[1:],
-        (z, None, t, None, None, 1, 2.0),
-        (z[0], None, t[0], None, None, 0, 3.0),
+        (None, *column[1:], True),
+        (None, z, None, t, None, None, 1, 2.0, True),
+        (None, z[0], None, t[0], None, None, 0, 3.0, True),
+        (*column, False),
+        (*column, True),
+        (column[0], z, None, t, None, None, 1, 2.0, False),
+        (p[0], z.half(), p.float()[:, None], t.float(), y[:, None], keep[:, None], 1, 2.0, True),
     ],
-    "cross_entropy_gradient": [column, (column[0], z, None, t, None, None, 1, 2.0)],
     "head": [
-        (None, x, W, b, y, p, None, keep, 2.0, [*five[:4], False]),
+        (p[0], x, W, b, y, p, None, keep, 2.0, [*five[:4], False]),
         (p, x, W, None, y, p, t[:1], keep, 2.0, five),
         (
             p.float(),
@@ -73,11 +77,21 @@ OPERATORS = {
     ],
     "relu_product": [(z.relu(), t), (z.relu().half(), t.half()), (z.relu()[0, 0], t[0, 0])],
     "sigmoid_product": [(z.sigmoid(), t), (z.sigmoid().bfloat16(), t.bfloat16())],
-    "sigmoid_squared_error": [(z, t, 1), (z.half(), t, 2)],
-    "sigmoid_squared_error_gradient": [(p[:, None], z, t), (p[0], z.half(), t.half())],
+    "sigmoid_squared_error": [
+        (None, z, t, 1, True),
+        (None, z.half(), t, 2, True),
+        (p[:, None], z, t, 1, False),
+        (p[0], z.half(), t.half(), 2, True),
+    ],
     "softmax_product": [(t, z, -1), (t, z, 0)],
-    "squared_error": [(z, t, 1, 2.0), (z, t, 2, 1.0), (z.half(), t.half(), 0, 1.0)],
-    "squared_error_gradient": [(p[:, None], z, t, 2.0), (p[0], z, t, 1.0), (z, t, z, 1.0)],
+    "squared_error": [
+        (None, z, t, 1, 2.0, True),
+        (None, z, t, 2, 1.0, True),
+        (None, z.half(), t.half(), 0, 1.0, True),
+        (p[:, None], z, t, 1, 2.0, True),
+        (p[0], z, t, 2, 1.0, False),
+        (z, t, z, 0, 1.0, False),
+    ],
     "tanh_product": [(z.tanh().T, t.T), (z.tanh(), t), (z.tanh().half(), t.half())],
 }
 
@@ -170,7 +184,7 @@ def results(f, leaves, dtype=torch.float64, upstream="uneven"):
 def test_fast_is_what_is_written(small, monkeypatch, name, upstream):
     f, leaves = CASES[name]
     fast = results(f, leaves, upstream=upstream)
-    monkeypatch.setattr(_formula, "is_unseen", lambda args: False)
+    monkeypatch.setattr(_formula, "FEW", 2**40)
 
     class Open(formulas.LinearCrossEntropy):
         @classmethod
@@ -178,7 +192,9 @@ def test_fast_is_what_is_written(small, monkeypatch, name, upstream):
             return cls.in_the_open(*inputs)
 
     monkeypatch.setattr(formulas, "LinearCrossEntropy", Open)
-    monkeypatch.setattr(formulas, "sum_of_linear_cross_entropy", lambda *v: Open.of(*v).sum())
+    monkeypatch.setattr(
+        formulas, "cost_of_linear_cross_entropy", lambda n, *v: formulas.Cost.of(Open.of(*v), n)
+    )
     for got, want in zip(fast, results(f, leaves, upstream=upstream), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 
@@ -209,7 +225,10 @@ def test_near_saturation(monkeypatch, f, fused):
 # ---- when
 
 
-@pytest.mark.parametrize("f", [G.sigmoid, G.tanh, G.relu, G.mse_loss, G.cross_entropy])
+LOSSES = (G.mse_loss, G.sigmoid_squared_error, G.cross_entropy)
+
+
+@pytest.mark.parametrize("f", [G.sigmoid, G.tanh, G.relu, *LOSSES])
 def test_fast_where_nothing_differentiates_through_it(monkeypatch, f):
     found = []
     monkeypatch.setattr(_formula, "FEW", 0)
@@ -217,7 +236,7 @@ def test_fast_where_nothing_differentiates_through_it(monkeypatch, f):
     monkeypatch.setattr(_formula, "is_unseen", lambda args: found.append(real(args)) or found[-1])
 
     def scalar(z):
-        return f(z, *([t] if f in (G.mse_loss, G.cross_entropy) else [])).sum()
+        return (f(z, t, reduction="none") if f in LOSSES else f(z)).sum()
 
     leaf = z.clone().requires_grad_()
     loss = scalar(leaf)
@@ -229,28 +248,72 @@ def test_fast_where_nothing_differentiates_through_it(monkeypatch, f):
     assert True not in found or f in (G.tanh, G.relu)  # their products are Functions themselves
 
 
-# ---- gradients that come with the head's value
+# ---- gradients that come with a cost
 
 
 def head(x, W):
     return G.linear_cross_entropy(x, W, classes())
 
 
-def test_a_graph_may_be_walked_as_often_as_one_likes():
-    leaves = [v.clone().requires_grad_() for v in (x, W)]
-    loss = head(*leaves) * 3
+other = drawn(N, C, seed=8).softmax(1)
+COSTS = {
+    "head": (head, (x, W)),
+    "logits": (lambda z: G.cross_entropy(z, classes()), (z,)),
+    "probabilities": (lambda z: G.cross_entropy(z, other, reduction="sum"), (z,)),
+    "squared error": (lambda z: G.mse_loss(z, t), (z,)),
+    "sigmoid": (lambda z: G.sigmoid_squared_error(z, t), (z,)),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_a_graph_may_be_walked_as_often_as_one_likes(small, name):
+    f, tensors = COSTS[name]
+    leaves = [v.clone().requires_grad_() for v in tensors]
+    loss = f(*leaves) * 3
     (first,) = torch.autograd.grad(loss, leaves[:1], retain_graph=True)
     again = torch.autograd.grad(loss, leaves, retain_graph=True)
     third = torch.autograd.grad(loss, leaves, torch.tensor(2.0, dtype=loss.dtype))
-    torch.testing.assert_close(first, again[0], rtol=1e-13, atol=0)
+    torch.testing.assert_close(first, again[0], rtol=0, atol=0)
     for a, b in zip(again, third, strict=True):
         torch.testing.assert_close(2 * a, b, rtol=1e-13, atol=0)
-    loss = head(*leaves)
+    loss = f(*leaves)
     loss.backward(retain_graph=True)
     once = [v.grad.clone() for v in leaves]
     loss.backward()
     for a, v in zip(once, leaves, strict=True):
-        torch.testing.assert_close(2 * a, v.grad, rtol=1e-13, atol=0)
+        torch.testing.assert_close(2 * a, v.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["head", "logits"])
+def test_an_infinite_upstream_gradient_spares_the_ignored_rows(small, name):
+    f, tensors = COSTS[name]
+    leaves = [v.clone().requires_grad_() for v in tensors]
+    got, *_ = torch.autograd.grad(f(*leaves) * torch.inf, leaves)
+    assert (got[~keep] == 0).all()
+    assert not got[keep].isfinite().any()
+
+
+@pytest.mark.parametrize("name", [name for name in COSTS if name != "head"])
+def test_the_gradient_is_found_with_the_value(small, monkeypatch, name):
+    """In one pass, and only where it will be wanted."""
+    f, (v,) = COSTS[name]
+    calls = []
+    formulas_of = formulas.CrossEntropy, formulas.SquaredError, formulas.SigmoidSquaredError
+    for formula in formulas_of:
+        real = formula.kernel.both
+        monkeypatch.setattr(
+            formula.kernel,
+            "both",
+            lambda dc, *args, real=real: calls.append(dc is not None) or real(dc, *args),
+        )
+    leaf = v.clone().requires_grad_()
+    (f(leaf) * 2).backward()
+    assert calls == [True]
+    calls.clear()
+    f(v)
+    with torch.no_grad():
+        f(leaf)
+    assert calls == [False, False]
 
 
 def test_three_products_not_four(monkeypatch):
@@ -282,14 +345,20 @@ def test_scaled_before_it_is_rounded(dtype):
         torch.testing.assert_close(got.double(), want, rtol=eps, atol=eps * want.abs().max() / 100)
 
 
-def test_a_hessian_vector_product_does_not_see_that_they_came_before():
-    leaves = [v.clone().requires_grad_() for v in (x, W)]
-    directions = [drawn(*v.shape, seed=7) for v in (x, W)]
+@pytest.mark.parametrize("name", COSTS)
+def test_a_hessian_vector_product_does_not_see_that_they_came_before(small, name):
+    f, tensors = COSTS[name]
+    plain = {
+        "head": lambda x, W: F.cross_entropy(x @ W.T, classes()),
+        "logits": lambda z: F.cross_entropy(z, classes()),
+        "probabilities": lambda z: F.cross_entropy(z, other, reduction="sum"),
+        "squared error": lambda z: F.mse_loss(z, t),
+        "sigmoid": lambda z: F.mse_loss(z.sigmoid(), t, reduction="sum") / (2 * N),
+    }[name]
+    leaves = [v.clone().requires_grad_() for v in tensors]
+    directions = [drawn(*v.shape, seed=7) for v in tensors]
     fast, written = [], []
-    for products, f in (
-        (fast, head),
-        (written, lambda x, W: torch.nn.functional.cross_entropy(x @ W.T, classes())),
-    ):
+    for products, f in ((fast, f), (written, plain)):
         gradients = torch.autograd.grad(f(*leaves) ** 2, leaves, create_graph=True)
         products += [*gradients, *torch.autograd.grad(gradients, leaves, directions)]
     for a, b in zip(fast, written, strict=True):
@@ -333,7 +402,7 @@ def test_of_what_weighs_nothing(monkeypatch, small, hostile):
         ]
 
     fast = found()
-    monkeypatch.setattr(_formula, "is_unseen", lambda args: False)
+    monkeypatch.setattr(_formula, "FEW", 2**40)
     torch.testing.assert_close(fast, found(), rtol=1e-11, atol=1e-13, equal_nan=True)
 
 

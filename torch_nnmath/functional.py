@@ -235,11 +235,12 @@ def mse_loss(
     if weight is not None:
         weight = wide(weight)  # once: both of its gradients are added before they are rounded
         c = formulas.SquaredError.of(input, target, 0, 2.0) * weight
-        loss = _reduced(c, reduction, weight.sum())
+        n = 1.0 if reduction == "sum" else weight.sum()
+        loss = c if reduction == "none" else formulas.Cost.of(c, n)
         return loss.to(dtype) if dtype.is_floating_point or reduction != "mean" else loss
     axes = 0 if reduction == "none" else input.dim()
-    c = formulas.SquaredError.of(input, target, axes, 2.0)
-    return _reduced(c, reduction, input.numel()).to(dtype)
+    inputs = input, target, axes, 2.0
+    return _reduced(reduction, input.numel(), formulas.SquaredError, *inputs).to(dtype)
 
 
 @_public
@@ -262,8 +263,7 @@ def squared_error(
     tensor(0.0650)
     """
     check.floating(input=input, target=target)
-    apply = formulas.SquaredError.of
-    return _per_example("squared_error", input, target, reduction, dim, lambda *a: apply(*a, 1.0))
+    return _per_example("squared_error", input, target, reduction, dim, formulas.SquaredError)
 
 
 @_public
@@ -278,8 +278,8 @@ def sigmoid_squared_error(
     tensor(0.2500)
     """
     check.floating(input=input, target=target)
-    apply = formulas.SigmoidSquaredError.of
-    return _per_example("sigmoid_squared_error", input, target, reduction, dim, apply)
+    formula = formulas.SigmoidSquaredError
+    return _per_example("sigmoid_squared_error", input, target, reduction, dim, formula)
 
 
 @_public
@@ -327,8 +327,8 @@ def categorical_cross_entropy(
         y, _ = kernels.class_indices(target, probs.shape[dim], None)
         probs = probs.gather(dim, y.unsqueeze(dim))
         target = torch.ones_like(probs)
-    c = formulas.CategoricalCrossEntropy.of(probs, target, dim, base).squeeze(dim)
-    return _reduced(c, reduction).to(dtype)
+    inputs, n = (probs, target, dim, base), _examples(probs, dim)
+    return _reduced(reduction, n, formulas.CategoricalCrossEntropy, *inputs, over=dim).to(dtype)
 
 
 @_public
@@ -380,8 +380,9 @@ def cross_entropy(
         raise NotImplementedError(f"cross_entropy of {input.dtype} logits: cast to a float type")
     if input.shape == target.shape:
         t, dtype = _probabilities(target, weight, label_smoothing, dim, C, dtype)
-        c = formulas.CrossEntropy.of(input, None, t, None, None, dim, base).squeeze(dim)
-        return _reduced(c, reduction, c.numel() if C else 0).to(dtype)
+        inputs: Any = input, None, t, None, None, dim, base
+        n = _examples(input, dim) if C else 0
+        return _reduced(reduction, n, formulas.CrossEntropy, *inputs, over=dim).to(dtype)
     check.indices(input.shape, target)
     if input.dim() == 1:
         target = target.reshape(())
@@ -389,8 +390,8 @@ def cross_entropy(
     y, keep, p = (v.unsqueeze(dim) for v in (y, keep, p))
     if q is not None:
         q = q.view([C if d == dim else 1 for d in range(input.dim())])
-    c = formulas.CrossEntropy.of(input, p, q, y, keep, dim, base)
-    return _reduced(c.squeeze(dim), reduction, count).to(dtype)
+    inputs = input, p, q, y, keep, dim, base
+    return _reduced(reduction, count, formulas.CrossEntropy, *inputs, over=dim).to(dtype)
 
 
 @_public
@@ -494,13 +495,15 @@ def linear_cross_entropy(
         )
         q = None if q is None else q.unsqueeze(0)
         columns = [(p[:, d], q, y[:, d], keep[:, d]) for d in range(positions)]
-    is_summed = reduction != "none"
-    of = formulas.sum_of_linear_cross_entropy if is_summed else formulas.LinearCrossEntropy.of
-    c = [of(x, W, b, *column, base) for W, b, column in zip(Ws, bs, columns, strict=True)]
-    losses = torch.stack(c, -1) if c else x.new_zeros(0, dtype=loss_type)
-    if not is_summed:
-        losses = losses.reshape(loss_shape)
-    return _reduced(losses, reduction, count).to(dtype)
+    inputs = [(x, W, b, *column, base) for W, b, column in zip(Ws, bs, columns, strict=True)]
+    of = formulas.LinearCrossEntropy.of
+    if reduction == "none":
+        losses = [of(*each) for each in inputs] or [x.new_zeros(N, dtype=loss_type)]
+        return torch.stack(losses, -1).reshape(loss_shape).to(dtype)
+    n = _divisor(reduction, count)
+    costs = [formulas.cost_of_linear_cross_entropy(n, *each) for each in inputs]
+    loss = sum(costs[1:], costs[0]) if costs else x.new_zeros((), dtype=loss_type) / n
+    return loss.to(dtype)
 
 
 @_public
@@ -613,7 +616,7 @@ def _per_example(
     target: Tensor,
     reduction: str,
     dim: int | Sequence[int],
-    apply: Callable[[Tensor, Tensor, int], Tensor],
+    formula: Any,
 ) -> Tensor:
     """A loss summed over the axes `dim`, then reduced over the examples."""
     if input.shape != target.shape:
@@ -626,16 +629,29 @@ def _per_example(
     dtype, input, target = for_loss(torch.promote_types(input.dtype, target.dtype), input, target)
     last = tuple(range(-len(axes), 0))
     input, target = input.movedim(axes, last), target.movedim(axes, last)
-    c = apply(input, target, len(axes))
-    return _reduced(c.squeeze(last) if axes else c, reduction).to(dtype)
+    options = () if formula is formulas.SigmoidSquaredError else (1.0,)
+    inputs, n = (input, target, len(axes), *options), _examples(input, *last)
+    return _reduced(reduction, n, formula, *inputs, over=last).to(dtype)
 
 
-def _reduced(c: Tensor, reduction: str, n: Tensor | int | None = None) -> Tensor:
-    """F3: the losses, their sum, or their sum over n, by default their number."""
-    if reduction == "none":
-        return c
+def _examples(input: Tensor, *axes: int) -> int:
+    """How many there are: the product of the sizes of the other axes."""
+    its = {axis % input.dim() for axis in axes}
+    return math.prod([n for axis, n in enumerate(input.shape) if axis not in its])
+
+
+def _reduced(
+    reduction: str, n: Tensor | int, formula: Any, *inputs: Any, over: Any = ()
+) -> Tensor:
+    """F3: a formula's losses, without the axes that are summed over, their sum, or that over n."""
+    if reduction != "none":
+        return formulas.cost(formula, _divisor(reduction, n), *inputs)
+    c: Tensor = formula.of(*inputs)
+    return c if over == () else c.squeeze(over)
+
+
+def _divisor(reduction: str, n: Tensor | int) -> Tensor | float:
+    """n for a mean, where 0 makes nan, and 1 for a sum."""
     if reduction == "sum":
-        return formulas.Cost.of(c, 1.0)
-    if not isinstance(n, Tensor):  # 0 examples too: their mean is nan
-        n = torch.full((), c.numel() if n is None else n, dtype=c.dtype, device=c.device)
-    return formulas.Cost.of(c, n)
+        return 1.0
+    return n if isinstance(n, Tensor) or n else torch.zeros(())

@@ -2,12 +2,12 @@
 
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.categorical_cross_entropy import CategoricalCrossEntropy
-from torch_nnmath.formulas.cost import Cost
+from torch_nnmath.formulas.cost import Cost, cost
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, Weighted
 from torch_nnmath.formulas.feedforward import ACTIVATIONS, Feedforward
 from torch_nnmath.formulas.linear_cross_entropy import (
     LinearCrossEntropy,
-    sum_of_linear_cross_entropy,
+    cost_of_linear_cross_entropy,
 )
 from torch_nnmath.formulas.relu import ReLU, relu_
 from torch_nnmath.formulas.sigmoid import Sigmoid
@@ -32,7 +32,8 @@ __all__ = [
     "SquaredError",
     "Tanh",
     "Weighted",
+    "cost",
     "relu_",
     "softmax_jacobian",
-    "sum_of_linear_cross_entropy",
+    "cost_of_linear_cross_entropy",
 ]

@@ -126,6 +126,21 @@ class KernelFormula(Formula):
         return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
 
 
+class Kernel:
+    """An operator `(dc or None, *inputs, wants_c) -> (c, gradient in the first input)` of a loss."""
+
+    def __init__(self, both: Callable[..., Any]):
+        self.both = both
+
+    def value(self, *inputs: Any) -> Any:
+        """c."""
+        return self.both(None, *inputs, True)[0]
+
+    def gradient(self, dc: Tensor, *inputs: Any) -> Any:
+        """The gradient of Σ dc c."""
+        return self.both(dc, *inputs, False)[1]
+
+
 def fast(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Has the kernel compute what is written, on the CPU, where nothing looks inside.
 
@@ -151,11 +166,14 @@ FEW = 2**15  # entries, which PyTorch gives to one thread
 
 def is_unseen(args: Any) -> bool:
     """Whether only numbers come of an operation on these, whatever it does inside."""
+    return not torch.is_grad_enabled() and are_many_numbers(args)
+
+
+def are_many_numbers(args: Any) -> bool:
+    """Whether the tensors are numbers and enough for a kernel."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     sizes = [x.numel() for x in tensors]
-    if torch.is_grad_enabled() or min(sizes) == 0 or max(sizes) <= FEW:
-        return False
-    return are_numbers(*tensors)
+    return min(sizes) > 0 and max(sizes) > FEW and are_numbers(*tensors)
 
 
 def are_numbers(*tensors: Tensor) -> bool:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from torch_nnmath import kernels
 from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, fast, save, total
+from torch_nnmath.formulas._formula import Formula, Kernel, fast, save, total
 from torch_nnmath.formulas.softmax import LogSoftmax
 from torch_nnmath.kernels._library import exact
+
+kernel = Kernel(kernels.cross_entropy)
 
 
 class CrossEntropy(Formula):
@@ -24,8 +26,10 @@ class CrossEntropy(Formula):
     keep, shaped as c, is False, c and its derivatives of every order are 0, whatever z is.
     """
 
+    kernel = kernel
+
     @staticmethod
-    @fast(kernels.cross_entropy)
+    @fast(kernel.value)
     def forward(
         z: Tensor,
         p: Tensor | None,
@@ -51,7 +55,7 @@ class CrossEntropy(Formula):
     def backward(ctx: Any, dc: Tensor) -> Any:
         z, _, t, y, keep = saved = ctx.saved_tensors
         wants_z, wants_p, wants_t, *_ = ctx.needs_input_grad
-        dz = CrossEntropy.in_z(dc, *saved, ctx.dim, ctx.base) if wants_z else None
+        dz = CrossEntropy.gradient(dc, *saved, ctx.dim, ctx.base) if wants_z else None
         dp = dt = None
         if wants_p or wants_t:
             kl = exact(kept(keep, dc) / math.log(ctx.base), log_softmax(z, keep, ctx.dim))
@@ -60,8 +64,8 @@ class CrossEntropy(Formula):
         return dz, dp, dt, None, None, None, None
 
     @staticmethod
-    @fast(kernels.cross_entropy_gradient)
-    def in_z(
+    @fast(kernel.gradient)
+    def gradient(
         dc: Tensor, z: Tensor, p: Any, t: Any, y: Any, keep: Any, dim: int, base: float
     ) -> Tensor:
         """dc (1/ln β)(T a - t)."""

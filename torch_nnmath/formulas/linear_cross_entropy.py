@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from torch_nnmath import kernels
-from torch_nnmath._precision import wide, without_autocast
+from torch_nnmath._precision import wide, wide_type, without_autocast
 from torch_nnmath.formulas._formula import (
     KernelFormula,
     are_numbers,
@@ -19,6 +20,7 @@ from torch_nnmath.formulas._formula import (
     save,
 )
 from torch_nnmath.formulas.affine import Affine
+from torch_nnmath.formulas.cost import Cost
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, dot, kept, less_target, sum_of
 from torch_nnmath.formulas.softmax import LogSoftmax
 
@@ -68,21 +70,17 @@ class LinearCrossEntropy(KernelFormula):
         return dc
 
 
-class LinearCrossEntropySum(KernelFormula):
-    r"""F3 of F14, F15: C = Σ c, with its gradients dx, dW, db, dp, dt, which `wants` names: three
-    products, not four. A backward takes them and scales them by dC; after that it is HeadGradient.
+class LinearCrossEntropyCost(Function):
+    r"""F3 of F14, F15: C = (1/n) Σ c, with its gradients dx, dW, db, dp, dt, which `wants` names:
+    three products, not four. A backward takes them; after that it is HeadGradient.
     """
 
     @staticmethod
     def forward(
-        x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float, wants: Any
+        n: Any, x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float, wants: Any
     ) -> Any:
-        c, *gradients = kernels.head(None, x, W, b, y, p, t, keep, base, list(wants))
-        return c.sum(), *only(wants, gradients)
-
-    @classmethod
-    def in_the_open(cls, *inputs: Any) -> Any:
-        return LinearCrossEntropy.in_the_open(*inputs[:-1]).sum(), *[None] * 5
+        c, *gradients = kernels.head(1 / n, x, W, b, y, p, t, keep, base, list(wants))
+        return c.sum() / n, *only(wants, gradients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
@@ -90,42 +88,48 @@ class LinearCrossEntropySum(KernelFormula):
         _, *ctx.known = outputs
         ctx.mark_non_differentiable(*(g for g in ctx.known if g is not None))
         ctx.set_materialize_grads(False)
-        save(ctx, *tensors)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dC: Tensor | None, *_: None) -> Any:
         if dC is None:
-            return (None,) * 9
-        saved, wants = ctx.saved_tensors, ctx.needs_input_grad[:5]
-        known = dC, only(wants, ctx.known)
+            return (None,) * 10
+        (n, *saved), wants, base = ctx.saved_tensors, ctx.needs_input_grad[1:6], ctx.base
+        known = only(wants, ctx.known)
         if torch.compiler.is_compiling():
-            return *scaled(*known, saved), None, None, None, None
-        ctx.known = only([not want for want in wants], ctx.known)
+            return None, *scaled(dC, known, saved), None, None, None, None
         # an infinite dC is left to the kernel, which keeps it from the rows that are ignored
         is_number = (
             bool(dC.isfinite()) if are_numbers(dC) else not (is_transformed() or is_batch(dC))
         )
-        γ = dC.expand(saved[0].shape[:1])
-        gradients = HeadGradient.apply(γ, *saved, ctx.base, wants, known if is_number else None)
-        return *gradients, None, None, None, None
+        if is_number:
+            ctx.known = only([not want for want in wants], ctx.known)
+            if any(want and g is None for want, g in zip(wants, known, strict=True)):
+                x, W, b, p, t, y, keep = saved
+                _, *known = kernels.head(1 / n, x, W, b, y, p, t, keep, base, list(wants))
+            known = scaled(dC, only(wants, known), saved)
+        if not is_number or torch.is_grad_enabled():
+            γ = (dC / n).expand(saved[0].shape[:1])
+            known = HeadGradient.apply(γ, *saved, base, wants, known if is_number else None)
+        return None, *known, None, None, None, None
 
-    @staticmethod
-    def tangent(ctx: Any, *tangents: Any) -> Any:
-        return LinearCrossEntropy.tangent(ctx, *tangents[:8]).sum(), *[None] * 5
 
-
-def sum_of_linear_cross_entropy(*inputs: Any) -> Any:
-    """Σ F14, with the gradients that will be wanted; arguments as there."""
+def cost_of_linear_cross_entropy(n: Any, *inputs: Any) -> Any:
+    """F3 of F14: Σ c over n, with the gradients that will be wanted; inputs as there."""
+    wants = tuple(requires_grad(v) for v in inputs[:5])
     # a transform would not see how they depend on its inputs; an exported program has its own
-    seen = torch.is_grad_enabled() and not (is_transformed() or torch.compiler.is_exporting())
-    wants = tuple(seen and requires_grad(v) for v in inputs[:5])
-    return LinearCrossEntropySum.of(*inputs, wants)[0]
+    is_plain = not (is_transformed() or torch.compiler.is_exporting() or requires_grad(n))
+    if is_plain and torch.is_grad_enabled() and any(wants):
+        x = inputs[0]
+        n = torch.as_tensor(n, dtype=wide_type(x.dtype), device=x.device)
+        return LinearCrossEntropyCost.apply(n, *inputs, wants)[0]
+    return Cost.of(LinearCrossEntropy.of(*inputs), n)
 
 
 class HeadGradient(KernelFormula):
     r"""F15 batch: the gradients of Σ γ c in x, W, b, p, t; None for one that is not wanted.
 
-    Where all γ are one number `known` has it, and the gradients for γ = 1, or None if they are not.
+    They are `known` if it is not None.
     """
 
     @staticmethod
@@ -142,12 +146,9 @@ class HeadGradient(KernelFormula):
         wants: Any,
         known: Any,
     ) -> Any:
-        dC, gradients = known or (γ, [None] * 5)
-        if any(want and g is None for want, g in zip(wants, gradients, strict=True)):
-            γ = γ if known is None else None
-            _, *gradients = kernels.head(γ, x, W, b, y, p, t, keep, base, list(wants))
-        gradients = only(wants, gradients)
-        return gradients if known is None else scaled(dC, gradients, (x, W, b, p, t, y, keep))
+        if known is None:
+            _, *known = kernels.head(γ, x, W, b, y, p, t, keep, base, list(wants))
+        return only(wants, known)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, gradients: Any) -> None:

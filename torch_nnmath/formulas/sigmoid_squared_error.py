@@ -9,7 +9,9 @@ from torch import Tensor
 
 from torch_nnmath import kernels
 from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, fast, save, summed, total
+from torch_nnmath.formulas._formula import Formula, Kernel, fast, save, summed, total
+
+kernel = Kernel(kernels.sigmoid_squared_error)
 
 
 class SigmoidSquaredError(Formula):
@@ -18,8 +20,10 @@ class SigmoidSquaredError(Formula):
     z, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
+    kernel = kernel
+
     @staticmethod
-    @fast(kernels.sigmoid_squared_error)
+    @fast(kernel.value)
     def forward(z: Tensor, t: Tensor, axes: int) -> Tensor:
         return summed((wide(t) - wide(z).sigmoid()).square(), axes) / 2
 
@@ -30,44 +34,51 @@ class SigmoidSquaredError(Formula):
 
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        z, t = map(wide, saved)
+        z, t = ctx.saved_tensors
         wants_z, wants_t, _ = ctx.needs_input_grad
-        dz = SigmoidSquaredError.in_z(dc, z, t).to(saved[0].dtype) if wants_z else None
-        dt = (dc * (t - SigmoidOfInput.of(z))).to(saved[1].dtype) if wants_t else None
+        dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes).to(z.dtype) if wants_z else None
+        dt = (dc * (wide(t) - Sigmoids.apply(wide(z))[0])).to(t.dtype) if wants_t else None
         return dz, dt, None
 
     @staticmethod
-    @fast(kernels.sigmoid_squared_error_gradient)
-    def in_z(dc: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    @fast(kernel.gradient)
+    def gradient(dc: Tensor, z: Tensor, t: Tensor, axes: int) -> Tensor:
         """dc (a - t) a (1 - a)."""
-        return dc * (SigmoidOfInput.apply(z) - t) * slope(z)
+        a, rest = Sigmoids.apply(wide(z))
+        return dc * (a - wide(t)) * a * rest
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
         z, t = map(wide, ctx.saved_tensors)
-        change = total(None if dz is None else slope(z) * dz, None if dt is None else -wide(dt))
-        return summed((SigmoidOfInput.apply(z) - t) * change, ctx.axes)
+        a, rest = Sigmoids.apply(z)
+        change = total(None if dz is None else a * rest * dz, None if dt is None else -wide(dt))
+        return summed((a - t) * change, ctx.axes)
 
 
-class SigmoidOfInput(Formula):
-    """F6 with its derivative at every order from z: da/dz = σ(z) σ(-z)."""
+class Sigmoids(Formula):
+    """F6 of z and of -z: a and 1 - a, which cancels at large z if it is subtracted.
 
-    @staticmethod
-    def forward(z: Tensor) -> Tensor:
-        return torch.sigmoid(z)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, a: Tensor) -> None:
-        save(ctx, *inputs)
+    da/dz = a (1 - a), d(1 - a)/dz = -a (1 - a); with one exponential.
+    """
 
     @staticmethod
-    def backward(ctx: Any, da: Tensor) -> Tensor:
-        return da * slope(*ctx.saved_tensors)
+    def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+        e = z.abs().neg().exp()
+        large = 1 / (1 + e)
+        small = e * large
+        return torch.where(z > 0, large, small), torch.where(z > 0, small, large)
 
-    tangent = backward  # the Jacobian is symmetric
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
+        save(ctx, *outputs)
 
+    @staticmethod
+    def backward(ctx: Any, da: Tensor, d_rest: Tensor) -> Tensor:
+        a, rest = ctx.saved_tensors
+        return (da - d_rest) * a * rest
 
-def slope(z: Tensor) -> Tensor:
-    """σ(z) σ(-z), which is a (1 - a) without its cancellation at large z."""
-    return SigmoidOfInput.apply(z) * SigmoidOfInput.apply(-z)
+    @staticmethod
+    def tangent(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor]:
+        a, rest = ctx.saved_tensors
+        da = dz * a * rest
+        return da, -da

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from torch_nnmath import kernels
 from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, fast, save, summed, total
+from torch_nnmath.formulas._formula import Formula, Kernel, fast, save, summed, total
+
+kernel = Kernel(kernels.squared_error)
 
 
 class SquaredError(Formula):
@@ -17,8 +19,10 @@ class SquaredError(Formula):
     a, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
+    kernel = kernel
+
     @staticmethod
-    @fast(kernels.squared_error)
+    @fast(kernel.value)
     def forward(a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
         return summed((wide(t) - wide(a)).square(), axes) * (scale / 2)
 
@@ -30,13 +34,13 @@ class SquaredError(Formula):
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> Any:
         a, t = ctx.saved_tensors
-        da = SquaredError.in_a(dc, a, t, ctx.scale)
+        da = SquaredError.gradient(dc, a, t, ctx.axes, ctx.scale)
         wants_a, wants_t, *_ = ctx.needs_input_grad
         return da.to(a.dtype) if wants_a else None, -da.to(t.dtype) if wants_t else None, None, None
 
     @staticmethod
-    @fast(kernels.squared_error_gradient)
-    def in_a(dc: Tensor, a: Tensor, t: Tensor, scale: float) -> Tensor:
+    @fast(kernel.gradient)
+    def gradient(dc: Tensor, a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
         """scale dc (a - t)."""
         return scale * dc * (wide(a) - wide(t))
 

@@ -9,26 +9,21 @@ from torch_nnmath.kernels.elementwise import (
     relu_product,
     sigmoid_product,
     sigmoid_squared_error,
-    sigmoid_squared_error_gradient,
     softmax_product,
     squared_error,
-    squared_error_gradient,
     tanh_product,
 )
-from torch_nnmath.kernels.rowwise import cross_entropy, cross_entropy_gradient
+from torch_nnmath.kernels.rowwise import cross_entropy
 
 __all__ = [
     "class_indices",
     "cross_entropy",
-    "cross_entropy_gradient",
     "head",
     "head_second",
     "relu_product",
     "sigmoid_product",
     "sigmoid_squared_error",
-    "sigmoid_squared_error_gradient",
     "softmax_product",
     "squared_error",
-    "squared_error_gradient",
     "tanh_product",
 ]

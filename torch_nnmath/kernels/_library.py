@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_nnmath._precision import without_autocast
 
-SLICE = 2**20  # entries that are gone through at a time, so that they stay in the cache
+SLICE = 2**18  # entries that are gone through at a time, so that they stay in the cache
 
 LIBRARY = torch.library.Library("torch_nnmath", "DEF")
 

@@ -1,6 +1,6 @@
 """The head (F15 batch) block by block of rows, so that memory does not grow with rows x classes.
 
-Shapes: γ (N) the coefficient of each row's loss, 1 if None; x (N, D), W (C, D), b (C). The target
+Shapes: γ (N) the coefficient of each row's loss, or () one for all; x (N, D), W (C, D), b (C). The target
 of a row is `p e_y + t`: y, p (N) a class and its weight, t (N, C), or (1, C) for all rows; each may
 be None. u, V, s, π, τ are a direction in which x, W, b, p, t move; each may be None.
 keep (N) is False for the rows that are ignored: they are taken out of every product, on the CPU by
@@ -34,7 +34,7 @@ BLOCK_BYTES = (8 * 2**20, 64 * 2**20)  # of its logits: more rows for few classe
     " Tensor? keep, float base, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda gamma, x, W, b, y, p, t, keep, base, wants: (
         x.new_empty(x.shape[:1], dtype=wide_type(x.dtype)),
-        *_rounded(x, W, gamma is not None, *_results(x, W, t, wants)),
+        *_rounded(x, W, gamma, *_results(x, W, t, wants)),
     ),
 )
 def head(
@@ -51,17 +51,16 @@ def head(
 ) -> tuple[Tensor, ...]:
     """c of each row, and the gradients of Σ γ c in x, W, b, p, t that `wants` names.
 
-    Without γ they are not rounded, for they are still to be scaled.
+    Where γ is one for all rows they are not rounded, for they are still to be scaled.
     """
-    is_rounded = gamma is not None
     c = x.new_zeros(x.shape[:1], dtype=wide_type(x.dtype))
-    gamma = torch.ones_like(c) if gamma is None else gamma
+    coefficients = torch.ones_like(c) if gamma is None else gamma.expand(c.shape)
     groups = _groups_of_rows(x, W, keep)
     dx, dW, db, dp, dt = _results(x, W, t, wants, bool(groups))
 
     def add(block: _Block) -> None:
         rows, target, z = block.rows, block.target, block.logits_()
-        g = block.kept(gamma[rows].unsqueeze(1)) / math.log(base)
+        g = block.kept(coefficients[rows].unsqueeze(1)) / math.log(base)
         z_y, tz = target.of_class(z), torch.zeros_like(g)
         if wants[4]:
             _put(dt, rows, slice(None), torch.log_softmax(z, 1).mul_(-g))
@@ -97,7 +96,7 @@ def head(
 
     for block in _blocks(groups, x, W, b, y, p, t, keep):
         add(block)
-    return c, *_rounded(x, W, is_rounded, dx, dW, db, dp, dt)
+    return c, *_rounded(x, W, gamma, dx, dW, db, dp, dt)
 
 
 @operator(
@@ -106,7 +105,7 @@ def head(
     " bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda gamma, x, W, b, y, p, t, keep, u, V, s, pi, tau, base, wants: (
         torch.empty_like(gamma),
-        *_rounded(x, W, True, *_results(x, W, t, wants)),
+        *_rounded(x, W, gamma, *_results(x, W, t, wants)),
     ),
 )
 def head_second(
@@ -184,7 +183,7 @@ def head_second(
 
     for block in _blocks(groups, x, W, b, y, p, t, keep):
         add(block)
-    return rho, *_rounded(x, W, True, hx, hW, hb, hp, ht)
+    return rho, *_rounded(x, W, gamma, hx, hW, hb, hp, ht)
 
 
 def _results(
@@ -205,10 +204,10 @@ def _results(
 
 
 def _rounded(
-    x: Tensor, W: Tensor, is_rounded: bool, dx: Tensor, dW: Tensor, db: Tensor, *rest: Tensor
+    x: Tensor, W: Tensor, gamma: Tensor | None, dx: Tensor, dW: Tensor, db: Tensor, *rest: Tensor
 ) -> tuple[Tensor, ...]:
-    """The gradients in x, W, b in the types of these."""
-    if not is_rounded:
+    """The gradients in x, W, b in the types of these, if γ has a coefficient for each row."""
+    if gamma is None or not gamma.dim():
         return dx, dW, db, *rest
     return dx.to(x.dtype), dW.to(W.dtype), db.to(W.dtype), *rest
 

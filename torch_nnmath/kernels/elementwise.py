@@ -7,6 +7,7 @@ in the cache; where a type is half in float32, rounded once.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,10 +55,12 @@ def tanh_product(a: Tensor, v: Tensor) -> Tensor:
 def relu_product(a: Tensor, v: Tensor) -> Tensor:
     """F2: v where a > 0 or nan, else 0: v's bits, shifted by none or by more than there are."""
 
+    bits, zero = BITS[v.element_size()], torch.zeros((), dtype=a.dtype, device=a.device)
+
     def step(o: Tensor, a: Tensor, v: Tensor) -> None:
-        torch.le(a, 0, out=o)  # 0, or 1, whose bits make a large integer
-        bits = BITS[o.element_size()]
-        torch.bitwise_left_shift(v.view(bits), o.view(bits), out=o.view(bits))
+        torch.le(a, zero, out=o)  # 0, or 1, whose bits make a large integer
+        n = o.view(bits)
+        torch.bitwise_left_shift(v.view(bits), n, out=n)
 
     return _in_blocks(step, a, v, v)
 
@@ -99,70 +102,77 @@ def _in_blocks(step: Step, a: Tensor, v: Tensor, like: Tensor, dim: int | None =
     return result.to(like.dtype)
 
 
-def _losses(a: Tensor, t: Tensor, axes: int, *_: Any) -> Tensor:
-    shape = [*a.shape[: a.dim() - axes], *[1] * axes]
-    return torch.zeros(shape, dtype=_type(a, t), device=a.device)
+@operator(
+    "squared_error(Tensor? dc, Tensor a, Tensor t, int axes, float scale, bool wants_c)"
+    " -> (Tensor, Tensor)",
+    lambda dc, a, t, axes, scale, wants_c: _results(dc, a, t, axes, wants_c),
+)
+def squared_error(
+    dc: Tensor | None, a: Tensor, t: Tensor, axes: int, scale: float, wants_c: bool
+) -> tuple[Tensor, Tensor]:
+    """F4: c = scale/2 Σ (t - a)² over the last axes, if it is wanted; and, given dc, of each
+    example or one for all, da = scale dc (a - t), which is not rounded, for -t has it too.
+    """
+    return _squared_error(dc, a, t, axes, scale, False, wants_c)
 
 
 @operator(
-    "squared_error(Tensor a, Tensor t, int axes, float scale) -> Tensor",
-    _losses,
+    "sigmoid_squared_error(Tensor? dc, Tensor z, Tensor t, int axes, bool wants_c)"
+    " -> (Tensor, Tensor)",
+    lambda dc, z, t, axes, wants_c: _results(dc, z, t, axes, wants_c),
 )
-def squared_error(a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
-    """F4: scale/2 Σ (t - a)² over the last axes."""
-    return _sum_of_squares(a, t, axes, of_sigmoid=False).mul_(scale / 2)
+def sigmoid_squared_error(
+    dc: Tensor | None, z: Tensor, t: Tensor, axes: int, wants_c: bool
+) -> tuple[Tensor, Tensor]:
+    """F9, F11: the same of a = σ(z); dz = dc (a - t) a σ(-z), for 1 - a cancels; not rounded."""
+    return _squared_error(dc, z, t, axes, 1.0, True, wants_c)
 
 
-@operator("sigmoid_squared_error(Tensor z, Tensor t, int axes) -> Tensor", _losses)
-def sigmoid_squared_error(z: Tensor, t: Tensor, axes: int) -> Tensor:
-    """F9: ½ Σ (t - σ(z))² over the last axes."""
-    return _sum_of_squares(z, t, axes, of_sigmoid=True).div_(2)
+def _squared_error(
+    dc: Tensor | None,
+    a: Tensor,
+    t: Tensor,
+    axes: int,
+    scale: float,
+    of_sigmoid: bool,
+    wants_c: bool,
+) -> tuple[Tensor, Tensor]:
+    c, da = _results(dc, a, t, axes, wants_c)
+    per_example, examples = c.view(-1).zero_(), math.prod(a.shape[: a.dim() - axes])
+    k = None if dc is None else (scale * dc).expand(_shape(a, axes)).reshape(-1, 1)
+    e, slope = (a.new_empty(min(SLICE, a.numel()), dtype=c.dtype) for _ in range(2))
+    for rows, (x, y, *into) in _tiles(examples, a, t, *[da] * (k is not None)):
+        d = into[0] if into else e[: x.numel()].view(x.shape)
+        x = x.to(d.dtype)
+        other = slope[: x.numel()].view(x.shape)
+        if of_sigmoid and into:
+            torch.neg(x, out=other).sigmoid_()
+            torch.sigmoid(x, out=d)
+            other.mul_(d)
+            d.sub_(y)
+        else:
+            torch.sub(torch.sigmoid(x, out=d) if of_sigmoid else x, y, out=d)
+        if wants_c:
+            per_example[rows] += torch.linalg.vector_norm(d, dim=1).square()
+        if k is not None:
+            if of_sigmoid:
+                d.mul_(other)
+            d.mul_(k[rows])
+    return c.mul_(scale / 2), da
 
 
-def _sum_of_squares(a: Tensor, t: Tensor, axes: int, of_sigmoid: bool) -> Tensor:
-    c = _losses(a, t, axes)
-    per_example = c.view(-1)
-    memory = torch.empty(min(SLICE, a.numel()), dtype=c.dtype, device=a.device)
-    for rows, (x, y) in _tiles(c.numel(), a, t):
-        e = memory[: x.numel()].view(x.shape)
-        torch.sub(y, torch.sigmoid(x.to(e.dtype), out=e) if of_sigmoid else x.to(e.dtype), out=e)
-        per_example[rows] += e.mul_(e).sum(1)
-    return c
+def _shape(a: Tensor, axes: int) -> list[int]:
+    """Of a number for each example."""
+    return [*a.shape[: a.dim() - axes], *[1] * axes]
 
 
-@operator(
-    "squared_error_gradient(Tensor dc, Tensor a, Tensor t, float scale) -> Tensor",
-    lambda dc, a, t, scale: torch.empty(a.shape, dtype=_type(a, t), device=a.device),
-)
-def squared_error_gradient(dc: Tensor, a: Tensor, t: Tensor, scale: float) -> Tensor:
-    """F4: scale dc (a - t); not rounded, for -t has it too."""
-    da = torch.empty(a.shape, dtype=_type(a, t), device=a.device)
-    k = (scale * dc).reshape(-1, 1)
-    for rows, (x, y, o) in _tiles(dc.numel(), a, t, da):
-        torch.sub(x.to(o.dtype), y, out=o).mul_(k[rows])
-    return da
-
-
-@operator(
-    "sigmoid_squared_error_gradient(Tensor dc, Tensor z, Tensor t) -> Tensor",
-    lambda dc, z, t: torch.empty(z.shape, dtype=_type(z, t), device=z.device),
-)
-def sigmoid_squared_error_gradient(dc: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """F11: dc (σ(z) - t) σ(z) σ(-z), which is a (1 - a) without its cancellation."""
-    dz = torch.empty(z.shape, dtype=_type(z, t), device=z.device)
-    memory = torch.empty(min(SLICE, z.numel()), dtype=dz.dtype, device=z.device)
-    k = dc.reshape(-1, 1)
-    for rows, (x, y, o) in _tiles(dc.numel(), z, t, dz):
-        x = x.to(o.dtype)
-        rest = torch.neg(x, out=memory[: x.numel()].view(x.shape)).sigmoid_()
-        torch.sigmoid(x, out=o)
-        rest.mul_(o)
-        o.sub_(y).mul_(rest).mul_(k[rows])
-    return dz
-
-
-def _type(a: Tensor, t: Tensor) -> torch.dtype:
-    return torch.promote_types(wide_type(a.dtype), wide_type(t.dtype))
+def _results(
+    dc: Tensor | None, a: Tensor, t: Tensor, axes: int, wants_c: bool
+) -> tuple[Tensor, Tensor]:
+    """Memory for c and da; an empty tensor for one that is not wanted."""
+    dtype = torch.promote_types(wide_type(a.dtype), wide_type(t.dtype))
+    c = a.new_empty(_shape(a, axes) if wants_c else (0,), dtype=dtype)
+    return c, a.new_empty((0,) if dc is None else a.shape, dtype=dtype)
 
 
 def _tiles(examples: int, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
