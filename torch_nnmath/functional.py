@@ -627,10 +627,13 @@ def _per_example(
     reduction = check.reduction(reduction)
     axes = check.axes(input, dim)
     dtype, input, target = for_loss(torch.promote_types(input.dtype, target.dtype), input, target)
+    n = _examples(input, *axes)
+    if reduction != "none":  # then it does not matter which axes are an example
+        axes = tuple(range(input.dim()))
     last = tuple(range(-len(axes), 0))
     input, target = input.movedim(axes, last), target.movedim(axes, last)
     options = () if formula is formulas.SigmoidSquaredError else (1.0,)
-    inputs, n = (input, target, len(axes), *options), _examples(input, *last)
+    inputs = input, target, len(axes), *options
     return _reduced(reduction, n, formula, *inputs, over=last).to(dtype)
 
 

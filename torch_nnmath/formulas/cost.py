@@ -81,8 +81,9 @@ def cost(formula: Any, n: Tensor | float, *inputs: Any) -> Tensor:
     """F3 of a formula's losses: their sum over n."""
     x, *others = inputs
     comes_with_gradient = (
-        hasattr(formula, "kernel")
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and formula.kernel is not None
         and requires_grad(x)
         and not any(map(requires_grad, (n, *others)))
         and are_many_numbers(inputs)

@@ -139,25 +139,29 @@ def _squared_error(
 ) -> tuple[Tensor, Tensor]:
     c, da = _results(dc, a, t, axes, wants_c)
     per_example, examples = c.view(-1).zero_(), math.prod(a.shape[: a.dim() - axes])
-    k = None if dc is None else (scale * dc).expand(_shape(a, axes)).reshape(-1, 1)
-    e, slope = (a.new_empty(min(SLICE, a.numel()), dtype=c.dtype) for _ in range(2))
+    k, zero = None if dc is None else scale * dc, c.new_zeros(())
+    one_for_all = k.item() if k is not None and k.numel() == 1 else None
+    k = None if k is None else k.expand(_shape(a, axes)).reshape(-1, 1)
+    memory = [a.new_empty(min(SLICE, a.numel()), dtype=c.dtype) for _ in range(2)]
     for rows, (x, y, *into) in _tiles(examples, a, t, *[da] * (k is not None)):
-        d = into[0] if into else e[: x.numel()].view(x.shape)
-        x = x.to(d.dtype)
-        other = slope[: x.numel()].view(x.shape)
-        if of_sigmoid and into:
-            torch.neg(x, out=other).sigmoid_()
-            torch.sigmoid(x, out=d)
-            other.mul_(d)
-            d.sub_(y)
+        e, slope = (m[: x.numel()].view(x.shape) for m in memory)
+        d, x = into[0] if into else e, x.to(c.dtype)
+        if not of_sigmoid:
+            torch.sub(x, y, out=d)
+        elif k is None:
+            torch.sigmoid(x, out=d).sub_(y)
         else:
-            torch.sub(torch.sigmoid(x, out=d) if of_sigmoid else x, y, out=d)
+            torch.neg(x, out=slope).sigmoid_()
+            slope.mul_(torch.sigmoid(x, out=d))
+            d.sub_(y)
         if wants_c:
-            per_example[rows] += torch.linalg.vector_norm(d, dim=1).square()
-        if k is not None:
-            if of_sigmoid:
-                d.mul_(other)
-            d.mul_(k[rows])
+            per_example[rows] += torch.mul(d, d, out=e).sum(1) if len(d) > 1 else d[0].dot(d[0])
+        if k is not None and one_for_all is None:
+            (d.mul_(slope) if of_sigmoid else d).mul_(k[rows])
+        elif k is not None and of_sigmoid:
+            torch.addcmul(zero, d, slope, value=one_for_all, out=d)
+        elif k is not None:
+            d.mul_(one_for_all)
     return c.mul_(scale / 2), da
 
 
