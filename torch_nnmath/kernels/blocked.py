@@ -9,8 +9,9 @@ Where x is half, γ, p, t and c are float32, and so is all arithmetic: results a
 A result that is not wanted is empty.
 
 A block's logits lie in memory class by class, which makes the products with W and for dW cheapest.
-They are written over, in slices of classes that stay in the cache, by e^{z - max z}, and then by Δ
-but for a coefficient of each row, with which x and the rows of dx are scaled instead.
+They are written over, in slices of classes that stay in the cache, by e^{z - m}, and then by Δ but
+for a coefficient of each row, with which x and the rows of dx are scaled instead. m is the row's
+maximum, or 0 where the sum of e^z, looked at on the CPU, shows that this does as well.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch_nnmath._precision import wide_type
 from torch_nnmath.kernels._library import SLICE, exact, operator
 
 ROWS = 256  # of a block, which share the cost of reading W and of adding to all of dW
+SUMS = (1e-10, 1e20)  # of e^z, far from where they overflow, or what adds to them underflows
 BLOCK_BYTES = (8 * 2**20, 64 * 2**20)  # of its logits: more rows for few classes, fewer for many
 
 
@@ -64,15 +66,13 @@ def head(
         z_y, tz = target.of_class(z), torch.zeros_like(g)
         if wants[4]:
             _put(dt, rows, slice(None), torch.log_softmax(z, 1).mul_(-g))
-        for classes, zc in block.exponentials_():
-            if target.t is not None:
-                tz += target.dot(zc, classes)
-        lse = block.s.log()
+        for classes, zc in block.exponentials_(is_shown=target.t is not None):
+            tz += target.dot(zc, classes)
         loss = -tz
         if target.t is not None:
-            loss += exact(target.sum_of_t(), lse)
+            loss += exact(target.sum_of_t(), block.s.log())
         if z_y is not None and target.p is not None:
-            l_y = z_y.sub_(block.m).sub_(lse)
+            l_y = block.log_softmax(z_y)
             loss -= exact(target.p, l_y)
             if wants[3]:
                 dp[rows] = (-g * l_y).squeeze(1)
@@ -140,22 +140,22 @@ def head_second(
         r = block.kept_(_direction_of_logits_(buffer[: len(a)], block.x, block.W, U, V, s))
         z_y, r_y = direction.of_class(a), target.of_class(r)
         tz, tr, ar = (torch.zeros_like(g) for _ in range(3))
-        for classes, zc in block.exponentials_():
-            if direction.t is not None:
-                tz += direction.dot(zc, classes)
-            if target.t is not None:
-                tr += target.dot(r[:, classes], classes)
-        lse, q = block.s.log(), 1 / block.s
+        for classes, zc in block.exponentials_(is_shown=direction.t is not None):
+            tz += direction.dot(zc, classes)
+        if target.t is not None:
+            for classes, rc in zip(_ranges(r), _slices(r), strict=True):
+                tr += target.dot(rc, classes)
+        q = 1 / block.s
         for ac, rc in zip(_slices(a), _slices(r), strict=True):
             ar += (ac.mul_(q) * rc).sum(1, keepdim=True)
         T, T_of_direction = target.total(like=g), direction.total(like=g)
         rho_rows = T * ar - tr - tz
         if direction.t is not None:
-            rho_rows += exact(direction.sum_of_t(), lse)
+            rho_rows += exact(direction.sum_of_t(), block.s.log())
         if r_y is not None and target.p is not None:
             rho_rows -= exact(target.p, r_y)
         if z_y is not None and direction.p is not None:
-            rho_rows -= exact(direction.p, z_y.sub_(block.m).sub_(lse))
+            rho_rows -= exact(direction.p, block.log_softmax(z_y))
         rho[rows] = block.kept(rho_rows).squeeze(1) / math.log(base)
         if wants[3] and r_y is not None:
             hp[rows] = (g * (ar - r_y)).squeeze(1)
@@ -269,9 +269,11 @@ class _Block:
         drop: Tensor | None,
         z: Tensor,
         beta: int,
+        is_shifted: bool,
     ):
         self.rows, self.x, self.W, self.b = rows, x, W, b
         self.target, self.drop, self.z, self.beta = target, drop, z, beta
+        self.is_shifted = is_shifted
 
     def logits_(self) -> Tensor:
         """z = W x + b, in this block's memory."""
@@ -279,13 +281,30 @@ class _Block:
         torch.mm(x, W.T, out=z) if self.b is None else torch.addmm(self.b, x, W.T, out=z)
         return self.kept_(z)
 
-    def exponentials_(self) -> Iterator[tuple[slice, Tensor]]:
-        """Makes e^{z-m} of z, m its maximum, and their sum s; shows each slice of z - m before."""
+    def exponentials_(self, is_shown: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Makes e^{z-m} of z, and their sum s; shows each slice of z - m before, m the maximum."""
+        if not (self.is_shifted or is_shown):
+            self.m: Tensor | float = 0.0
+            self.s = torch.zeros_like(self.z[:, :1])
+            for z in _slices(self.z):
+                self.s += z.exp_().sum(1, keepdim=True)
+            least, most = SUMS
+            if bool(((self.s > least) & (self.s < most)).all()):
+                return
+            self.is_shifted = True
+            self.logits_()
         self.m = self.z.amax(1, keepdim=True)
         self.s = torch.zeros_like(self.m)
         for classes, z in zip(_ranges(self.z), _slices(self.z), strict=True):
-            yield classes, z.sub_(self.m)
+            z.sub_(self.m)
+            if is_shown:
+                yield classes, z
             self.s += z.exp_().sum(1, keepdim=True)
+
+    def log_softmax(self, z: Tensor) -> Tensor:
+        """z - m - ln s, of a logit of each row; what z and ln s have in common cancels exactly."""
+        dtype = z.dtype if self.is_shifted else torch.float64
+        return (z.to(dtype) - self.m - self.s.to(dtype).log()).to(z.dtype)
 
     def kept(self, v: Tensor) -> Tensor:
         """v, 0 in the rows that are ignored."""
@@ -339,13 +358,15 @@ def _blocks(
     keep: Tensor | None,
 ) -> Iterator[_Block]:
     W, b = W.to(wide_type(W.dtype)), None if b is None else b.to(wide_type(b.dtype))
-    buffer = _buffer(groups, W, W.dtype)
+    buffer, is_shifted = _buffer(groups, W, W.dtype), W.device.type != "cpu"
     for i, rows in enumerate(groups):
         drop = None if keep is None or _is_counted(keep) else ~keep[rows].unsqueeze(1)
         X = x[rows].to(W.dtype)
         X = X if drop is None else X.masked_fill(drop, 0)
         z = buffer[: len(X)]
-        yield _Block(rows, X, W, b, _Target.of(rows, y, p, t), drop, z, beta=min(i, 1))
+        block = _Block(rows, X, W, b, _Target.of(rows, y, p, t), drop, z, min(i, 1), is_shifted)
+        yield block
+        is_shifted = block.is_shifted  # what one block needs, the next ones will
 
 
 def _ranges(v: Tensor) -> Iterator[slice]:
