@@ -61,21 +61,19 @@ def head(
     dx, dW, db, dp, dt = _results(x, W, t, wants, bool(groups))
 
     def add(block: _Block) -> None:
-        rows, target, z = block.rows, block.target, block.logits_()
+        rows, target, z = block.rows, block.target, block.z
         g = block.kept(coefficients[rows].unsqueeze(1)) / math.log(base)
-        z_y, tz = target.of_class(z), torch.zeros_like(g)
+        loss = torch.zeros_like(g)
         if wants[4]:
-            _put(dt, rows, slice(None), torch.log_softmax(z, 1).mul_(-g))
-        for classes, zc in block.exponentials_(is_shown=target.t is not None):
-            tz += target.dot(zc, classes)
-        loss = -tz
+            _put(dt, rows, slice(None), torch.log_softmax(block.logits_(), 1).mul_(-g))
+        for classes, zc in block.exponentials_(target.y, is_shown=target.t is not None):
+            loss -= target.dot(zc, classes)
         if target.t is not None:
             loss += exact(target.sum_of_t(), block.s.log())
-        if z_y is not None and target.p is not None:
-            l_y = block.log_softmax(z_y)
-            loss -= exact(target.p, l_y)
+        if block.l_y is not None and target.p is not None:
+            loss -= exact(target.p, block.l_y)
             if wants[3]:
-                dp[rows] = (-g * l_y).squeeze(1)
+                dp[rows] = (-g * block.l_y).squeeze(1)
         c[rows] = block.kept(loss).squeeze(1) / math.log(base)
         if any(wants[:3]):
             k = g / block.s  # of a row: z k becomes Δ
@@ -133,14 +131,14 @@ def head_second(
     buffer = _buffer(groups, W, gamma.dtype)
 
     def add(block: _Block) -> None:
-        rows, target, a = block.rows, block.target, block.logits_()
+        rows, target, a = block.rows, block.target, block.z
         direction = _Target.of(rows, y, pi, tau)
         g = block.kept(gamma[rows].unsqueeze(1)) / math.log(base)
         U = None if u is None else block.kept(u[rows].to(a.dtype))
         r = block.kept_(_direction_of_logits_(buffer[: len(a)], block.x, block.W, U, V, s))
-        z_y, r_y = direction.of_class(a), target.of_class(r)
+        r_y = target.of_class(r)
         tz, tr, ar = (torch.zeros_like(g) for _ in range(3))
-        for classes, zc in block.exponentials_(is_shown=direction.t is not None):
+        for classes, zc in block.exponentials_(direction.y, is_shown=direction.t is not None):
             tz += direction.dot(zc, classes)
         if target.t is not None:
             for classes, rc in zip(_ranges(r), _slices(r), strict=True):
@@ -154,8 +152,8 @@ def head_second(
             rho_rows += exact(direction.sum_of_t(), block.s.log())
         if r_y is not None and target.p is not None:
             rho_rows -= exact(target.p, r_y)
-        if z_y is not None and direction.p is not None:
-            rho_rows -= exact(direction.p, block.log_softmax(z_y))
+        if block.l_y is not None and direction.p is not None:
+            rho_rows -= exact(direction.p, block.l_y)
         rho[rows] = block.kept(rho_rows).squeeze(1) / math.log(base)
         if wants[3] and r_y is not None:
             hp[rows] = (g * (ar - r_y)).squeeze(1)
@@ -275,36 +273,33 @@ class _Block:
         self.target, self.drop, self.z, self.beta = target, drop, z, beta
         self.is_shifted = is_shifted
 
-    def logits_(self) -> Tensor:
-        """z = W x + b, in this block's memory."""
-        z, W, x = self.z, self.W, self.x
-        torch.mm(x, W.T, out=z) if self.b is None else torch.addmm(self.b, x, W.T, out=z)
+    def logits_(self, classes: slice = slice(None)) -> Tensor:
+        """z = W x + b, in this block's memory; of some classes."""
+        z, W, b = self.z[:, classes], self.W[classes], None if self.b is None else self.b[classes]
+        torch.mm(self.x, W.T, out=z) if b is None else torch.addmm(b, self.x, W.T, out=z)
         return self.kept_(z)
 
-    def exponentials_(self, is_shown: bool) -> Iterator[tuple[slice, Tensor]]:
-        """Makes e^{z-m} of z, and their sum s; shows each slice of z - m before, m the maximum."""
+    def exponentials_(self, y: Tensor | None, is_shown: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Makes e^{z-m}, their sum s, and l_y = z_y - m - ln s; shows z - m, slice by slice."""
+        self.s = torch.zeros_like(self.z[:, :1])
         if not (self.is_shifted or is_shown):
-            self.m: Tensor | float = 0.0
-            self.s = torch.zeros_like(self.z[:, :1])
-            for z in _slices(self.z):
-                self.s += z.exp_().sum(1, keepdim=True)
+            for classes in _ranges(self.z):  # while they are in the cache
+                self.s += self.logits_(classes).exp_().sum(1, keepdim=True)
+            e_y = self.s if y is None else self.z.gather(1, y)
             least, most = SUMS
-            if bool(((self.s > least) & (self.s < most)).all()):
+            if bool(((self.s > least) & (self.s < most) & (e_y > least**3)).all()):
+                self.l_y = (e_y.double() / self.s).log().to(e_y.dtype)
                 return
             self.is_shifted = True
-            self.logits_()
-        self.m = self.z.amax(1, keepdim=True)
-        self.s = torch.zeros_like(self.m)
-        for classes, z in zip(_ranges(self.z), _slices(self.z), strict=True):
-            z.sub_(self.m)
+        z = self.logits_()
+        z_y, m = None if y is None else z.gather(1, y), z.amax(1, keepdim=True)
+        self.s.zero_()
+        for classes, zc in zip(_ranges(z), _slices(z), strict=True):
+            zc.sub_(m)
             if is_shown:
-                yield classes, z
-            self.s += z.exp_().sum(1, keepdim=True)
-
-    def log_softmax(self, z: Tensor) -> Tensor:
-        """z - m - ln s, of a logit of each row; what z and ln s have in common cancels exactly."""
-        dtype = z.dtype if self.is_shifted else torch.float64
-        return (z.to(dtype) - self.m - self.s.to(dtype).log()).to(z.dtype)
+                yield classes, zc
+            self.s += zc.exp_().sum(1, keepdim=True)
+        self.l_y = None if z_y is None else z_y.sub_(m).sub_(self.s.log())
 
     def kept(self, v: Tensor) -> Tensor:
         """v, 0 in the rows that are ignored."""
