@@ -218,7 +218,7 @@ def mse_loss(
             "broadcasting. Please ensure they have the same size.",
             stacklevel=3,
         )
-    torch.broadcast_shapes(input.shape, target.shape)  # raises where they do not fit
+        torch.broadcast_shapes(input.shape, target.shape)  # raises where they do not fit
     if weight is not None and weight.shape != input.shape:
         raise ValueError(
             f"Weights and input must have the same size, got {tuple(weight.shape)} and "
@@ -231,7 +231,9 @@ def mse_loss(
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
     dtype, input, target, weight = for_loss(dtype, input, target, weight)
-    input, target = torch.broadcast_tensors(number(input), number(target))
+    input, target = number(input), number(target)
+    if target.shape != input.shape:
+        input, target = torch.broadcast_tensors(input, target)
     if weight is not None:
         weight = wide(weight)  # once: both of its gradients are added before they are rounded
         c = formulas.SquaredError.of(input, target, 0, 2.0) * weight
@@ -263,7 +265,8 @@ def squared_error(
     tensor(0.0650)
     """
     check.floating(input=input, target=target)
-    return _per_example("squared_error", input, target, reduction, dim, formulas.SquaredError)
+    formula = formulas.SquaredError
+    return _per_example("squared_error", input, target, reduction, dim, formula, 1.0)
 
 
 @_public
@@ -387,7 +390,8 @@ def cross_entropy(
     if input.dim() == 1:
         target = target.reshape(())
     y, keep, p, q, count = _indices(target, C, weight, ignore_index, label_smoothing, input)
-    y, keep, p = (v.unsqueeze(dim) for v in (y, keep, p))
+    y, p = y.unsqueeze(dim), p.unsqueeze(dim)
+    keep = None if keep is None else keep.unsqueeze(dim)
     if q is not None:
         q = q.view([C if d == dim else 1 for d in range(input.dim())])
     inputs = input, p, q, y, keep, dim, base
@@ -494,13 +498,15 @@ def linear_cross_entropy(
             target.reshape(N, positions), C, weight, ignore_index, label_smoothing, input
         )
         q = None if q is None else q.unsqueeze(0)
-        columns = [(p[:, d], q, y[:, d], keep[:, d]) for d in range(positions)]
+        columns = [
+            (p[:, d], q, y[:, d], None if keep is None else keep[:, d]) for d in range(positions)
+        ]
     inputs = [(x, W, b, *column, base) for W, b, column in zip(Ws, bs, columns, strict=True)]
     of = formulas.LinearCrossEntropy.of
     if reduction == "none":
         losses = [of(*each) for each in inputs] or [x.new_zeros(N, dtype=loss_type)]
         return torch.stack(losses, -1).reshape(loss_shape).to(dtype)
-    n = _divisor(reduction, count)
+    n = _divisor(reduction, count, x)
     costs = [formulas.cost_of_linear_cross_entropy(n, *each) for each in inputs]
     loss = sum(costs[1:], costs[0]) if costs else x.new_zeros((), dtype=loss_type) / n
     return loss.to(dtype)
@@ -575,19 +581,21 @@ def _indices(
     ignore_index: int | None,
     label_smoothing: float,
     input: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Class indices y as the target p e_y + q of each row that is kept, and the mean's divisor."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+    """Class indices y, which rows are kept (None: all), the target p e_y + q, the mean's divisor."""
     check.class_weight(weight, C)
     if weight is not None and weight.dtype != input.dtype and not is_autocast(input):
         raise RuntimeError(f"expected weight of type {input.dtype}, as input, got {weight.dtype}")
     y, keep = kernels.class_indices(target, C, -100 if ignore_index is None else ignore_index)
     dtype = wide_type(input.dtype)
-    ones = torch.ones((C,), dtype=dtype, device=input.device)
-    w = ones if weight is None else weight.to(dtype)
-    w_y = keep.to(dtype) if weight is None else w[y].masked_fill(~keep, 0)
-    if not label_smoothing:
-        return y, keep, w_y, None, w_y.sum()
-    return y, keep, (1 - label_smoothing) * w_y, label_smoothing / max(C, 1) * w, w_y.sum()
+    w = None if weight is None else weight.to(dtype)
+    p = keep.to(dtype) if w is None else w[y].masked_fill(~keep, 0)
+    count, q = p.sum(), None
+    if label_smoothing:
+        w = torch.ones((C,), dtype=dtype, device=input.device) if w is None else w
+        p, q = (1 - label_smoothing) * p, label_smoothing / max(C, 1) * w
+    is_whole = formulas.are_numbers(keep) and bool(keep.all())  # known without waiting for it
+    return y, None if is_whole else keep, p, q, count
 
 
 def _probabilities(
@@ -617,6 +625,7 @@ def _per_example(
     reduction: str,
     dim: int | Sequence[int],
     formula: Any,
+    *options: Any,
 ) -> Tensor:
     """A loss summed over the axes `dim`, then reduced over the examples."""
     if input.shape != target.shape:
@@ -632,7 +641,6 @@ def _per_example(
         axes = tuple(range(input.dim()))
     last = tuple(range(-len(axes), 0))
     input, target = input.movedim(axes, last), target.movedim(axes, last)
-    options = () if formula is formulas.SigmoidSquaredError else (1.0,)
     inputs = input, target, len(axes), *options
     return _reduced(reduction, n, formula, *inputs, over=last).to(dtype)
 
@@ -648,13 +656,15 @@ def _reduced(
 ) -> Tensor:
     """F3: a formula's losses, without the axes that are summed over, their sum, or that over n."""
     if reduction != "none":
-        return formulas.cost(formula, _divisor(reduction, n), *inputs)
+        return formulas.cost(formula, _divisor(reduction, n, inputs[0]), *inputs)
     c: Tensor = formula.of(*inputs)
     return c if over == () else c.squeeze(over)
 
 
-def _divisor(reduction: str, n: Tensor | int) -> Tensor | float:
-    """n for a mean, where 0 makes nan, and 1 for a sum."""
+def _divisor(reduction: str, n: Tensor | int, x: Tensor) -> Tensor | float:
+    """n for a mean, and 1 for a sum. A tensor where 0 is to make nan, and of a size in a graph."""
     if reduction == "sum":
         return 1.0
-    return n if isinstance(n, Tensor) or n else torch.zeros(())
+    if isinstance(n, Tensor) or (n and not torch.compiler.is_compiling()):
+        return n
+    return torch.full((), n, dtype=wide_type(x.dtype), device=x.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
-from torch_nnmath._precision import wide
+from torch_nnmath._precision import HALF, wide
 
 
 class _TangentRule:
@@ -213,7 +213,9 @@ def rounded_once(
 
     @functools.wraps(product)
     def rounded(a: Tensor, v: Tensor, *options: Any) -> Tensor:
-        return product(wide(a), wide(v), *options).to(v.dtype)
+        if a.dtype in HALF or v.dtype in HALF:
+            return product(wide(a), wide(v), *options).to(v.dtype)
+        return product(a, v, *options)
 
     return rounded
 

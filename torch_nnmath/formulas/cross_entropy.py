@@ -113,7 +113,7 @@ class Weighted(Formula):
 
 def log_softmax(z: Tensor, keep: Tensor | None, dim: int) -> Tensor:
     """l = z - lse(z)."""
-    l: Tensor = LogSoftmax.apply(wide(kept(keep, z)), dim)
+    l: Tensor = LogSoftmax.of(wide(kept(keep, z)), dim)
     return l
 
 

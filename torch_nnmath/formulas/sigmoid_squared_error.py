@@ -34,23 +34,24 @@ class SigmoidSquaredError(Formula):
 
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> Any:
-        z, t = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        z, t = map(wide, saved)
         wants_z, wants_t, _ = ctx.needs_input_grad
-        dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes).to(z.dtype) if wants_z else None
-        dt = (dc * (wide(t) - Sigmoids.apply(wide(z))[0])).to(t.dtype) if wants_t else None
+        dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes).to(saved[0].dtype) if wants_z else None
+        dt = (dc * (t - Sigmoids.of(z)[0])).to(saved[1].dtype) if wants_t else None
         return dz, dt, None
 
     @staticmethod
     @fast(kernel.gradient)
     def gradient(dc: Tensor, z: Tensor, t: Tensor, axes: int) -> Tensor:
         """dc (a - t) a (1 - a)."""
-        a, rest = Sigmoids.apply(wide(z))
+        a, rest = Sigmoids.of(wide(z))
         return dc * (a - wide(t)) * a * rest
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
         z, t = map(wide, ctx.saved_tensors)
-        a, rest = Sigmoids.apply(z)
+        a, rest = Sigmoids.of(z)
         change = total(None if dz is None else a * rest * dz, None if dt is None else -wide(dt))
         return summed((a - t) * change, ctx.axes)
 
