@@ -222,6 +222,50 @@ def test_near_saturation(monkeypatch, f, fused):
     torch.testing.assert_close(slope.double(), true, rtol=5e-7, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("bias", "x_scale"),
+    [
+        pytest.param([300.0] * C, 1, id="sums overflow"),
+        pytest.param([-300.0] * C, 1, id="sums vanish"),
+        pytest.param([85.0] * C, 1e-5, id="what is over them vanishes"),
+        pytest.param([*[0.0] * (C - 1), -150.0], 1, id="a target is far below"),
+        pytest.param([40.0, *[30.0] * (C - 1)], 0, id="the loss is small, the logits not"),
+        pytest.param([0.0] * C, 1000, id="spread"),
+    ],
+)
+@pytest.mark.parametrize("target", ["most likely", "least likely"])
+def test_logits_far_from_zero(small, bias, x_scale, target):
+    """Where sums of e^z would overflow, or vanish, a block starts again from the maximum."""
+    exact = drawn(N, D) * x_scale, drawn(C, D, seed=4), torch.tensor(bias, dtype=torch.float64)
+    leaves = [v.float().requires_grad_() for v in exact]
+    true = [v.detach().double().requires_grad_() for v in leaves]
+    z = F.linear(*true)
+    y = z.argmax(1) if target == "most likely" else z.argmin(1)
+
+    def found(loss, leaves):
+        return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, leaves))]
+
+    truth = found(F.cross_entropy(z, y), true)
+    eager = found(F.cross_entropy(F.linear(*leaves), y), leaves)
+    loss = G.linear_cross_entropy(leaves[0], leaves[1], y, linear_bias=leaves[2])
+    for got, plain, want in zip(found(loss, leaves), eager, truth, strict=True):
+        slack = 4 * (plain - want).abs().max() + 4e-7 * want.abs().max()
+        assert (got - want).abs().max() <= slack
+
+
+def test_what_one_block_needs_the_next_ones_have_at_once(small, monkeypatch):
+    asked = []
+    real = blocked._Block.logits_
+
+    def logits(block, *classes):
+        asked.append(bool(classes))
+        return real(block, *classes)
+
+    monkeypatch.setattr(blocked._Block, "logits_", logits)
+    G.linear_cross_entropy(x, W, classes(False), linear_bias=torch.full_like(b, 300))
+    assert asked == [*[True] * (-(-C * 32 // 64)), *[False] * 3]  # slices of the first of 3 blocks
+
+
 # ---- when
 
 
@@ -298,12 +342,11 @@ def test_the_gradient_is_found_with_the_value(small, monkeypatch, name):
     """In one pass, and only where it will be wanted."""
     f, (v,) = COSTS[name]
     calls = []
-    formulas_of = formulas.CrossEntropy, formulas.SquaredError, formulas.SigmoidSquaredError
-    for formula in formulas_of:
-        real = formula.kernel.both
+    for module in (rowwise, elementwise):
+        real = module._results
         monkeypatch.setattr(
-            formula.kernel,
-            "both",
+            module,
+            "_results",
             lambda dc, *args, real=real: calls.append(dc is not None) or real(dc, *args),
         )
     leaf = v.clone().requires_grad_()
@@ -358,8 +401,8 @@ def test_a_hessian_vector_product_does_not_see_that_they_came_before(small, name
     leaves = [v.clone().requires_grad_() for v in tensors]
     directions = [drawn(*v.shape, seed=7) for v in tensors]
     fast, written = [], []
-    for products, f in ((fast, f), (written, plain)):
-        gradients = torch.autograd.grad(f(*leaves) ** 2, leaves, create_graph=True)
+    for products, function in ((fast, f), (written, plain)):
+        gradients = torch.autograd.grad(function(*leaves) ** 2, leaves, create_graph=True)
         products += [*gradients, *torch.autograd.grad(gradients, leaves, directions)]
     for a, b in zip(fast, written, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

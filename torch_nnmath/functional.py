@@ -582,7 +582,7 @@ def _indices(
     label_smoothing: float,
     input: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-    """Class indices y, which rows are kept (None: all), the target p e_y + q, the mean's divisor."""
+    """Class indices y, the rows that are kept (None: all), the target p e_y + q, and Σ weights."""
     check.class_weight(weight, C)
     if weight is not None and weight.dtype != input.dtype and not is_autocast(input):
         raise RuntimeError(f"expected weight of type {input.dtype}, as input, got {weight.dtype}")
@@ -647,13 +647,11 @@ def _per_example(
 
 def _examples(input: Tensor, *axes: int) -> int:
     """How many there are: the product of the sizes of the other axes."""
-    its = {axis % input.dim() for axis in axes}
+    its = {axis % max(input.dim(), 1) for axis in axes}
     return math.prod([n for axis, n in enumerate(input.shape) if axis not in its])
 
 
-def _reduced(
-    reduction: str, n: Tensor | int, formula: Any, *inputs: Any, over: Any = ()
-) -> Tensor:
+def _reduced(reduction: str, n: Tensor | int, formula: Any, *inputs: Any, over: Any = ()) -> Tensor:
     """F3: a formula's losses, without the axes that are summed over, their sum, or that over n."""
     if reduction != "none":
         return formulas.cost(formula, _divisor(reduction, n, inputs[0]), *inputs)

@@ -35,7 +35,7 @@ __all__ = [
     "Weighted",
     "are_numbers",
     "cost",
+    "cost_of_linear_cross_entropy",
     "relu_",
     "softmax_jacobian",
-    "cost_of_linear_cross_entropy",
 ]

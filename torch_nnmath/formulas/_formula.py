@@ -128,7 +128,7 @@ class KernelFormula(Formula):
 
 
 class Kernel:
-    """An operator `(dc or None, *inputs, wants_c) -> (c, gradient in the first input)` of a loss."""
+    """A loss's operator, `(dc or None, *inputs, wants_c) -> (c, gradient in the first input)`."""
 
     def __init__(self, both: Callable[..., Any]):
         self.both = both

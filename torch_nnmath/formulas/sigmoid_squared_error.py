@@ -37,9 +37,10 @@ class SigmoidSquaredError(Formula):
         saved = ctx.saved_tensors
         z, t = map(wide, saved)
         wants_z, wants_t, _ = ctx.needs_input_grad
-        dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes).to(saved[0].dtype) if wants_z else None
-        dt = (dc * (t - Sigmoids.of(z)[0])).to(saved[1].dtype) if wants_t else None
-        return dz, dt, None
+        dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes) if wants_z else None
+        dt = dc * (t - Sigmoids.of(z)[0]) if wants_t else None
+        pairs = zip((dz, dt), saved, strict=True)
+        return *(g if g is None else g.to(x.dtype) for g, x in pairs), None
 
     @staticmethod
     @fast(kernel.gradient)

@@ -1,8 +1,8 @@
 """The head (F15 batch) block by block of rows, so that memory does not grow with rows x classes.
 
-Shapes: γ (N) the coefficient of each row's loss, or () one for all; x (N, D), W (C, D), b (C). The target
-of a row is `p e_y + t`: y, p (N) a class and its weight, t (N, C), or (1, C) for all rows; each may
-be None. u, V, s, π, τ are a direction in which x, W, b, p, t move; each may be None.
+Shapes: γ (N) the coefficient of each row's loss, or () one for all; x (N, D), W (C, D), b (C). The
+target of a row is `p e_y + t`: y, p (N) a class and its weight, t (N, C), or (1, C) for all rows;
+each may be None. u, V, s, π, τ are a direction in which x, W, b, p, t move; each may be None.
 keep (N) is False for the rows that are ignored: they are taken out of every product, on the CPU by
 gathering the others, elsewhere, where counting them would wait for the device, by masks.
 Where x is half, γ, p, t and c are float32, and so is all arithmetic: results are rounded once.
@@ -27,7 +27,7 @@ from torch_nnmath._precision import wide_type
 from torch_nnmath.kernels._library import SLICE, exact, operator
 
 ROWS = 256  # of a block, which share the cost of reading W and of adding to all of dW
-SUMS = (1e-10, 1e20)  # of e^z, far from where they overflow, or what adds to them underflows
+MOST = 1e20  # of a sum of e^z, and 1 / MOST of e^{z_y}: far from what float32 cannot hold
 BLOCK_BYTES = (8 * 2**20, 64 * 2**20)  # of its logits: more rows for few classes, fewer for many
 
 
@@ -272,6 +272,7 @@ class _Block:
         self.rows, self.x, self.W, self.b = rows, x, W, b
         self.target, self.drop, self.z, self.beta = target, drop, z, beta
         self.is_shifted = is_shifted
+        self.l_y: Tensor | None = None
 
     def logits_(self, classes: slice = slice(None)) -> Tensor:
         """z = W x + b, in this block's memory; of some classes."""
@@ -286,9 +287,8 @@ class _Block:
             for classes in _ranges(self.z):  # while they are in the cache
                 self.s += self.logits_(classes).exp_().sum(1, keepdim=True)
             e_y = self.s if y is None else self.z.gather(1, y)
-            least, most = SUMS
-            if bool(((self.s > least) & (self.s < most) & (e_y > least**3)).all()):
-                self.l_y = (e_y.double() / self.s).log().to(e_y.dtype)
+            if bool(((self.s < MOST) & (e_y > 1 / MOST)).all()):
+                self.l_y = None if y is None else (e_y.double() / self.s).log().to(e_y.dtype)
                 return
             self.is_shifted = True
         z = self.logits_()

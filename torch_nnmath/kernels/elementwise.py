@@ -139,9 +139,10 @@ def _squared_error(
 ) -> tuple[Tensor, Tensor]:
     c, da = _results(dc, a, t, axes, wants_c)
     per_example, examples = c.view(-1).zero_(), math.prod(a.shape[: a.dim() - axes])
-    k, zero = None if dc is None else scale * dc, c.new_zeros(())
-    one_for_all = k.item() if k is not None and k.numel() == 1 else None
-    k = None if k is None else k.expand(_shape(a, axes)).reshape(-1, 1)
+    k = None if dc is None else scale * dc
+    one_for_all = float(k) if k is not None and k.numel() == 1 else 0.0
+    each = None if k is None or k.numel() == 1 else k.reshape(-1, 1)
+    zero = c.new_zeros(())
     memory = [a.new_empty(min(SLICE, a.numel()), dtype=c.dtype) for _ in range(2)]
     for rows, (x, y, *into) in _tiles(examples, a, t, *[da] * (k is not None)):
         e, slope = (m[: x.numel()].view(x.shape) for m in memory)
@@ -156,11 +157,11 @@ def _squared_error(
             d.sub_(y)
         if wants_c:
             per_example[rows] += torch.mul(d, d, out=e).sum(1) if len(d) > 1 else d[0].dot(d[0])
-        if k is not None and one_for_all is None:
-            (d.mul_(slope) if of_sigmoid else d).mul_(k[rows])
-        elif k is not None and of_sigmoid:
+        if each is not None:
+            (d.mul_(slope) if of_sigmoid else d).mul_(each[rows])
+        elif into and of_sigmoid:
             torch.addcmul(zero, d, slope, value=one_for_all, out=d)
-        elif k is not None:
+        elif into:
             d.mul_(one_for_all)
     return c.mul_(scale / 2), da
 

@@ -46,16 +46,16 @@ def cross_entropy(
         drop = None if keep is None or keep[rows].all() else ~keep[rows]
         l_y = None if y is None else e.gather(dim, y[rows])
         T = None if t is None else t[rows].sum(dim, keepdim=True)
-        loss = 0
+        loss = torch.zeros_like(e.narrow(dim, 0, 1))
         if wants_c and t is not None:
-            loss = -exact(t[rows], e).sum(dim, keepdim=True)
+            loss -= exact(t[rows], e).sum(dim, keepdim=True)
         s = e.exp_().sum(dim, keepdim=True)
         if wants_c:
             lse = s.log()
             if T is not None:
-                loss = loss + exact(T, lse)
+                loss += exact(T, lse)
             if p is not None and l_y is not None:
-                loss = loss - exact(p[rows], l_y.sub_(lse))
+                loss -= exact(p[rows], l_y.sub_(lse))
             c[rows] = loss if drop is None else loss.masked_fill_(drop, 0)
         if dc is None:
             continue
