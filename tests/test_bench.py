@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from torch_nnmath import bench
 from torch_nnmath.__main__ import main
@@ -182,7 +183,7 @@ def test_a_contender_that_overwrites_has_its_own_arguments():
 def test_the_floor_of_a_product_does_its_products(name, size, products):
     problem = WORKS[name].drawn(size, torch.float32, "cpu")
     floor = WORKS[name].floor.prepared(problem)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counted:
+    with FlopCounterMode(display=False) as counted:
         floor()
     assert counted.get_total_flops() == products * 2 * 8 * 16 * 24
 
@@ -215,10 +216,12 @@ def fake_rounds(fake, limits, reasons=None):
     return measure.rounds(runs, fake, 0.0, limits, {} if reasons is None else reasons)
 
 
-def test_rounds_alternate_and_rotate():
+def test_rounds_alternate_in_any_order():
     fake = Fake(a=[1, 2, 3, 4, 5], b=[2] * 5, c=[3] * 5)
     samples = fake_rounds(fake, (5, 9))
-    assert "".join(fake.order) == "abcbcacababcbca"
+    rounds = ["".join(fake.order[i : i + 3]) for i in range(0, 15, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) > 2
     assert samples["a"] == [0.001, 0.002, 0.003, 0.004, 0.005]
 
 

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -206,9 +207,13 @@ def rounds(
     reasons: dict[str, str],
     what: str = "",
 ) -> dict[str, list[float]]:
-    """Each round times each contender once; the first of one is the last of the next."""
+    """Each round times each contender once, in an order of its own.
+
+    In one order for all, each would always find the cache and the heap as the same other left them.
+    """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     names, start, done, total = list(runs), time.perf_counter(), 0, limits[0]
+    order = random.Random(0)
     while done < total:
         say(f"{what}: round {done + 1} of about {total}", passing=True)
         for name in names:
@@ -216,7 +221,8 @@ def rounds(
                 samples[name].append(timer(*runs[name]))
             except Exception as raised:  # memory may run out late
                 reasons[name] = why(raised)
-        names = [name for name in (*names[1:], *names[:1]) if name not in reasons]
+        names = [name for name in names if name not in reasons]
+        order.shuffle(names)
         done += 1
         fit = int(seconds * done / (time.perf_counter() - start))
         total = min(max(fit, limits[0]), limits[1])

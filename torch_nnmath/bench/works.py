@@ -318,7 +318,7 @@ heads = (
         targets=(Target(0.60, "none ignored"),),
     ),
     replace(
-        small_head,
+        head,
         name="head-forward",
         about="the head without gradients",
         mode=forward,
