@@ -46,7 +46,9 @@ def affine_gradients(
     """F8: (Δ W, Δᵀ X, Σ_rows Δ), those that are wanted."""
     rows = tuple(range(dz.dim() - 1))
     dx = dz @ W if wants[0] else None
-    dW = torch.tensordot(dz, x, dims=(rows, rows)) if wants[1] else None
+    dW = None
+    if wants[1]:
+        dW = dz.T @ x if len(rows) == 1 else torch.tensordot(dz, x, dims=(rows, rows))
     db = dz.sum_to_size(b_shape) if wants[2] else None
     return dx, dW, db
 

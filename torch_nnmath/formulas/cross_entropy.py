@@ -39,7 +39,7 @@ class CrossEntropy(Formula):
         dim: int,
         base: float,
     ) -> Tensor:
-        l = torch.log_softmax(wide(z), dim)
+        l = torch.log_softmax(wide(kept(keep, z)), dim)
         return kept(keep, -dot(l, p, t, y, dim) / math.log(base))
 
     @classmethod
@@ -143,5 +143,11 @@ def less_target(
 ) -> Tensor:
     """v - (p e_y + t)."""
     if p is not None and y is not None:
-        v = v.scatter_add(dim, y, -p)
+        if torch.compiler.is_compiling():  # which fuses this with what v is, but no scatter
+            classes = torch.arange(v.shape[dim], device=v.device).view(
+                [-1 if d == dim % v.dim() else 1 for d in range(v.dim())]
+            )
+            v = v - torch.where(classes == y, p, 0)
+        else:
+            v = v.scatter_add(dim, y, -p)
     return v if t is None else v - t

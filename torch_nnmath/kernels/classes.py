@@ -23,14 +23,17 @@ def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tup
     An operator, so that a compiled graph checks too. The error is an IndexError that names the
     value; on a GPU the device asserts, without a synchronisation.
     """
-    y = target.to(torch.int64, copy=True)
+    y = target.to(torch.int64)
     keep = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
-    y.masked_fill_(~keep, 0)
-    inside = (y >= 0) & (y < classes)
+    y = y.masked_fill(~keep, 0)
+    if not y.numel():
+        return y, keep
+    low, high = y.aminmax()
+    inside = (low >= 0) & (high < classes)
     if target.device.type == "cuda":
-        torch._assert_async(inside.all(), f"a class index is not in [0, {classes})")
-    elif not inside.all():
-        wrong = y[~inside][0].item()
+        torch._assert_async(inside, f"a class index is not in [0, {classes})")
+    elif not inside:
+        wrong = y[(y < 0) | (y >= classes)][0].item()
         raise IndexError(
             f"Target {wrong} is out of bounds: class indices must lie in [0, {classes}) "
             f"or equal ignore_index={ignore_index}"
