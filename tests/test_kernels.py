@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch_nnmath import formulas, kernels, testing, verify
 from torch_nnmath import functional as G
 from torch_nnmath.catalog import CATALOG
-from torch_nnmath.formulas import _formula
-from torch_nnmath.kernels import blocked, elementwise, rowwise
+from torch_nnmath.kernels import blocked, choice, elementwise, rowwise
 
 N, D, C = 70, 5, 7
 
@@ -33,7 +32,7 @@ def small(monkeypatch):
     for module in (blocked, elementwise, rowwise):
         monkeypatch.setattr(module, "SLICE", 64)
     monkeypatch.setattr(blocked, "BLOCK_BYTES", (0, 32 * 4 * C))
-    monkeypatch.setattr(_formula, "FEW", 0)
+    monkeypatch.setattr(choice, "FEW", 0)
 
 
 # ---- what an operator is to torch.library
@@ -184,7 +183,7 @@ def results(f, leaves, dtype=torch.float64, upstream="uneven"):
 def test_fast_is_what_is_written(small, monkeypatch, name, upstream):
     f, leaves = CASES[name]
     fast = results(f, leaves, upstream=upstream)
-    monkeypatch.setattr(_formula, "FEW", 2**40)
+    monkeypatch.setattr(choice, "FEW", 2**40)
 
     class Open(formulas.LinearCrossEntropy):
         @classmethod
@@ -275,9 +274,9 @@ LOSSES = (G.mse_loss, G.sigmoid_squared_error, G.cross_entropy)
 @pytest.mark.parametrize("f", [G.sigmoid, G.tanh, G.relu, *LOSSES])
 def test_fast_where_nothing_differentiates_through_it(monkeypatch, f):
     found = []
-    monkeypatch.setattr(_formula, "FEW", 0)
-    real = _formula.is_unseen
-    monkeypatch.setattr(_formula, "is_unseen", lambda args: found.append(real(args)) or found[-1])
+    monkeypatch.setattr(choice, "FEW", 0)
+    real = choice.is_unseen
+    monkeypatch.setattr(choice, "is_unseen", lambda args: found.append(real(args)) or found[-1])
 
     def scalar(z):
         return (f(z, t, reduction="none") if f in LOSSES else f(z)).sum()
@@ -445,7 +444,7 @@ def test_of_what_weighs_nothing(monkeypatch, small, hostile):
         ]
 
     fast = found()
-    monkeypatch.setattr(_formula, "FEW", 2**40)
+    monkeypatch.setattr(choice, "FEW", 2**40)
     torch.testing.assert_close(fast, found(), rtol=1e-11, atol=1e-13, equal_nan=True)
 
 

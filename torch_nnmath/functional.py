@@ -594,7 +594,7 @@ def _indices(
     if label_smoothing:
         w = torch.ones((C,), dtype=dtype, device=input.device) if w is None else w
         p, q = (1 - label_smoothing) * p, label_smoothing / max(C, 1) * w
-    is_whole = formulas.are_numbers(keep) and bool(keep.all())  # known without waiting for it
+    is_whole = kernels.choice.are_numbers(keep) and bool(keep.all())  # known without waiting for it
     return y, None if is_whole else keep, p, q, count
 
 

@@ -1,6 +1,5 @@
 """The document's formulas, each a `torch.autograd.Function` with its backward written by hand."""
 
-from torch_nnmath.formulas._formula import are_numbers
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.categorical_cross_entropy import CategoricalCrossEntropy
 from torch_nnmath.formulas.cost import Cost, cost
@@ -33,7 +32,6 @@ __all__ = [
     "SquaredError",
     "Tanh",
     "Weighted",
-    "are_numbers",
     "cost",
     "cost_of_linear_cross_entropy",
     "relu_",

@@ -6,17 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from torch_nnmath._precision import HALF
-from torch_nnmath.formulas._formula import (
-    Formula,
-    are_many_numbers,
-    are_numbers,
-    requires_grad,
-    save,
-    total,
-)
+from torch_nnmath.formulas._formula import Formula, requires_grad, save, total
+from torch_nnmath.kernels.choice import are_many_numbers
+from torch_nnmath.kernels.costs import CostWithGradient
 
 
 class Cost(Formula):
@@ -46,35 +40,6 @@ class Cost(Formula):
         c, n = ctx.saved_tensors
         change = total(None if dc is None else dc.sum(), None if dn is None else -c.sum() / n * dn)
         return change / (ctx.n if n is None else n)
-
-
-class CostWithGradient(Function):
-    """F3 of a formula's losses with its gradient in the first input, which a kernel has at hand.
-
-    The first backward takes it; what differentiates further sees the formula's own gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, formula: Any, n: Any, *inputs: Any) -> Tensor:
-        ctx.formula = formula
-        ctx.n = torch.as_tensor(n, dtype=inputs[0].dtype)
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
-        ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
-        c, ctx.known = formula.kernel.both(1 / ctx.n, *inputs, True)
-        return c.sum() / n
-
-    @staticmethod
-    def backward(ctx: Any, dC: Tensor) -> Any:
-        pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
-        inputs = [option if x is None else x for x, option in pairs]
-        if torch.is_grad_enabled() or not are_numbers(dC) or not dC.isfinite():
-            gradient = ctx.formula.gradient(dC / ctx.n, *inputs)
-        else:
-            known, ctx.known = ctx.known, None
-            if known is None:
-                known = ctx.formula.kernel.gradient(1 / ctx.n, *inputs)
-            gradient = known if dC == 1 else known.mul_(dC)
-        return None, None, gradient.to(inputs[0].dtype), *[None] * (len(inputs) - 1)
 
 
 def cost(formula: Any, n: Tensor | float, *inputs: Any) -> Tensor:

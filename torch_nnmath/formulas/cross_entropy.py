@@ -10,9 +10,10 @@ from torch import Tensor
 
 from torch_nnmath import kernels
 from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, Kernel, fast, save, total
+from torch_nnmath.formulas._formula import Formula, save, total
 from torch_nnmath.formulas.softmax import LogSoftmax
 from torch_nnmath.kernels._library import exact
+from torch_nnmath.kernels.choice import Kernel, fast
 
 kernel = Kernel(kernels.cross_entropy)
 

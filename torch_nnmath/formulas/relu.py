@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath.formulas._formula import Formula, fast, is_transformed, save
+from torch_nnmath.formulas._formula import Formula, save
+from torch_nnmath.kernels.choice import fast, is_transformed
 
 
 class ReLU(Formula):

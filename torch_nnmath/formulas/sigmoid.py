@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath.formulas._formula import Formula, fast, rounded_once, save
+from torch_nnmath.formulas._formula import Formula, rounded_once, save
+from torch_nnmath.kernels.choice import fast
 
 
 class Sigmoid(Formula):

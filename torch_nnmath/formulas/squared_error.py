@@ -8,7 +8,8 @@ from torch import Tensor
 
 from torch_nnmath import kernels
 from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, Kernel, fast, save, summed, total
+from torch_nnmath.formulas._formula import Formula, save, summed, total
+from torch_nnmath.kernels.choice import Kernel, fast
 
 kernel = Kernel(kernels.squared_error)
 

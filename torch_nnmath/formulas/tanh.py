@@ -9,7 +9,8 @@ from torch import Tensor
 
 from torch_nnmath import kernels
 from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, fast, rounded_once, save, total
+from torch_nnmath.formulas._formula import Formula, rounded_once, save, total
+from torch_nnmath.kernels.choice import fast
 
 
 class Tanh(Formula):

@@ -1,0 +1,137 @@
+"""Costs (F3) with their gradients, which a kernel has at hand while it computes the losses.
+
+The first backward takes them. What differentiates further sees the formulas: theirs are passed in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from torch_nnmath import kernels
+from torch_nnmath.kernels.choice import are_numbers, is_batch, is_transformed
+
+
+class CostWithGradient(Function):
+    """F3 of a formula's losses with its gradient in the first input, which a kernel has at hand.
+
+    `formula` has a `kernel`, and `gradient(dc, *inputs)`, which is differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, formula: Any, n: Any, *inputs: Any) -> Tensor:
+        ctx.formula = formula
+        ctx.n = torch.as_tensor(n, dtype=inputs[0].dtype)
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
+        c, ctx.known = formula.kernel.both(1 / ctx.n, *inputs, True)
+        return c.sum() / n
+
+    @staticmethod
+    def backward(ctx: Any, dC: Tensor) -> Any:
+        pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
+        inputs = [option if x is None else x for x, option in pairs]
+        if torch.is_grad_enabled() or not are_numbers(dC) or not dC.isfinite():
+            gradient = ctx.formula.gradient(dC / ctx.n, *inputs)
+        else:
+            known, ctx.known = ctx.known, None
+            if known is None:
+                known = ctx.formula.kernel.gradient(1 / ctx.n, *inputs)
+            gradient = known if dC == 1 else known.mul_(dC)
+        return None, None, gradient.to(inputs[0].dtype), *[None] * (len(inputs) - 1)
+
+
+class HeadCost(Function):
+    r"""F3 of F14, F15: C = (1/n) Σ c, with its gradients dx, dW, db, dp, dt, which `wants` names:
+    three products, not four. A backward takes them; after that they are what `gradient` says.
+    """
+
+    gradient: Any = None  # F15 batch, a formula; its file names it here
+
+    @staticmethod
+    def forward(
+        n: Any, x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float, wants: Any
+    ) -> Any:
+        c, *gradients = kernels.head(1 / n, x, W, b, y, p, t, keep, base, list(wants))
+        return c.sum() / n, *only(wants, gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
+        *tensors, ctx.base, _ = inputs
+        _, *ctx.known = outputs
+        ctx.mark_non_differentiable(*(g for g in ctx.known if g is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dC: Tensor | None, *_: None) -> Any:
+        if dC is None:
+            return (None,) * 10
+        (n, *saved), wants, base = ctx.saved_tensors, ctx.needs_input_grad[1:6], ctx.base
+        known = only(wants, ctx.known)
+        if torch.compiler.is_compiling():
+            return None, *scaled(dC, known, saved), None, None, None, None
+        # an infinite dC is left to the kernel, which keeps it from the rows that are ignored
+        is_number = (
+            bool(dC.isfinite()) if are_numbers(dC) else not (is_transformed() or is_batch(dC))
+        )
+        if is_number:
+            ctx.known = only([not want for want in wants], ctx.known)
+            if any(want and g is None for want, g in zip(wants, known, strict=True)):
+                x, W, b, p, t, y, keep = saved
+                _, *known = kernels.head(1 / n, x, W, b, y, p, t, keep, base, list(wants))
+            known = scaled(dC, only(wants, known), saved)
+        if not is_number or torch.is_grad_enabled():
+            γ = (dC / n).expand(saved[0].shape[:1])
+            known = HeadCost.gradient.apply(γ, *saved, base, wants, known if is_number else None)
+        return None, *known, None, None, None, None
+
+
+def _save_for_export(ctx: Any, inputs: Any, output: Any) -> None:
+    _, x, W, b, y, p, t, keep, ctx.base, _ = inputs
+    ctx.save_for_backward(x, W, b, p, t, y, keep)
+
+
+def _backward_of_export(ctx: Any, dc: Tensor, *_: Any) -> Any:
+    """F15 batch, where an exported program, which has no Function, calls the operator itself."""
+    _, *wants = (ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5, 6))
+    dx, dW, db, dp, dt = HeadCost.gradient.apply(
+        dc, *ctx.saved_tensors, ctx.base, tuple(wants), None
+    )
+    return None, dx, dW, db, None, dp, dt, None, None, None
+
+
+torch.library.register_autograd(
+    "torch_nnmath::head", _backward_of_export, setup_context=_save_for_export
+)
+
+
+def scaled(k: Tensor, gradients: Any, saved: Any) -> tuple[Tensor | None, ...]:
+    """k times the gradients in x, W, b, p, t, in the types of these; written over in an eager step.
+
+    Where k may be infinite, since looking at it would wait, what comes of no kept row stays 0.
+    """
+    *_, keep = saved
+    is_seen = are_numbers(k)
+
+    def times_k(g: Tensor, v: Tensor) -> Tensor:
+        if is_seen:
+            return g if k == 1 else g.mul_(k)
+        if keep is None:
+            return g * k if len(saved[0]) else g
+        of_rows = v is not saved[1] and v is not saved[2] and g.shape[0] == len(keep)
+        kept_rows = keep.view(-1, *[1] * (g.dim() - 1)) if of_rows else keep.any()
+        return torch.where(kept_rows, g * k, 0)
+
+    return tuple(
+        None if g is None else times_k(g, v).to(v.dtype)
+        for g, v in zip(gradients, saved[:5], strict=True)
+    )
+
+
+def only(wants: Any, results: Any) -> tuple[Tensor | None, ...]:
+    """The results that are wanted, None for the others."""
+    return tuple(result if wanted else None for wanted, result in zip(wants, results, strict=True))
