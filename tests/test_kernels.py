@@ -157,6 +157,11 @@ def elements():
                 lambda z, t, f=f, reduction=reduction: f(z, t, reduction=reduction),
                 [z, t],
             )
+            yield (
+                f"{f.__name__}-{reduction}-of a constant target",
+                lambda z, f=f, reduction=reduction: f(z, t, reduction=reduction),
+                [z],
+            )
         yield (
             f"squared_error-all axes-{reduction}",
             lambda z, t, reduction=reduction: G.squared_error(
@@ -221,6 +226,23 @@ def test_near_saturation(monkeypatch, f, fused):
     torch.testing.assert_close(slope.double(), true, rtol=5e-7, atol=0)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_where_the_sigmoid_is_nearly_one(small, reduction):
+    """σ(z) σ(-z), for 1 - σ(z) is 0 in float32 from z = 17 on."""
+    z = torch.linspace(-60, 60, 999)[:, None]
+    t = torch.zeros_like(z)
+    _, slope, _ = results(
+        lambda z, t: G.sigmoid_squared_error(z, t, reduction=reduction),
+        [z, t],
+        torch.float32,
+        "even",
+    )
+    a, rest = torch.sigmoid(z.double()), torch.sigmoid(-z.double())
+    true = 0.7 * a * a * rest / (999 if reduction == "mean" else 1)
+    normal = true > torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(slope.double()[normal], true[normal], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("bias", "x_scale"),
     [
@@ -233,7 +255,8 @@ def test_near_saturation(monkeypatch, f, fused):
     ],
 )
 @pytest.mark.parametrize("target", ["most likely", "least likely"])
-def test_logits_far_from_zero(small, bias, x_scale, target):
+@pytest.mark.parametrize("f", [G.linear_cross_entropy, G.cross_entropy])
+def test_logits_far_from_zero(small, bias, x_scale, target, f):
     """Where sums of e^z would overflow, or vanish, a block starts again from the maximum."""
     exact = drawn(N, D) * x_scale, drawn(C, D, seed=4), torch.tensor(bias, dtype=torch.float64)
     leaves = [v.float().requires_grad_() for v in exact]
@@ -246,7 +269,10 @@ def test_logits_far_from_zero(small, bias, x_scale, target):
 
     truth = found(F.cross_entropy(z, y), true)
     eager = found(F.cross_entropy(F.linear(*leaves), y), leaves)
-    loss = G.linear_cross_entropy(leaves[0], leaves[1], y, linear_bias=leaves[2])
+    if f is G.cross_entropy:
+        loss = f(F.linear(*leaves), y)
+    else:
+        loss = f(leaves[0], leaves[1], y, linear_bias=leaves[2])
     for got, plain, want in zip(found(loss, leaves), eager, truth, strict=True):
         slack = 4 * (plain - want).abs().max() + 4e-7 * want.abs().max()
         assert (got - want).abs().max() <= slack

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_nnmath._precision import without_autocast
 
 SLICE = 2**18  # entries that are gone through at a time, so that they stay in the cache
+MOST = 1e20  # of a sum of e^z, and 1 / MOST of e^{z_y}: far from what float32 cannot hold
 
 LIBRARY = torch.library.Library("torch_nnmath", "DEF")
 
@@ -36,6 +37,16 @@ def operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[...
         return getattr(torch.ops.torch_nnmath, name).default
 
     return register
+
+
+def log_of_share(e_y: Tensor, s: Tensor) -> Tensor | None:
+    """ln(e^{z_y} / Σ e^z), or None unless both are far from what float32 cannot hold.
+
+    Then it is as good as from z less its maximum: a quotient of e^z has lost nothing.
+    """
+    if not bool(((s < MOST) & (e_y > 1 / MOST)).all()):
+        return None
+    return (e_y.double() / s).log().to(e_y.dtype)
 
 
 def exact(t: Tensor, v: Tensor) -> Tensor:

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide_type
-from torch_nnmath.kernels._library import SLICE, exact, operator
+from torch_nnmath.kernels._library import SLICE, exact, log_of_share, operator
 
 ROWS = 256  # of a block, which share the cost of reading W and of adding to all of dW
-MOST = 1e20  # of a sum of e^z, and 1 / MOST of e^{z_y}: far from what float32 cannot hold
 BLOCK_BYTES = (8 * 2**20, 64 * 2**20)  # of its logits: more rows for few classes, fewer for many
 
 
@@ -69,7 +68,7 @@ def head(
         for classes, zc in block.exponentials_(target.y, is_shown=target.t is not None):
             loss -= target.dot(zc, classes)
         if target.t is not None:
-            loss += exact(target.sum_of_t(), block.s.log())
+            loss += target.sum_of_t() * block.s.log()
         if block.l_y is not None and target.p is not None:
             loss -= exact(target.p, block.l_y)
             if wants[3]:
@@ -149,7 +148,7 @@ def head_second(
         T, T_of_direction = target.total(like=g), direction.total(like=g)
         rho_rows = T * ar - tr - tz
         if direction.t is not None:
-            rho_rows += exact(direction.sum_of_t(), block.s.log())
+            rho_rows += direction.sum_of_t() * block.s.log()
         if r_y is not None and target.p is not None:
             rho_rows -= exact(target.p, r_y)
         if block.l_y is not None and direction.p is not None:
@@ -287,8 +286,8 @@ class _Block:
             for classes in _ranges(self.z):  # while they are in the cache
                 self.s += self.logits_(classes).exp_().sum(1, keepdim=True)
             e_y = self.s if y is None else self.z.gather(1, y)
-            if bool(((self.s < MOST) & (e_y > 1 / MOST)).all()):
-                self.l_y = None if y is None else (e_y.double() / self.s).log().to(e_y.dtype)
+            self.l_y = log_of_share(e_y, self.s)
+            if self.l_y is not None:
                 return
             self.is_shifted = True
         z = self.logits_()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide_type
-from torch_nnmath.kernels._library import SLICE, exact, operator
+from torch_nnmath.kernels._library import SLICE, exact, log_of_share, operator
 
 
 @operator(
@@ -42,20 +42,26 @@ def cross_entropy(
     memory = None if is_memory else z.new_empty(_size(z, dim), dtype=wide_type(z.dtype))
     for rows in _blocks(z, dim):
         e = dz[rows] if memory is None else memory[: z[rows].shape[0]]
-        torch.sub(z[rows], z[rows].amax(dim, keepdim=True).to(e.dtype), out=e)
         drop = None if keep is None or keep[rows].all() else ~keep[rows]
-        l_y = None if y is None else e.gather(dim, y[rows])
-        T = None if t is None else t[rows].sum(dim, keepdim=True)
-        loss = torch.zeros_like(e.narrow(dim, 0, 1))
-        if wants_c and t is not None:
-            loss -= exact(t[rows], e).sum(dim, keepdim=True)
-        s = e.exp_().sum(dim, keepdim=True)
+        l_y = T = tz = None
+        if t is None and y is not None:
+            torch.exp(z[rows].to(e.dtype), out=e)
+            s = e.sum(dim, keepdim=True)
+            l_y = log_of_share(e.gather(dim, y[rows]), s)
+        if l_y is None:
+            torch.sub(z[rows], z[rows].amax(dim, keepdim=True).to(e.dtype), out=e)
+            z_y = None if y is None else e.gather(dim, y[rows])
+            if t is not None:
+                T = t[rows].sum(dim, keepdim=True)
+                tz = exact(t[rows], e).sum(dim, keepdim=True) if wants_c else None
+            s = e.exp_().sum(dim, keepdim=True)
+            l_y = None if z_y is None else z_y.sub_(s.log())
         if wants_c:
-            lse = s.log()
-            if T is not None:
-                loss += exact(T, lse)
+            loss = torch.zeros_like(s)
+            if T is not None and tz is not None:
+                loss += T * s.log() - tz
             if p is not None and l_y is not None:
-                loss -= exact(p[rows], l_y.sub_(lse))
+                loss -= exact(p[rows], l_y)
             c[rows] = loss if drop is None else loss.masked_fill_(drop, 0)
         if dc is None:
             continue
@@ -87,9 +93,12 @@ def _shape(z: Tensor, dim: int) -> list[int]:
 
 
 def _size(z: Tensor, dim: int) -> tuple[int, ...]:
-    """The shape of a block: whole examples; all of them where dim is the first axis."""
+    """The shape of a block: whole examples; all of them where dim is the first axis.
+
+    Few passes and many small calls for each block: it pays to have fewer of them.
+    """
     N = z.shape[0]
-    n = N if dim % z.dim() == 0 else min(max(SLICE // z[:1].numel(), 1), N)
+    n = N if dim % z.dim() == 0 else min(max(4 * SLICE // z[:1].numel(), 1), N)
     return n, *z.shape[1:]
 
 
