@@ -19,6 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
 from torch_nnmath._precision import for_loss, for_product, is_autocast, number, wide, wide_type
+from torch_nnmath.kernels import costs
 
 __all__ = [
     "categorical_cross_entropy",
@@ -507,8 +508,8 @@ def linear_cross_entropy(
         losses = [of(*each) for each in inputs] or [x.new_zeros(N, dtype=loss_type)]
         return torch.stack(losses, -1).reshape(loss_shape).to(dtype)
     n = _divisor(reduction, count, x)
-    costs = [formulas.cost_of_linear_cross_entropy(n, *each) for each in inputs]
-    loss = sum(costs[1:], costs[0]) if costs else x.new_zeros((), dtype=loss_type) / n
+    each_cost = [_cost_of_head(n, *each) for each in inputs]
+    loss = sum(each_cost[1:], each_cost[0]) if each_cost else x.new_zeros((), dtype=loss_type) / n
     return loss.to(dtype)
 
 
@@ -654,9 +655,26 @@ def _examples(input: Tensor, *axes: int) -> int:
 def _reduced(reduction: str, n: Tensor | int, formula: Any, *inputs: Any, over: Any = ()) -> Tensor:
     """F3: a formula's losses, without the axes that are summed over, their sum, or that over n."""
     if reduction != "none":
-        return formulas.cost(formula, _divisor(reduction, n, inputs[0]), *inputs)
+        return _cost(formula, _divisor(reduction, n, inputs[0]), *inputs)
     c: Tensor = formula.of(*inputs)
     return c if over == () else c.squeeze(over)
+
+
+def _cost(formula: Any, n: Tensor | float, *inputs: Any) -> Tensor:
+    """F3 of a formula's losses: their sum over n."""
+    if costs.comes_with_gradient(formula, n, inputs):
+        return costs.CostWithGradient.apply(formula, n, *inputs)
+    return formulas.Cost.of(formula.of(*inputs), n)
+
+
+def _cost_of_head(n: Tensor | float, *inputs: Any) -> Tensor:
+    """The same of F14, on any device and compiled too."""
+    wants, x = costs.wanted_of_head(n, inputs), inputs[0]
+    if wants is None:
+        return formulas.Cost.of(formulas.LinearCrossEntropy.of(*inputs), n)
+    n = torch.as_tensor(n, dtype=wide_type(x.dtype), device=x.device)
+    loss: Tensor = costs.HeadCost.apply(n, *inputs, wants)[0]
+    return loss
 
 
 def _divisor(reduction: str, n: Tensor | int, x: Tensor) -> Tensor | float:

@@ -2,13 +2,10 @@
 
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.categorical_cross_entropy import CategoricalCrossEntropy
-from torch_nnmath.formulas.cost import Cost, cost
+from torch_nnmath.formulas.cost import Cost
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, Weighted
 from torch_nnmath.formulas.feedforward import ACTIVATIONS, Feedforward
-from torch_nnmath.formulas.linear_cross_entropy import (
-    LinearCrossEntropy,
-    cost_of_linear_cross_entropy,
-)
+from torch_nnmath.formulas.linear_cross_entropy import LinearCrossEntropy
 from torch_nnmath.formulas.relu import ReLU, relu_
 from torch_nnmath.formulas.sigmoid import Sigmoid
 from torch_nnmath.formulas.sigmoid_squared_error import SigmoidSquaredError
@@ -32,8 +29,6 @@ __all__ = [
     "SquaredError",
     "Tanh",
     "Weighted",
-    "cost",
-    "cost_of_linear_cross_entropy",
     "relu_",
     "softmax_jacobian",
 ]

@@ -12,7 +12,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from torch_nnmath._precision import HALF, wide
-from torch_nnmath.kernels.choice import Kernel, is_transformed
+from torch_nnmath.kernels.choice import Kernel, is_transformed, requires_grad
 
 
 class _TangentRule:
@@ -126,10 +126,6 @@ class KernelFormula(Formula):
             return torch.stack(members), 0
         outputs = [None if m[0] is None else torch.stack(m) for m in zip(*members, strict=True)]
         return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
-
-
-def requires_grad(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
 
 
 def _select(x: Any, dim: Any, i: int) -> Any:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from torch_nnmath._precision import HALF
-from torch_nnmath.formulas._formula import Formula, requires_grad, save, total
-from torch_nnmath.kernels.choice import are_many_numbers
-from torch_nnmath.kernels.costs import CostWithGradient
+from torch_nnmath.formulas._formula import Formula, save, total
 
 
 class Cost(Formula):
@@ -40,20 +36,3 @@ class Cost(Formula):
         c, n = ctx.saved_tensors
         change = total(None if dc is None else dc.sum(), None if dn is None else -c.sum() / n * dn)
         return change / (ctx.n if n is None else n)
-
-
-def cost(formula: Any, n: Tensor | float, *inputs: Any) -> Tensor:
-    """F3 of a formula's losses: their sum over n."""
-    x, *others = inputs
-    comes_with_gradient = (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and formula.kernel is not None
-        and requires_grad(x)
-        and not any(map(requires_grad, (n, *others)))
-        and are_many_numbers(inputs)
-        and x.dtype not in HALF
-    )
-    if comes_with_gradient:
-        return CostWithGradient.apply(formula, n, *inputs)
-    return Cost.of(formula.of(*inputs), n)

@@ -15,8 +15,6 @@ from torch_nnmath.formulas.softmax import LogSoftmax
 from torch_nnmath.kernels._library import exact
 from torch_nnmath.kernels.choice import Kernel, fast
 
-kernel = Kernel(kernels.cross_entropy)
-
 
 class CrossEntropy(Formula):
     r"""F13: c = (1/ln β)(T lse(z) - t·z), T = Σ t;  dc/dz = (1/ln β)(T a - t), a = softmax(z),
@@ -27,7 +25,7 @@ class CrossEntropy(Formula):
     keep, shaped as c, is False, c and its derivatives of every order are 0, whatever z is.
     """
 
-    kernel = kernel
+    kernel = Kernel(kernels.cross_entropy)
 
     @staticmethod
     @fast(kernel.value)

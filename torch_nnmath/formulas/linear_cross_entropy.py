@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath._precision import wide, wide_type, without_autocast
-from torch_nnmath.formulas._formula import KernelFormula, requires_grad, save
+from torch_nnmath._precision import wide, without_autocast
+from torch_nnmath.formulas._formula import KernelFormula, save
 from torch_nnmath.formulas.affine import Affine
-from torch_nnmath.formulas.cost import Cost
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, dot, kept, less_target, sum_of
 from torch_nnmath.formulas.softmax import LogSoftmax
-from torch_nnmath.kernels.choice import is_transformed
 from torch_nnmath.kernels.costs import HeadCost, only
 
 vjp: Any = torch.func.vjp  # typed as if it could return three
@@ -62,18 +60,6 @@ class LinearCrossEntropy(KernelFormula):
         direction, wants = (dx, dW, db, dp, dt), (False,) * 5
         dc, *_rest = HeadSecond.apply(one, x, W, b, p, t, *direction, y, keep, ctx.base, wants)
         return dc
-
-
-def cost_of_linear_cross_entropy(n: Any, *inputs: Any) -> Any:
-    """F3 of F14: Σ c over n, with the gradients that will be wanted; inputs as there."""
-    wants = tuple(requires_grad(v) for v in inputs[:5])
-    # a transform would not see how they depend on its inputs; an exported program has its own
-    is_plain = not (is_transformed() or torch.compiler.is_exporting() or requires_grad(n))
-    if is_plain and torch.is_grad_enabled() and any(wants):
-        x = inputs[0]
-        n = torch.as_tensor(n, dtype=wide_type(x.dtype), device=x.device)
-        return HeadCost.apply(n, *inputs, wants)[0]
-    return Cost.of(LinearCrossEntropy.of(*inputs), n)
 
 
 class HeadGradient(KernelFormula):

@@ -12,8 +12,6 @@ from torch_nnmath._precision import wide
 from torch_nnmath.formulas._formula import Formula, save, summed, total
 from torch_nnmath.kernels.choice import Kernel, fast
 
-kernel = Kernel(kernels.sigmoid_squared_error)
-
 
 class SigmoidSquaredError(Formula):
     r"""F9, F11: c = ½ Σ_j (t_j - a_j)², a = σ(z);  dc/dz = (a - t) ∘ a ∘ (1 - a),  dc/dt = t - a.
@@ -21,7 +19,7 @@ class SigmoidSquaredError(Formula):
     z, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
-    kernel = kernel
+    kernel = Kernel(kernels.sigmoid_squared_error)
 
     @staticmethod
     @fast(kernel.value)

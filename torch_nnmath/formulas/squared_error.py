@@ -11,8 +11,6 @@ from torch_nnmath._precision import wide
 from torch_nnmath.formulas._formula import Formula, save, summed, total
 from torch_nnmath.kernels.choice import Kernel, fast
 
-kernel = Kernel(kernels.squared_error)
-
 
 class SquaredError(Formula):
     r"""F4: c = ½ Σ_j (t_j - a_j)²,  dc/da = a - t,  dc/dt = t - a; all times `scale`.
@@ -20,7 +18,7 @@ class SquaredError(Formula):
     a, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
-    kernel = kernel
+    kernel = Kernel(kernels.squared_error)
 
     @staticmethod
     @fast(kernel.value)

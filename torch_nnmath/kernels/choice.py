@@ -73,3 +73,7 @@ def is_transformed() -> bool:
     """Whether a transform of `torch.func` or a level of forward mode is active."""
     # nothing public tells either; the first is what `Function.apply` itself asks
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad

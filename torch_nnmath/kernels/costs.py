@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch_nnmath import kernels
-from torch_nnmath.kernels.choice import are_numbers, is_batch, is_transformed
+from torch_nnmath._precision import HALF
+from torch_nnmath.kernels.choice import (
+    are_many_numbers,
+    are_numbers,
+    is_batch,
+    is_transformed,
+    requires_grad,
+)
 
 
 class CostWithGradient(Function):
@@ -42,6 +49,20 @@ class CostWithGradient(Function):
                 known = ctx.formula.kernel.gradient(1 / ctx.n, *inputs)
             gradient = known if dC == 1 else known.mul_(dC)
         return None, None, gradient.to(inputs[0].dtype), *[None] * (len(inputs) - 1)
+
+
+def comes_with_gradient(formula: Any, n: Any, inputs: Any) -> bool:
+    """Whether only the first input will want a gradient, and one pass over it is worth it."""
+    x, *others = inputs
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and formula.kernel is not None
+        and requires_grad(x)
+        and not any(map(requires_grad, (n, *others)))
+        and are_many_numbers(inputs)
+        and x.dtype not in HALF
+    )
 
 
 class HeadCost(Function):
@@ -88,6 +109,17 @@ class HeadCost(Function):
             γ = (dC / n).expand(saved[0].shape[:1])
             known = HeadCost.gradient.apply(γ, *saved, base, wants, known if is_number else None)
         return None, *known, None, None, None, None
+
+
+def wanted_of_head(n: Any, inputs: Any) -> tuple[bool, ...] | None:
+    """Which gradients in x, W, b, p, t will be wanted, or None where they are not to come with C.
+
+    A transform would not see how they depend on its inputs; an exported program has its own.
+    """
+    if is_transformed() or torch.compiler.is_exporting() or requires_grad(n):
+        return None
+    wants = tuple(requires_grad(v) for v in inputs[:5])
+    return wants if torch.is_grad_enabled() and any(wants) else None
 
 
 def _save_for_export(ctx: Any, inputs: Any, output: Any) -> None:
