@@ -1,6 +1,7 @@
-"""The arithmetic made fast, as operators of `torch.library`; none has a derivative of its own.
+"""The arithmetic made fast, as operators of `torch.library`; derivatives are the formulas'.
 
-Each is called below autograd: `class_indices` by a public function, the others by a formula.
+Each is called below autograd: `class_indices` by a public function, the others by a formula or a
+cost. Only an exported program calls `head` itself, whose derivative there is a formula too.
 """
 
 from torch_nnmath.kernels.blocked import head, head_second
