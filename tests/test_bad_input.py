@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(  # PyTorch's own, in forward mode
 C, D = 4, 3
 PYTORCH = SimpleNamespace(**vars(torch.nn.functional) | {"sigmoid": torch.sigmoid})
 PYTORCH.tanh = torch.tanh
+CHANGED = [("softmax", "str"), ("cross_entropy", "float32")]
 
 
 @pytest.fixture(autouse=True)
@@ -446,6 +447,8 @@ def raised(function, arguments):
 
 @pytest.mark.parametrize(("function", "expected", "make", "parts"), BAD)
 def test_bad_arguments(function, expected, make, parts):
+    if (function, *parts) in CHANGED and torch.__version__ < "2.13":
+        pytest.skip("PyTorch has called this error otherwise before 2.13")
     arguments = make()
     before = Untouched(arguments.args, arguments.kwargs)
     error = raised(getattr(F, function), arguments)

@@ -494,7 +494,7 @@ def linear_cross_entropy(
                     f"{tuple(batch)} or {(*batch, C)}, got {tuple(target.shape)}"
                 )
             target = target.flatten()
-        check.indices((*[N] * bool(batch), C, *out_features), target)
+        check.indices((*[N] * (len(batch) > 0), C, *out_features), target)
         y, keep, p, q, count = _indices(
             target.reshape(N, positions), C, weight, ignore_index, label_smoothing, input
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch._guards import CompileContext
 from torch.autograd import Function, forward_ad
 
 from torch_nnmath._precision import HALF, wide
@@ -19,11 +20,12 @@ class _TangentRule:
     """`Function.jvp`: the formula's `tangent`, out of sight of Dynamo.
 
     Dynamo refuses a Function that overrides `jvp`, and does not need it: it traces forward and
-    backward, and differentiates what it traced.
+    backward, and differentiates what it traced. (In its own Python, that which looks at the class,
+    `is_compiling` is true from PyTorch 2.13 on.)
     """
 
     def __get__(self, instance: object, owner: type[Formula]) -> Callable[..., Any]:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or CompileContext.try_get():
             return Function.jvp
         return functools.partial(_differentiable, owner.tangent)
 
