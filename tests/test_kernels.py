@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch_nnmath import formulas, kernels, testing, verify
 from torch_nnmath import functional as G
 from torch_nnmath.catalog import CATALOG
-from torch_nnmath.kernels import blocked, choice, elementwise, rowwise
+from torch_nnmath.kernels import blocked, choice, costs, elementwise, rowwise
 
 N, D, C = 70, 5, 7
 
@@ -54,25 +54,22 @@ OPERATORS = {
         (p[0], z.half(), p.float()[:, None], t.float(), y[:, None], keep[:, None], 1, 2.0, True),
     ],
     "head": [
-        (p[0], x, W, b, y, p, None, keep, 2.0, [*five[:4], False]),
-        (p, x, W, None, y, p, t[:1], keep, 2.0, five),
+        (p[0], None, None, x, W, b, y, p, None, keep, 2.0, None, [False] * 2, [*five[:4], False]),
+        (p, p[1], p, x, W, None, y, p, t[:1], keep, 2.0, 0.5, [True] * 2, five),
+        (p, None, p, x, W, b, None, None, t, keep, 2.0, None, [False, True], five),
         (
-            p.float(),
-            x.half(),
-            W.half(),
-            None,
-            None,
-            None,
-            t.float(),
-            None,
-            2.0,
-            [*five[:2], False, False, True],
+            *(p.float(), p.float(), None, x.half(), W.half(), None, None, None, t.float(), None),
+            *(2.0, 1.0, [True, False], [*five[:2], False, False, True]),
         ),
-        (None, x, W, None, y, p, None, None, 2.0, [False] * 5),
+        (None, None, None, x, W, None, y, p, None, None, 2.0, None, [False] * 2, [False] * 5),
     ],
     "head_second": [
-        (p, x, W, b, y, p, t, keep, x, W, b, p, t, 2.0, five),
-        (p, x, W, None, y, p, None, None, x, None, None, None, None, 2.0, [True, *[False] * 4]),
+        (p, None, None, x, W, b, y, p, t, keep, x, W, b, p, t, 2.0, None, five),
+        (p, p, p, x, W, b, y, p, t, keep, x, W, b, p, t, 2.0, 0.5, five),
+        (
+            *(p, None, None, x, W, None, y, p, None, None, x, None, None, None, None, 2.0, None),
+            [True, *[False] * 4],
+        ),
     ],
     "relu_product": [(z.relu(), t), (z.relu().half(), t.half()), (z.relu()[0, 0], t[0, 0])],
     "sigmoid_product": [(z.sigmoid(), t), (z.sigmoid().bfloat16(), t.bfloat16())],
@@ -125,9 +122,12 @@ def losses():
     options = itertools.product(
         ("none", "sum", "mean"), (False, True), (0.0, 0.2), (torch.e, 2.0), ("y", "t")
     )
+    ours = itertools.cycle([(None, 0.0), (1.5, 0.0), (None, 0.3), (0.5, 0.2), (None, 0.0)])
     for reduction, weighted, smoothing, base, target in options:
         kwargs = {"reduction": reduction, "label_smoothing": smoothing, "base": base}
-        name = f"{reduction}-{'weighted-' * weighted}{smoothing}-{base:.2g}-{target}"
+        cap, z_loss = next(ours)
+        kwargs |= {"softcap": cap, "z_loss": z_loss}
+        name = f"{reduction}-{'weighted-' * weighted}{smoothing}-{base:.2g}-{target}-{cap}-{z_loss}"
         weights = [w] if weighted else []
         for ignored in (False, True) if target == "y" else (False,):
             goal = classes(ignored) if target == "y" else t
@@ -196,7 +196,7 @@ def test_fast_is_what_is_written(small, monkeypatch, name, upstream):
             return cls.in_the_open(*inputs)
 
     monkeypatch.setattr(formulas, "LinearCrossEntropy", Open)
-    monkeypatch.setattr(G, "_cost_of_head", lambda n, *v: formulas.Cost.of(Open.of(*v), n))
+    monkeypatch.setattr(costs, "wanted_of_head", lambda n, inputs: None)
     for got, want in zip(fast, results(f, leaves, upstream=upstream), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 

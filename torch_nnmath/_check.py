@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -50,6 +51,29 @@ def floating(**tensors: Tensor) -> None:
 def base(base: float) -> None:
     if not (0 < base < math.inf and base != 1):
         raise ValueError(f"base must be positive, finite and not 1, got {base}")
+
+
+def logits(scale: Any, cap: Any, z_loss: Any) -> None:
+    """The options that change logits, and the z-loss's coefficient."""
+    if isinstance(scale, Tensor):
+        real(logit_scale=scale)
+        if scale.dim():
+            got = tuple(scale.shape)
+            raise ValueError(f"logit_scale must be a number or a tensor of shape (), got {got}")
+    else:
+        _finite("logit_scale", scale)
+    if cap is not None:
+        _finite("softcap", cap)
+        if cap <= 0:
+            raise ValueError(f"softcap must be positive, got {cap}")
+    _finite("z_loss", z_loss)
+
+
+def _finite(name: str, number: Any) -> None:
+    if not isinstance(number, Real):
+        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
 
 
 def smoothing(label_smoothing: float) -> None:

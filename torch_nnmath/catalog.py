@@ -124,6 +124,20 @@ def _head(x: Tensor, W: Tensor, *rest: Tensor, **options: Any) -> Tensor:
     return F.linear_cross_entropy(x, W, t, linear_bias=bias[0] if bias else None, **options)
 
 
+def _scale(x: Tensor, s: Tensor) -> Tensor:
+    return formulas.LogitScale.of(x, s.squeeze())
+
+
+def _log_probs(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """Of class 1, to base 2."""
+    y = torch.ones(x.shape[:1], dtype=torch.int64, device=x.device)
+    return F.linear_log_probs(x, W, y, linear_bias=b, base=2)
+
+
+def _scaled_head(x: Tensor, W: Tensor, b: Tensor, t: Tensor, s: Tensor, **options: Any) -> Tensor:
+    return _head(x, W, b, t, logit_scale=s.squeeze(), **options)
+
+
 def _module(kind: Callable[..., torch.nn.Module], *sizes: Any, **options: Any) -> torch.nn.Module:
     """A module in float64, always with the same parameters."""
     with torch.random.fork_rng(devices=[]):
@@ -159,6 +173,7 @@ _PROBABILITIES = {"t": _vector(CLASSES, "positive")}
 _LABELS = {"y": Input((), "label")}
 _HEAD = {"x": _vector(2), **_layer(2, CLASSES)}
 _CLASS_WEIGHT = {"w": Input((CLASSES,), "positive", shared=True)}
+_SCALE = {"s": Input((1,), "positive", shared=True)}
 _NETWORK = {"x": _vector(3), **_layer(3, 2, "1"), **_layer(2, 2, "2")}
 
 CATALOG: tuple[Row, ...] = (
@@ -404,5 +419,114 @@ CATALOG: tuple[Row, ...] = (
         ),
         ("E6", "E7"),
         {"beta": 2},
+    ),
+    Row(
+        ("F18",),
+        "head",
+        "logit scale",
+        formulas.LogitScale,
+        reference.LOGIT_SCALE,
+        (
+            Sample(_scale, {"x": _vector(3), **_SCALE}),
+            Sample(lambda x: formulas.LogitScale.of(x, -0.7), {"x": _vector(3)}, "a number"),
+        ),
+    ),
+    Row(
+        ("F19",),
+        "head",
+        "soft cap",
+        formulas.SoftCap,
+        reference.SOFTCAP,
+        (Sample(lambda z: formulas.SoftCap.of(z, 1.5), {"z": _vector(3)}),),
+        options={"cap": 1.5},
+    ),
+    Row(
+        ("F20",),
+        "head",
+        "z-loss",
+        formulas.ZLoss,
+        reference.Z_LOSS,
+        (
+            Sample(lambda z: formulas.ZLoss.of(z, 1).squeeze(1), _LOGITS),
+            Sample(_each(F.cross_entropy, z_loss=0.3), {**_LOGITS, **_LABELS}, "in cross entropy"),
+        ),
+    ),
+    Row(
+        ("F21",),
+        "head",
+        "entropy of softmax",
+        formulas.Entropy,
+        reference.ENTROPY,
+        (
+            Sample(lambda z: formulas.Entropy.of(z, 1, 2).squeeze(1), _LOGITS),
+            Sample(
+                lambda x, W, b, y: F.linear_log_probs(
+                    x, W, y, linear_bias=b, softcap=1.5, return_entropy=True
+                )[1],
+                {**_HEAD, **_LABELS},
+                "of the head, capped",
+            ),
+        ),
+        options={"beta": 2},
+    ),
+    Row(
+        ("F22",),
+        "head",
+        "log-probability of a class",
+        formulas.LinearCrossEntropy,
+        reference.LINEAR_LOG_PROBS,
+        (
+            Sample(_log_probs, _HEAD),
+            Sample(
+                lambda x, W, y: sum(F.linear_log_probs(x, W, y, return_entropy=True)),
+                {"x": _vector(2), "W": _HEAD["W"], **_LABELS},
+                "and the entropy, no bias",
+            ),
+        ),
+        options={"y": 1, "beta": 2},
+    ),
+    Row(
+        ("F23",),
+        "head",
+        "scaled and capped head with z-loss",
+        formulas.LinearCrossEntropy,
+        reference.SCALED_HEAD,
+        (
+            Sample(
+                _each(_scaled_head, base=2, softcap=1.5, z_loss=0.3),
+                {**_HEAD, **_PROBABILITIES, **_SCALE},
+            ),
+            Sample(
+                partial(_scaled_head, softcap=1.5, z_loss=0.3),
+                {**_HEAD, **_LABELS, **_SCALE},
+                "class indices, mean",
+            ),
+            Sample(
+                lambda x, W, b, y, w: _head(
+                    x, W, b, y, weight=w, label_smoothing=0.2, z_loss=0.3, logit_scale=-0.7
+                ),
+                {**_HEAD, **_LABELS, **_CLASS_WEIGHT},
+                "indices, weights, smoothing, no cap, mean",
+            ),
+            Sample(
+                lambda z, y, s: F.cross_entropy(
+                    z, y, logit_scale=s.squeeze(), softcap=1.5, z_loss=0.3
+                ),
+                {**_LOGITS, **_LABELS, **_SCALE},
+                "on logits, mean",
+            ),
+            Sample(
+                _module(
+                    nn.LinearCrossEntropyLoss,
+                    *(2, CLASSES),
+                    logit_scale=torch.nn.Parameter(torch.tensor(0.7)),
+                    softcap=1.5,
+                    z_loss=0.3,
+                ),
+                {"x": _vector(2), **_LABELS},
+                "module, learnt scale, mean",
+            ),
+        ),
+        options={"beta": 2, "cap": 1.5, "zeta": 0.3},
     ),
 )

@@ -10,7 +10,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "feedforward",
     "linear",
     "linear_cross_entropy",
+    "linear_log_probs",
     "mse_loss",
     "relu",
     "sigmoid",
@@ -335,6 +336,19 @@ def categorical_cross_entropy(
     return _reduced(reduction, n, formulas.CategoricalCrossEntropy, *inputs, over=dim).to(dtype)
 
 
+class LossStats(NamedTuple):
+    """What `return_stats` gives beside a loss: of each row, without gradient.
+
+    An ignored row has 0 everywhere, the class -1 and False.
+    """
+
+    lse: Tensor  # ln Σ e^logits, of the logits that the loss sees: scaled, then capped
+    entropy: Tensor  # of their softmax, to the loss's base
+    predicted: Tensor  # the class of the largest logit, the first of several
+    correct: Tensor  # whether that is the target, or the target's most probable class
+    z_loss: Tensor  # lse² times its coefficient
+
+
 @_public
 def cross_entropy(
     input: Tensor,
@@ -347,7 +361,11 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     base: float = math.e,
-) -> Tensor:
+    logit_scale: Tensor | float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    return_stats: bool = False,
+) -> Any:
     """`F.cross_entropy`: softmax and cross entropy on logits (F13), to any base.
 
     Args:
@@ -361,9 +379,16 @@ def cross_entropy(
             where targets are probabilities.
         label_smoothing: in [0, 1], the share of the target that is spread evenly.
         base: the logarithm's, positive and not 1.
+        logit_scale: a factor of the logits (F18): any finite number, or a tensor (), which may be
+            learnt and is not looked at.
+        softcap: then they are capped, to softcap tanh(logits / softcap) (F19); positive.
+        z_loss: the coefficient of lse² (F20; natural, whatever the base), which is added to each
+            row's loss. A mean of it is over the rows that are not ignored, without class weights.
+        return_stats: whether to return `(loss, LossStats)`, with the shape of the targets' indices.
 
     Raises:
-        ValueError: for an unknown reduction, a bad base, or another batch size in target.
+        ValueError: for an unknown reduction, a bad base, scale, cap or coefficient, or another
+            batch size in target.
         RuntimeError: for other shapes or types that do not fit.
         IndexError: if a class index is outside [0, C) and is not `ignore_index`.
         TypeError: if an argument is complex or no tensor.
@@ -373,6 +398,7 @@ def cross_entropy(
     """
     check.real(input=input, target=target, **check.given(weight=weight))
     check.base(base)
+    check.logits(logit_scale, softcap, z_loss)
     reduction = check.reduction(reduction, size_average, reduce)
     check.smoothing(label_smoothing)
     dtype, input, target, weight = for_loss(input.dtype, input, target, weight)
@@ -382,21 +408,44 @@ def cross_entropy(
     C = input.size(dim)  # an IndexError if there is no axis
     if not input.is_floating_point():
         raise NotImplementedError(f"cross_entropy of {input.dtype} logits: cast to a float type")
+    y: Any = None
+    keep: Any = None
+    p: Any = None
+    q: Any
+    label: Any
     if input.shape == target.shape:
-        t, dtype = _probabilities(target, weight, label_smoothing, dim, C, dtype)
-        inputs: Any = input, None, t, None, None, dim, base
-        n = _examples(input, dim) if C else 0
-        return _reduced(reduction, n, formulas.CrossEntropy, *inputs, over=dim).to(dtype)
-    check.indices(input.shape, target)
-    if input.dim() == 1:
-        target = target.reshape(())
-    y, keep, p, q, count = _indices(target, C, weight, ignore_index, label_smoothing, input)
-    y, p = y.unsqueeze(dim), p.unsqueeze(dim)
-    keep = None if keep is None else keep.unsqueeze(dim)
-    if q is not None:
-        q = q.view([C if d == dim else 1 for d in range(input.dim())])
+        q, dtype = _probabilities(target, weight, label_smoothing, dim, C, dtype)
+        count: Any = _examples(input, dim) if C else 0
+        label = target.argmax(dim) if return_stats and C else None
+    else:
+        check.indices(input.shape, target)
+        if input.dim() == 1:
+            target = target.reshape(())
+        label, keep, p, q, count = _indices(target, C, weight, ignore_index, label_smoothing, input)
+        y, p = label.unsqueeze(dim), p.unsqueeze(dim)
+        keep = None if keep is None else keep.unsqueeze(dim)
+        if q is not None:
+            q = q.view([C if d == dim else 1 for d in range(input.dim())])
+    if softcap is not None or _is_scale(logit_scale) or z_loss:
+        input = formulas.kept(keep, input)
+    input = _scaled(input, logit_scale)
+    input = input if softcap is None else formulas.SoftCap.of(input, softcap)
     inputs = input, p, q, y, keep, dim, base
-    return _reduced(reduction, count, formulas.CrossEntropy, *inputs, over=dim).to(dtype)
+    loss = _reduced(reduction, count, formulas.CrossEntropy, *inputs, over=dim)
+    if z_loss:
+        c = formulas.kept(keep, formulas.ZLoss.of(input, dim))
+        n = _kept(keep, _examples(input, dim)) if C else 0
+        more = formulas.Cost.of(c, _divisor(reduction, n, input)) if reduction != "none" else c
+        loss = loss + z_loss * (more.squeeze(dim) if reduction == "none" else more)
+    if not return_stats:
+        return loss.to(dtype)
+    seen = formulas.kept(keep, input.detach())
+    lse, h = wide(seen).logsumexp(dim, keepdim=True), formulas.Entropy.of(seen, dim, base)
+    lse, h = (formulas.kept(keep, v).squeeze(dim) for v in (lse, h))
+    largest = seen.argmax(dim) if C else lse.new_full(lse.shape, -1, dtype=torch.int64)
+    if keep is not None:
+        largest = largest.masked_fill(~keep.squeeze(dim), -1)
+    return loss.to(dtype), _stats(lse, h, largest, label, z_loss)
 
 
 @_public
@@ -412,7 +461,11 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     base: float = math.e,
-) -> Tensor:
+    logit_scale: Tensor | float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    return_stats: bool = False,
+) -> Any:
     """`F.linear_cross_entropy`: cross_entropy(linear(input, ...), target), the head (F14, F15).
 
     The logits are never all in memory, at first and at second order.
@@ -427,6 +480,7 @@ def linear_cross_entropy(
         weight, reduction, label_smoothing, base: as in `cross_entropy`.
         ignore_index: as there; None is -100. Not to be named where targets are probabilities.
         options: accepted for PyTorch's sake; the work is always done in blocks.
+        logit_scale, softcap, z_loss, return_stats: as in `cross_entropy`; the bias is scaled too.
 
     Raises:
         RuntimeError: for shapes or types that do not fit.
@@ -443,6 +497,130 @@ def linear_cross_entropy(
         target=target,
         **check.given(linear_bias=linear_bias, weight=weight),
     )
+    check.logits(logit_scale, softcap, z_loss)
+    reduction = check.reduction(reduction)
+    head = _head(
+        *(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing),
+        *(base, logit_scale, softcap),
+    )
+    asks = bool(z_loss), return_stats, return_stats
+    if reduction == "none":
+        each = [formulas.LinearCrossEntropy.of(*inputs, asks) for inputs in head.inputs]
+        losses = [c + z_loss * q if z_loss else c for c, q, *_ in each]
+        loss, its = head.stacked(losses), [outputs[2:] for outputs in each]
+    else:
+        n, kept = (_divisor(reduction, k, input) for k in (head.count, head.kept))
+        costs_of = [_cost_of_head(n, kept, z_loss, asks, *inputs) for inputs in head.inputs]
+        costs_, its = [C for C, *_ in costs_of], [outputs[1:] for outputs in costs_of]
+        zero = input.new_zeros((), dtype=head.loss_type)
+        loss = sum(costs_[1:], costs_[0]) if costs_ else zero / n
+    if not return_stats:
+        return loss.to(head.dtype)
+    h, lse, largest = (head.stacked([outputs[i] for outputs in its]) for i in range(3))
+    if largest.is_floating_point():  # of no position
+        largest = largest.to(torch.int64)
+    return loss.to(head.dtype), _stats(lse, h, largest, head.label(), z_loss)
+
+
+@_public
+def linear_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = None,
+    base: float = math.e,
+    logit_scale: Tensor | float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Any:
+    """The log-probability of each row's class (F22), without logits in memory; of any order.
+
+    log_base softmax(linear(input, linear_weight, linear_bias)) at the target. For policy gradients
+    and for what learns from preferences.
+
+    Args:
+        input, linear_weight, linear_bias, base, logit_scale, softcap: as in `linear_cross_entropy`.
+        target: class indices, as there.
+        ignore_index: rows with this index have the log-probability (and entropy) 0; None is -100.
+        return_entropy: whether to return `(log_probs, entropy)`, the entropy of each row's softmax
+            (F21) to the same base, which may be differentiated too.
+
+    Returns:
+        (N) or (N, d_1, ..., d_K) or (*), as the target.
+
+    Raises:
+        RuntimeError: for probabilities as target, and other shapes or types that do not fit.
+        ValueError, IndexError, TypeError: as in `cross_entropy`.
+
+    >>> features, weight = torch.zeros(3, 4), torch.ones(2, 4)
+    >>> linear_log_probs(features, weight, torch.tensor([0, 1, 0]), base=2)
+    tensor([-1., -1., -1.])
+    """
+    check.real(
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        **check.given(linear_bias=linear_bias),
+    )
+    check.logits(logit_scale, softcap, 0.0)
+    if target.is_floating_point():
+        raise RuntimeError(
+            "linear_log_probs needs class indices, of which it gives the log-probability (and "
+            f"beside it the entropy), got {target.dtype} of shape {tuple(target.shape)}: for "
+            "probabilities as target use linear_cross_entropy"
+        )
+    head = _head(
+        *(input, linear_weight, target, linear_bias, None, ignore_index, 0.0),
+        *(base, logit_scale, softcap),
+    )
+    asks = False, return_entropy, False
+    each = [formulas.LinearCrossEntropy.of(*inputs, asks) for inputs in head.inputs]
+    log_probs = head.stacked([-c for c, *_ in each]).to(head.dtype)
+    if not return_entropy:
+        return log_probs
+    return log_probs, head.stacked([h for _, _, h, *_ in each]).to(head.dtype)
+
+
+class _Head(NamedTuple):
+    """What the head computes: `inputs` of F14 for each position, and what is made of the losses."""
+
+    inputs: list[tuple[Any, ...]]
+    dtype: torch.dtype  # of the loss
+    loss_type: torch.dtype  # that it is computed in
+    shape: tuple[int, ...]  # of a number for each row
+    count: Any  # examples, or their total weight
+    kept: Any  # rows that are not ignored
+    labels: Tensor  # class indices, or probabilities (N, C, positions)
+
+    def stacked(self, of_positions: list[Tensor]) -> Tensor:
+        """Numbers of each row in the shape of the losses."""
+        if not of_positions:
+            return self.labels.new_zeros(self.shape, dtype=self.loss_type)
+        return torch.stack(of_positions, -1).reshape(self.shape)
+
+    def label(self) -> Tensor:
+        """The target's class of each row, or its most probable one."""
+        y = self.labels
+        if y.is_floating_point():
+            y = y.argmax(1) if y.shape[1] else y.sum(1).to(torch.int64)
+        return y.reshape(self.shape)
+
+
+def _head(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int | None,
+    label_smoothing: float,
+    base: float,
+    logit_scale: Tensor | float,
+    softcap: float | None,
+) -> _Head:
+    """Checks the head's arguments and makes F14's of them."""
     check.base(base)
     if linear_weight.dim() < 2:
         raise RuntimeError(
@@ -460,7 +638,6 @@ def linear_cross_entropy(
             f"{tuple(linear_bias.shape)}"
         )
     check.product("linear_weight", input, linear_weight, linear_bias, dims=None)
-    reduction = check.reduction(reduction)
     check.smoothing(label_smoothing)
     dtype, target, weight = for_loss(input.dtype, target, weight)
     if is_autocast(input):
@@ -470,11 +647,10 @@ def linear_cross_entropy(
     batch = input.shape[:-1]
     N, positions = math.prod([*batch]), math.prod([*out_features])
     x = input.reshape(N, input.shape[-1])
-    W, b = linear_weight, linear_bias
+    W, b = linear_weight, _scaled(linear_bias, logit_scale)
     if positions > 1:  # their gradients in x are added up: in float32
         x, W, b = wide(x), wide(W), None if b is None else wide(b)
     Ws, bs = _by_position(W, positions, input.shape[-1]), _by_position(b, positions)
-    loss_shape = (*batch, *out_features)
     if target.shape == (*batch, C, *out_features):
         check.probabilities(target, -1)
         if ignore_index is not None:
@@ -483,8 +659,8 @@ def linear_cross_entropy(
                 f"{ignore_index} and a target of shape {tuple(target.shape)}"
             )
         t, dtype = _probabilities(target, weight, label_smoothing, len(batch), C, dtype)
-        t = t.reshape(N, C, positions).to(loss_type)
-        columns: list[Any] = [(None, t[..., d], None, None) for d in range(positions)]
+        labels, keep = t.reshape(N, C, positions).to(loss_type), None
+        columns: list[Any] = [(None, labels[..., d], None, None) for d in range(positions)]
         count: Any = N * positions if C else 0
     else:
         if len(batch) > 1:
@@ -495,22 +671,20 @@ def linear_cross_entropy(
                 )
             target = target.flatten()
         check.indices((*[N] * (len(batch) > 0), C, *out_features), target)
-        y, keep, p, q, count = _indices(
+        labels, keep, p, q, count = _indices(
             target.reshape(N, positions), C, weight, ignore_index, label_smoothing, input
         )
         q = None if q is None else q.unsqueeze(0)
         columns = [
-            (p[:, d], q, y[:, d], None if keep is None else keep[:, d]) for d in range(positions)
+            (p[:, d], q, labels[:, d], None if keep is None else keep[:, d])
+            for d in range(positions)
         ]
-    inputs = [(x, W, b, *column, base) for W, b, column in zip(Ws, bs, columns, strict=True)]
-    of = formulas.LinearCrossEntropy.of
-    if reduction == "none":
-        losses = [of(*each) for each in inputs] or [x.new_zeros(N, dtype=loss_type)]
-        return torch.stack(losses, -1).reshape(loss_shape).to(dtype)
-    n = _divisor(reduction, count, x)
-    each_cost = [_cost_of_head(n, *each) for each in inputs]
-    loss = sum(each_cost[1:], each_cost[0]) if each_cost else x.new_zeros((), dtype=loss_type) / n
-    return loss.to(dtype)
+    if _is_scale(logit_scale):
+        x = _scaled(x if keep is None else formulas.kept(keep.any(1, keepdim=True), x), logit_scale)
+    pairs = zip(Ws, bs, columns, strict=True)
+    inputs = [(x, W, b, *column, base, softcap) for W, b, column in pairs]
+    kept = _kept(keep, N * positions) if C else 0
+    return _Head(inputs, dtype, loss_type, (*batch, *out_features), count, kept, labels)
 
 
 @_public
@@ -667,14 +841,42 @@ def _cost(formula: Any, n: Tensor | float, *inputs: Any) -> Tensor:
     return formulas.Cost.of(formula.of(*inputs), n)
 
 
-def _cost_of_head(n: Tensor | float, *inputs: Any) -> Tensor:
-    """The same of F14, on any device and compiled too."""
+def _cost_of_head(n: Any, kept: Any, z_loss: float, asks: Any, *inputs: Any) -> tuple[Any, ...]:
+    """The same of F14, and z_loss times that of F20 over the rows that are kept; on any device and
+    compiled too. Then h, lse and the largest logit's class of each row.
+    """
     wants, x = costs.wanted_of_head(n, inputs), inputs[0]
     if wants is None:
-        return formulas.Cost.of(formulas.LinearCrossEntropy.of(*inputs), n)
-    n = torch.as_tensor(n, dtype=wide_type(x.dtype), device=x.device)
-    loss: Tensor = costs.HeadCost.apply(n, *inputs, wants)[0]
-    return loss
+        c, q, h, lse, largest = formulas.LinearCrossEntropy.of(*inputs, asks)
+        loss = formulas.Cost.of(c, n)
+        return loss + z_loss * formulas.Cost.of(q, kept) if z_loss else loss, h, lse, largest
+    n, kept = (torch.as_tensor(k, dtype=wide_type(x.dtype), device=x.device) for k in (n, kept))
+    ω = z_loss / kept if z_loss else None
+    loss, *_, h, largest, lse = costs.HeadCost.apply(n, ω, *inputs, asks[1:], wants)
+    return loss, h, lse, largest
+
+
+def _stats(lse: Tensor, h: Tensor, largest: Tensor, label: Any, z_loss: float) -> LossStats:
+    """Of the labels of ignored rows it does not matter which they are."""
+    lse, h = lse.detach(), h.detach()
+    return LossStats(lse, h, largest, largest == label, z_loss * lse.square())
+
+
+def _is_scale(logit_scale: Tensor | float) -> bool:
+    """Whether it changes anything; a tensor is not looked at."""
+    return isinstance(logit_scale, Tensor) or logit_scale != 1
+
+
+def _scaled(x: Any, logit_scale: Tensor | float) -> Any:
+    """F18."""
+    if x is None or not _is_scale(logit_scale):
+        return x
+    return formulas.LogitScale.of(x, logit_scale)
+
+
+def _kept(keep: Tensor | None, rows: int) -> Tensor | int:
+    """How many rows are not ignored."""
+    return rows if keep is None else keep.sum()
 
 
 def _divisor(reduction: str, n: Tensor | int, x: Tensor) -> Tensor | float:

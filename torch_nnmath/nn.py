@@ -75,26 +75,57 @@ class MSELoss(torch.nn.MSELoss):
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
-class _Base:
-    """The base of the logarithm in a cross entropy, shown where it is not e."""
+class _Options:
+    """What a cross entropy of ours takes beside PyTorch's options; shown where it is not default.
+
+    A `logit_scale` that is a Parameter is learnt; another tensor is a buffer.
+    """
 
     base: float = math.e
+    softcap: float | None = None
+    z_loss: float = 0.0
+    return_stats: bool = False
+
+    def __init__(
+        self,
+        *args: Any,
+        base: float = math.e,
+        logit_scale: Tensor | float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        return_stats: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.base, self.softcap, self.z_loss = base, softcap, z_loss
+        self.return_stats = return_stats
+        if isinstance(logit_scale, Tensor) and not isinstance(logit_scale, torch.nn.Parameter):
+            self.register_buffer("logit_scale", logit_scale)  # type: ignore[attr-defined]
+        else:
+            self.logit_scale = logit_scale
+
+    def options_of_ours(self) -> dict[str, Any]:
+        scale = getattr(self, "logit_scale", 1.0)  # a class-level default would hide a parameter
+        names = "base", "softcap", "z_loss", "return_stats"
+        return {"logit_scale": scale} | {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        shown = super().extra_repr()  # type: ignore[misc]
-        if self.base == math.e:
-            return shown
-        return f"{shown}, base={self.base}" if shown else f"base={self.base}"
+        shown = [super().extra_repr()]  # type: ignore[misc]
+        for name, value in self.options_of_ours().items():
+            if isinstance(value, Tensor):
+                shown.append(f"{name}={type(value).__name__}")
+            elif value != getattr(_Options, name, 1.0):
+                shown.append(f"{name}={value}")
+        return ", ".join(filter(None, shown))
 
 
-class CrossEntropyLoss(_Base, torch.nn.CrossEntropyLoss):
-    """`torch.nn.CrossEntropyLoss` by F13, to any base (keyword-only)."""
+class CrossEntropyLoss(_Options, torch.nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss` by F13, with the options of `functional.cross_entropy`.
 
-    def __init__(self, *args: Any, base: float = math.e, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.base = base
+    Those of ours are keyword-only: base, logit_scale, softcap, z_loss and return_stats.
+    """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor) -> Any:
         return F.cross_entropy(
             input,
             target,
@@ -102,7 +133,7 @@ class CrossEntropyLoss(_Base, torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            base=self.base,
+            **self.options_of_ours(),
         )
 
 
@@ -153,14 +184,14 @@ else:
             )
 
 
-class LinearCrossEntropyLoss(_Base, _LinearCrossEntropyLoss):
-    """`torch.nn.LinearCrossEntropyLoss`, the head (F15), to any base (keyword-only)."""
+class LinearCrossEntropyLoss(_Options, _LinearCrossEntropyLoss):
+    """`torch.nn.LinearCrossEntropyLoss`, the head (F15), with the options of
+    `functional.linear_cross_entropy`, keyword-only.
 
-    def __init__(self, *args: Any, base: float = math.e, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.base = base
+    A weight is tied by `loss.linear.weight = embedding.weight`.
+    """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor) -> Any:
         shape = (self.num_classes, *self.out_features)
         bias = self.linear.bias
         return F.linear_cross_entropy(
@@ -173,7 +204,7 @@ class LinearCrossEntropyLoss(_Base, _LinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
-            base=self.base,
+            **self.options_of_ours(),
         )
 
 

@@ -358,6 +358,140 @@ def linear_cross_entropy_matrix(
     return c, pullback
 
 
+def logit_scale_element(x: Array, s: Array, *, fn: Elementary = NUMPY) -> VJP:
+    """F18: z_j = s x_j,  dz_i/dx_j = δ_ij s, dz_j/ds = x_j."""
+    J, factor = range(len(x)), s[0, 0]
+
+    def pullback(g: Any) -> Gradients:
+        dx = column(sum(g[i, 0] * kronecker(i, j) * factor for i in J) for j in J)
+        return dx, column([sum(g[j, 0] * x[j, 0] for j in J)])
+
+    return column(factor * x[j, 0] for j in J), pullback
+
+
+def logit_scale_matrix(x: Array, s: Array, *, fn: Elementary = NUMPY) -> VJP:
+    """F18: z = s x,  dx = s g, ds = xᵀ g."""
+    return s[0, 0] * x, lambda g: (s[0, 0] * g, x.T @ g)
+
+
+def softcap_element(z: Array, *, cap: Any, fn: Elementary = NUMPY) -> VJP:
+    """F19: v_j = κ tanh(z_j/κ),  dv_i/dz_j = δ_ij (1 - (v_j/κ)²)."""
+    J = range(len(z))
+    v = [cap * fn.tanh(z[j, 0] / cap) for j in J]
+    return column(v), lambda g: (column(g[j, 0] * (1 - (v[j] / cap) ** 2) for j in J),)
+
+
+def softcap_matrix(z: Array, *, cap: Any, fn: Elementary = NUMPY) -> VJP:
+    """F19: v = κ tanh(z/κ),  dz = g ∘ (1 - (v/κ)²)."""
+    v = cap * fn.tanh(z / cap)
+    return v, lambda g: (g * (1 - (v / cap) ** 2),)
+
+
+def log_softmax_element(z: Array, fn: Elementary) -> tuple[list[Any], list[Any], Any]:
+    """a_j = e^z_j / Σ_i e^z_i, l_j = ln a_j = z_j - lse, and lse = ln Σ_i e^z_i."""
+    J, s = range(len(z)), shift(z)
+    total = sum(fn.exp(z[i, 0] - s) for i in J)
+    lse = s + fn.log(total)
+    return [fn.exp(z[j, 0] - s) / total for j in J], [z[j, 0] - lse for j in J], lse
+
+
+def log_softmax_matrix(z: Array, fn: Elementary) -> tuple[Array, Array, Any]:
+    """a = e^z / (1ᵀ e^z), l = z - lse, and lse = ln 1ᵀ e^z."""
+    s = shift(z)
+    e = fn.exp(z - s)
+    lse = s + fn.log(e.sum())
+    return e / e.sum(), z - lse, lse
+
+
+def z_loss_element(z: Array, *, fn: Elementary = NUMPY) -> VJP:
+    """F20: q = lse²,  dq/dz_j = 2 lse a_j."""
+    a, _, lse = log_softmax_element(z, fn)
+    return lse**2, lambda g: (column(g * 2 * lse * a_j for a_j in a),)
+
+
+def z_loss_matrix(z: Array, *, fn: Elementary = NUMPY) -> VJP:
+    """F20: q = lse(z)²,  dz = 2 lse(z) a."""
+    a, _, lse = log_softmax_matrix(z, fn)
+    return lse**2, lambda g: (g * 2 * lse * a,)
+
+
+def entropy_element(z: Array, *, beta: Any = math.e, fn: Elementary = NUMPY) -> VJP:
+    """F21: h = -(1/ln β) Σ_j a_j l_j,  dh/dz_j = -(1/ln β) a_j (l_j - Σ_i a_i l_i)."""
+    a, l, _ = log_softmax_element(z, fn)
+    J, ln = range(len(z)), fn.log(beta)
+    al = sum(a[j] * l[j] for j in J)
+    return -al / ln, lambda g: (column(-g * a[j] * (l[j] - al) / ln for j in J),)
+
+
+def entropy_matrix(z: Array, *, beta: Any = math.e, fn: Elementary = NUMPY) -> VJP:
+    """F21: h = -(1/ln β) aᵀ l,  dz = -(1/ln β) a ∘ (l - aᵀ l)."""
+    a, l, _ = log_softmax_matrix(z, fn)
+    ln, al = fn.log(beta), (a.T @ l).item()
+    return -al / ln, lambda g: (-g * a * (l - al) / ln,)
+
+
+def linear_log_probs_element(
+    x: Array, W: Array, b: Array, *, y: int, beta: Any = math.e, fn: Elementary = NUMPY
+) -> VJP:
+    """F22: log_β a_y = (1/ln β)(z_y - lse), z_j = Σ_k w_jk x_k + b_j.
+
+    d log_β a_y/dz_j = (1/ln β)(δ_jy - a_j).
+    """
+    z, affine_pullback = affine_element(x, W, b, fn=fn)
+    a, l, _ = log_softmax_element(z, fn)
+    ln, J = fn.log(beta), range(len(z))
+    return l[y] / ln, lambda g: affine_pullback(
+        column(g * (kronecker(j, y) - a[j]) / ln for j in J)
+    )
+
+
+def linear_log_probs_matrix(
+    x: Array, W: Array, b: Array, *, y: int, beta: Any = math.e, fn: Elementary = NUMPY
+) -> VJP:
+    """F22: log_β a_y = (1/ln β) e_yᵀ l, z = W x + b;  δ = (1/ln β)(e_y - a)."""
+    z, affine_pullback = affine_matrix(x, W, b, fn=fn)
+    a, l, _ = log_softmax_matrix(z, fn)
+    ln, e_y = fn.log(beta), column(kronecker(j, y) for j in range(len(z)))
+    return (e_y.T @ l).item() / ln, lambda g: affine_pullback(g * (e_y - a) / ln)
+
+
+def _scaled_head(form: str) -> Callable[..., VJP]:
+    """F23 in one of the forms: the chain of F1, F18, F19 and F13 + ζ F20."""
+
+    def rule(
+        x: Array,
+        W: Array,
+        b: Array,
+        t: Array,
+        s: Array,
+        *,
+        cap: Any,
+        zeta: Any,
+        beta: Any = math.e,
+        fn: Elementary = NUMPY,
+    ) -> VJP:
+        affine, scale, softcap, cross_entropy, z_loss = (
+            getattr(forms, form).rule
+            for forms in (AFFINE, LOGIT_SCALE, SOFTCAP, CROSS_ENTROPY, Z_LOSS)
+        )
+        z, affine_pullback = affine(x, W, b, fn=fn)
+        scaled, scale_pullback = scale(z, s, fn=fn)
+        v, softcap_pullback = softcap(scaled, cap=cap, fn=fn)
+        c, cross_entropy_pullback = cross_entropy(v, t, beta=beta, fn=fn)
+        q, z_loss_pullback = z_loss(v, fn=fn)
+
+        def pullback(g: Any) -> Gradients:
+            dv, dt = cross_entropy_pullback(g)
+            (dv_more,) = z_loss_pullback(g * zeta)
+            (dscaled,) = softcap_pullback(dv + dv_more)
+            dz, ds = scale_pullback(dscaled)
+            return *affine_pullback(dz), dt, ds
+
+        return c + zeta * q, pullback
+
+    return rule
+
+
 def layers(count: int, activation: str, output_activation: str) -> list[Forms]:
     """The activation of each layer. Only the last may be softmax: F12 takes f' elementwise."""
     return [HIDDEN[activation]] * (count - 1) + [OUTPUT[output_activation]]
@@ -447,6 +581,12 @@ SIGMOID_SQUARED_ERROR = Forms(
 )
 CROSS_ENTROPY = Forms(Form(cross_entropy_element), Form(cross_entropy_matrix))
 LINEAR_CROSS_ENTROPY = Forms(Form(linear_cross_entropy_element), Form(linear_cross_entropy_matrix))
+LOGIT_SCALE = Forms(Form(logit_scale_element), Form(logit_scale_matrix))
+SOFTCAP = Forms(Form(softcap_element), Form(softcap_matrix))
+Z_LOSS = Forms(Form(z_loss_element), Form(z_loss_matrix))
+ENTROPY = Forms(Form(entropy_element), Form(entropy_matrix))
+LINEAR_LOG_PROBS = Forms(Form(linear_log_probs_element), Form(linear_log_probs_matrix))
+SCALED_HEAD = Forms(Form(_scaled_head("element")), Form(_scaled_head("matrix")))
 FEEDFORWARD = Forms(Form(feedforward_element), Form(feedforward_matrix))
 
 HIDDEN = {"sigmoid": SIGMOID, "tanh": TANH, "relu": RELU, "identity": IDENTITY}

@@ -40,8 +40,8 @@ def proof(row: Row, device: str) -> None:
         columns.append(symbols if symbols.ndim == 2 else symbols[:, None])
         leaves.append(symbols.ravel())
     options = dict(row.options)
-    if "beta" in options:
-        options["beta"] = sympy.Symbol("beta", positive=True)
+    for name in {"beta", "cap", "zeta"} & options.keys():
+        options[name] = sympy.Symbol(name, positive=True)
     forms = (row.reference.element, row.reference.matrix)
     values = [_flat(form.value(*columns, fn=SYMBOLIC, **options)) for form in forms]
     for i, (element, matrix) in enumerate(zip(*values, strict=True)):

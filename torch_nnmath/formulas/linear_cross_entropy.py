@@ -13,64 +13,32 @@ from torch_nnmath._precision import wide, without_autocast
 from torch_nnmath.formulas._formula import KernelFormula, save
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.cross_entropy import CrossEntropy, dot, kept, less_target, sum_of
-from torch_nnmath.formulas.softmax import LogSoftmax
+from torch_nnmath.formulas.entropy import Entropy
+from torch_nnmath.formulas.softcap import SoftCap
+from torch_nnmath.formulas.softmax import LogSoftmax, LogSumExp
+from torch_nnmath.formulas.tanh import Tanh
+from torch_nnmath.formulas.z_loss import ZLoss
+from torch_nnmath.kernels._library import exact
 from torch_nnmath.kernels.costs import HeadCost, only
 
 vjp: Any = torch.func.vjp  # typed as if it could return three
 
 
 class LinearCrossEntropy(KernelFormula):
-    r"""F14, F15: c = F13(z), z = W x + b;  δ = (1/ln β)(T a - t):  dW = δ xᵀ, dx = Wᵀ δ, db = δ;
-    dc/dt = (1/ln β)(lse(z) - z).
+    r"""F14, F15: c = F13(v), z = W x + b;  δ = (1/ln β)(T a - t):  dW = δ xᵀ, dx = Wᵀ δ, db = δ;
+    dc/dt = (1/ln β)(lse(v) - v). Here v = z, or with a cap κ F19(z), whose slope is a factor of δ.
 
-    x (N, D), W (C, D), b (C) -> c (N). The target of a row is `p e_y + t`: y, p (N) a class and its
-    weight, t (N, C), or (1, C) for all rows; each may be None. Rows where keep (N) is False have
-    c = 0 and take part in nothing. The logits z exist for a block of rows at a time.
-    """
+    Beside c there may be q = F20(v) and h = F21(v), for which δ has 2 lse(v) a and
+    -(1/ln β) a ∘ (l - a·l) more; and, without derivative, lse(v) and the largest v's class.
 
-    @staticmethod
-    def forward(x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float) -> Tensor:
-        c, *_ = kernels.head(None, x, W, b, y, p, t, keep, base, [False] * 5)
-        return c
-
-    @classmethod
-    def in_the_open(
-        cls, x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: Any
-    ) -> Any:
-        y, p, keep = (None if v is None else v[:, None] for v in (y, p, keep))
-        x, W, b = (None if v is None else wide(v) for v in (kept(keep, x), W, b))
-        z = torch.nn.functional.linear(x, W, b)
-        return CrossEntropy.in_the_open(z, p, t, y, keep, 1, base).squeeze(1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
-        *tensors, ctx.base = inputs
-        save(ctx, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, dc: Tensor) -> Any:
-        wants = ctx.needs_input_grad[:5]
-        gradients = HeadGradient.apply(dc, *ctx.saved_tensors, ctx.base, wants, None)
-        return *gradients, None, None, None
-
-    @staticmethod
-    def tangent(ctx: Any, dx: Any, dW: Any, db: Any, dp: Any, dt: Any, *_: None) -> Tensor:
-        x, W, b, p, t, y, keep = ctx.saved_tensors
-        one = wide(x.new_ones(x.shape[:1]))
-        direction, wants = (dx, dW, db, dp, dt), (False,) * 5
-        dc, *_rest = HeadSecond.apply(one, x, W, b, p, t, *direction, y, keep, ctx.base, wants)
-        return dc
-
-
-class HeadGradient(KernelFormula):
-    r"""F15 batch: the gradients of Σ γ c in x, W, b, p, t; None for one that is not wanted.
-
-    They are `known` if it is not None.
+    x (N, D), W (C, D), b (C) -> c, q, h, lse, class, (N) each; `asks` names those of q, h and class
+    that are not to be None. The target of a row is `p e_y + t`: y, p (N) a class and its weight,
+    t (N, C), or (1, C) for all rows; each may be None. Rows where keep (N) is False have 0 (and
+    class -1) and take part in nothing. The logits z exist for a block of rows at a time.
     """
 
     @staticmethod
     def forward(
-        γ: Any,
         x: Any,
         W: Any,
         b: Any,
@@ -79,37 +47,129 @@ class HeadGradient(KernelFormula):
         y: Any,
         keep: Any,
         base: float,
+        cap: float | None,
+        asks: Any,
+    ) -> Any:
+        c, q, lse, h, largest, *_ = kernels.head(
+            None, None, None, x, W, b, y, p, t, keep, base, cap, list(asks[1:]), [False] * 5
+        )
+        q, h, largest = only(asks, (q, h, largest))
+        return c, q, h, lse, largest
+
+    @classmethod
+    def in_the_open(
+        cls,
+        x: Any,
+        W: Any,
+        b: Any,
+        p: Any,
+        t: Any,
+        y: Any,
+        keep: Any,
+        base: Any,
+        cap: Any,
+        asks: Any,
+    ) -> Any:
+        rows = None if keep is None else keep[:, None]
+        y, p = (None if v is None else v[:, None] for v in (y, p))
+        x, W, b = (None if v is None else wide(v) for v in (kept(rows, x), W, b))
+        z = kept(rows, torch.nn.functional.linear(x, W, b))
+        v = z if cap is None else SoftCap.in_the_open(z, cap)
+        c = CrossEntropy.in_the_open(v, p, t, y, rows, 1, base).squeeze(1)
+        q = kept(keep, ZLoss.in_the_open(v, 1).squeeze(1)) if asks[0] else None
+        h = kept(keep, Entropy.in_the_open(v, 1, base).squeeze(1)) if asks[1] else None
+        seen = v.detach()
+        lse, largest = kept(keep, seen.logsumexp(1)), seen.argmax(1) if asks[2] else None
+        if largest is not None and keep is not None:
+            largest = largest.masked_fill(~keep, -1)
+        return c, q, h, lse, largest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
+        *tensors, ctx.base, ctx.cap, ctx.asks = inputs
+        _, _, _, lse, largest = outputs
+        ctx.mark_non_differentiable(*(v for v in (lse, largest) if v is not None))
+        ctx.set_materialize_grads(False)
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dc: Any, dq: Any, dh: Any, *_: None) -> Any:
+        wants, γ = ctx.needs_input_grad[:5], dc
+        if dc is None:
+            if dq is None and dh is None:
+                return (None,) * 10
+            γ = torch.zeros_like(dh if dq is None else dq)
+        options = ctx.base, ctx.cap, wants, None
+        gradients = HeadGradient.apply(γ, dq, dh, *ctx.saved_tensors, *options)
+        return *gradients, None, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, dx: Any, dW: Any, db: Any, dp: Any, dt: Any, *_: None) -> Any:
+        x, W, b, p, t, y, keep = ctx.saved_tensors
+        asks_q, asks_h, _ = ctx.asks
+        one = wide(x.new_ones(x.shape[:1]))
+        coefficients, direction = (one, None, one if asks_h else None), (dx, dW, db, dp, dt)
+        options = ctx.base, ctx.cap, (False,) * 5
+        dc, dq, dh, *_rest = HeadSecond.apply(
+            *coefficients, x, W, b, p, t, *direction, y, keep, *options
+        )
+        return dc, dq if asks_q else None, dh, None, None
+
+
+class HeadGradient(KernelFormula):
+    r"""F15 batch: the gradients of Σ γ c + ω q + η h in x, W, b, p, t; None for one not wanted.
+
+    ω and η may be None. The gradients are `known` if it is not None.
+    """
+
+    @staticmethod
+    def forward(
+        γ: Any,
+        ω: Any,
+        η: Any,
+        x: Any,
+        W: Any,
+        b: Any,
+        p: Any,
+        t: Any,
+        y: Any,
+        keep: Any,
+        base: float,
+        cap: float | None,
         wants: Any,
         known: Any,
     ) -> Any:
         if known is None:
-            _, *known = kernels.head(γ, x, W, b, y, p, t, keep, base, list(wants))
+            *_, dx, dW, db, dp, dt = kernels.head(
+                γ, ω, η, x, W, b, y, p, t, keep, base, cap, [False] * 2, list(wants)
+            )
+            known = dx, dW, db, dp, dt
         return only(wants, known)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, gradients: Any) -> None:
-        *tensors, ctx.base, ctx.wants, _ = inputs
+        *tensors, ctx.base, ctx.cap, ctx.wants, _ = inputs
         ctx.set_materialize_grads(False)
         save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *direction: Tensor | None) -> Any:
-        γ, x, W, b, p, t, y, keep = ctx.saved_tensors
-        wants = ctx.needs_input_grad[1:6]
-        derivatives = HeadSecond.apply(γ, x, W, b, p, t, *direction, y, keep, ctx.base, wants)
-        return *derivatives, None, None, None, None, None
+        *tensors, y, keep = ctx.saved_tensors
+        wants = ctx.needs_input_grad[3:8]
+        options = ctx.base, ctx.cap, wants
+        ρc, ρq, *rest = HeadSecond.apply(*tensors, *direction, y, keep, *options)
+        return ρc, None if tensors[1] is None else ρq, *rest, *[None] * 6
 
     @staticmethod
-    def tangent(ctx: Any, dγ: Tensor | None, *rest: Any) -> Any:
-        γ, x, W, b, p, t, y, keep = ctx.saved_tensors
-        direction = rest[:5]
+    def tangent(ctx: Any, dγ: Any, dω: Any, dη: Any, *rest: Any) -> Any:
+        γ, ω, η, *tensors, y, keep = ctx.saved_tensors
+        direction, options = rest[:5], (ctx.base, ctx.cap, ctx.wants)
         tangents: Any = [None] * 5
-        if dγ is not None:
-            tangents = HeadGradient.apply(dγ, x, W, b, p, t, y, keep, ctx.base, ctx.wants, None)
+        if any(d is not None for d in (dγ, dω, dη)):
+            dγ = torch.zeros_like(γ) if dγ is None else dγ
+            tangents = HeadGradient.apply(dγ, dω, dη, *tensors, y, keep, *options, None)
         if any(d is not None for d in direction):
-            _, *second = HeadSecond.apply(
-                γ, x, W, b, p, t, *direction, y, keep, ctx.base, ctx.wants
-            )
+            _, _, _, *second = HeadSecond.apply(γ, ω, η, *tensors, *direction, y, keep, *options)
             tangents = [s if d is None else d + s for d, s in zip(tangents, second, strict=True)]
         return tuple(tangents)
 
@@ -118,24 +178,31 @@ HeadCost.gradient = HeadGradient
 
 
 class HeadSecond(KernelFormula):
-    r"""F15 batch, "then": along the direction (u, V, s, π, τ) of x, W, b, p, t
+    r"""F15 batch, "then": along the direction (u, V, s, π, τ) of x, W, b, p, t, with z = W x + b,
+    l = v - lse(v), G = a ∘ B - γ' t and γ' = γ/ln β, η' = η/ln β, B = γ' T + 2 ω lse - η'(l - a·l)
 
-    R = U Wᵀ + X Vᵀ + s,  Q = dΔ = (γ/ln β)(T A ∘ (R - rowsum(A ∘ R)) + T' A - t'):
-    ρ = dc = (1/ln β)((T A - t)·R + (lse(Z) - Z)·t'), and the gradients of Σ γ ρ:
-    Q W + Δ V in x, Qᵀ X + Δᵀ U in W, Σ_rows Q in b, (γ/ln β)(A·R - R) in t.
+    R = U Wᵀ + X Vᵀ + s,  r = (1 - (v/κ)²) ∘ R, which is R without a cap, as here Δ = G:
+    ρ_c = dc = (1/ln β)((T a - t)·r + (lse - v)·t'),  ρ_q = dq = 2 lse a·r,
+    ρ_h = dh = -(1/ln β)(a ∘ (l - a·l))·r;
+    dG = a ∘ ((r - a·r) ∘ (B - η') + γ' T' + 2 ω a·r - η ρ_h) - γ' t',
+    Δ = (1 - (v/κ)²) ∘ G,  Q = dΔ = (1 - (v/κ)²) ∘ dG - (2/κ²) v ∘ G ∘ r.
+
+    It is ρ_c, ρ_q, ρ_h (None without η) and the gradients of Σ γ ρ_c + ω ρ_q + η ρ_h:
+    Q W + Δ V in x, Qᵀ X + Δᵀ U in W, Σ_rows Q in b, γ'(a·r - r) in t.
     """
 
     @staticmethod
-    def forward(γ: Any, x: Any, W: Any, b: Any, p: Any, t: Any, *rest: Any) -> Any:
-        *direction, y, keep, base, wants = rest
-        ρ, *gradients = kernels.head_second(
-            γ, x, W, b, y, p, t, keep, *direction, base, list(wants)
+    def forward(γ: Any, ω: Any, η: Any, x: Any, W: Any, b: Any, p: Any, t: Any, *rest: Any) -> Any:
+        *direction, y, keep, base, cap, wants = rest
+        ρc, ρq, ρh, *gradients = kernels.head_second(
+            γ, ω, η, x, W, b, y, p, t, keep, *direction, base, cap, list(wants)
         )
-        return ρ, *only(wants, gradients)
+        return ρc, ρq, None if η is None else ρh, *only(wants, gradients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, derivatives: Any) -> None:
-        *tensors, ctx.base, ctx.wants = inputs
+        *tensors, ctx.base, ctx.cap, ctx.wants = inputs
+        ctx.has_h = inputs[2] is not None
         ctx.set_materialize_grads(False)
         save(ctx, *tensors)
 
@@ -147,11 +214,12 @@ class HeadSecond(KernelFormula):
             _, pull = vjp(f.of(wanted), *(f.tensors[i] for i in wanted))
             gradients = pull(tuple(c for c in cotangents if c is not None))
         found = dict(zip(wanted, gradients, strict=True))
-        return *(found.get(i) for i in range(11)), None, None, None, None
+        return *(found.get(i) for i in range(13)), None, None, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> Any:
-        f = InTheOpen(ctx, (True, *ctx.wants))
+        there = True, True, ctx.has_h, *ctx.wants
+        f = InTheOpen(ctx, there)
         moved = [i for i in f.present if tangents[i] is not None]
         with without_autocast(f.tensors[0]):
             values, pull = vjp(f.of(moved), *(f.tensors[i] for i in moved))
@@ -159,7 +227,7 @@ class HeadSecond(KernelFormula):
             _, push = vjp(lambda c: pull(c), tuple(torch.zeros_like(v) for v in values))
             (changes,) = push(tuple(tangents[i] for i in moved))
         found = iter(changes)
-        return tuple(next(found) if there else None for there in (True, *ctx.wants))
+        return tuple(next(found) if is_there else None for is_there in there)
 
 
 class InTheOpen:
@@ -167,7 +235,7 @@ class InTheOpen:
 
     def __init__(self, ctx: Any, outputs: Any):
         *self.tensors, self.y, self.keep = ctx.saved_tensors
-        self.base, self.outputs = ctx.base, outputs
+        self.base, self.cap, self.outputs = ctx.base, ctx.cap, outputs
         self.present = [i for i, x in enumerate(self.tensors) if x is not None]
 
     def of(self, places: list[int]) -> Any:
@@ -184,32 +252,67 @@ class InTheOpen:
         return f
 
     def __call__(
-        self, γ: Any, x: Any, W: Any, b: Any, p: Any, t: Any, u: Any, V: Any, s: Any, π: Any, τ: Any
+        self,
+        γ: Any,
+        ω: Any,
+        η: Any,
+        x: Any,
+        W: Any,
+        b: Any,
+        p: Any,
+        t: Any,
+        u: Any,
+        V: Any,
+        s: Any,
+        π: Any,
+        τ: Any,
     ) -> tuple[Tensor | None, ...]:
         y = None if self.y is None else self.y[:, None]
         keep = None if self.keep is None else self.keep[:, None]
-        p, π, γ = (None if v is None else v[:, None] for v in (p, π, γ))
+        p, π, γ, ω, η = (None if v is None else v[:, None] for v in (p, π, γ, ω, η))
         V = torch.zeros_like(W) if V is None else V
         u = torch.zeros_like(x) if u is None else u
-        x_dtype, W_dtype = x.dtype, W.dtype
+        x_dtype, W_dtype, b_dtype = x.dtype, W.dtype, (W if b is None else b).dtype
         x, u, W, V = (wide(v) for v in (kept(keep, x), kept(keep, u), W, V))
         b, s = (None if v is None else wide(v) for v in (b, s))
-        g, k = kept(keep, γ) / math.log(self.base), 1 / math.log(self.base)
+        k = 1 / math.log(self.base)
+        g, ω = kept(keep, γ) * k, 0.0 if ω is None else kept(keep, ω)
 
-        l = LogSoftmax.apply(kept(keep, Affine.apply(x, W, b)), 1)
-        a = l.exp()
+        z = kept(keep, Affine.apply(x, W, b))
         r = kept(keep, Affine.apply(u, W, None) + Affine.apply(x, V, s))
+        v, slope, bend = z, 1.0, 0.0  # of the cap, and its second derivative over its first
+        if self.cap is not None:
+            tanh = Tanh.apply(z / self.cap)
+            v, slope, bend = self.cap * tanh, (1 - tanh) * (1 + tanh), -2 / self.cap * tanh
+        r = slope * r
+        l, lse = LogSoftmax.apply(v, 1), LogSumExp.apply(v, 1)
+        a = l.exp()
         ar = (a * r).sum(1, keepdim=True)
-        Δ = less_target(sum_of(p, t, 1) * a, p, t, y, 1)
-        Q = less_target(sum_of(p, t, 1) * a * (r - ar) + sum_of(π, τ, 1) * a, π, τ, y, 1)
-        ρ = kept(keep, k * ((Δ * r).sum(1, keepdim=True) - dot(l, π, τ, y, 1))).squeeze(1)
-        Q, Δ = g * Q, g * Δ
+        T, dT = sum_of(p, t, 1), sum_of(π, τ, 1)
+        δ = less_target(T * a, p, t, y, 1)
+        ρc = kept(keep, k * ((δ * r).sum(1, keepdim=True) - dot(l, π, τ, y, 1)))
+        ρq, ρh = kept(keep, 2 * lse * ar), None
+        aB, D = (g * T + 2 * ω * lse) * a, g * dT + 2 * ω * ar
+        change = (r - ar) * aB
+        if η is not None:
+            η = kept(keep, η) * k
+            al = exact(a, l)
+            al = al - a * al.sum(1, keepdim=True)
+            ρh = -(al * r).sum(1, keepdim=True)
+            aB, D = aB - η * al, D - η * ρh
+            change = (r - ar) * (aB - η * a)
+            ρh = kept(keep, k * ρh).squeeze(1)
+        gp, gt, gπ, gτ = (None if v is None else g * v for v in (p, t, π, τ))
+        G, dG = less_target(aB, gp, gt, y, 1), less_target(change + a * D, gπ, gτ, y, 1)
+        Δ, Q = slope * G, slope * dG + bend * G * r
         ht = g * (ar - r)
         return (
-            ρ,
+            ρc.squeeze(1),
+            ρq.squeeze(1),
+            ρh,
             (Q @ W + Δ @ V).to(x_dtype),
             (Q.T @ x + Δ.T @ u).to(W_dtype),
-            Q.sum(0).to(W_dtype),
+            Q.sum(0).to(b_dtype),
             None if p is None else ht.gather(1, y).squeeze(1),
             None if t is None else ht.sum_to_size(t.shape),
         )

@@ -66,6 +66,29 @@ class LogSoftmax(Formula):
         return dz - (l.exp() * dz).sum(ctx.dim, keepdim=True)
 
 
+class LogSumExp(Formula):
+    r"""ln Σ e^z, F7's denominator: its derivative is F7.  z (*, n, *) -> (*, 1, *), n at dim."""
+
+    @staticmethod
+    def forward(z: Tensor, dim: int) -> Tensor:
+        return torch.logsumexp(z, dim, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, lse: Tensor) -> None:
+        z, ctx.dim = inputs
+        save(ctx, z)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (z,) = ctx.saved_tensors
+        return g * LogSoftmax.of(z, ctx.dim).exp(), None
+
+    @staticmethod
+    def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return (LogSoftmax.of(z, ctx.dim).exp() * dz).sum(ctx.dim, keepdim=True)
+
+
 def softmax_jacobian(z: Tensor, dim: int) -> Tensor:
     r"""F17: J = diag(a) - a aᵀ,  z (*, n, *) with n at dim -> J (*, *, n, n)."""
     a = Softmax.of(z, dim).movedim(dim, -1)

@@ -1,17 +1,21 @@
 """The head (F15 batch) block by block of rows, so that memory does not grow with rows x classes.
 
-Shapes: γ (N) the coefficient of each row's loss, or () one for all; x (N, D), W (C, D), b (C). The
-target of a row is `p e_y + t`: y, p (N) a class and its weight, t (N, C), or (1, C) for all rows;
-each may be None. u, V, s, π, τ are a direction in which x, W, b, p, t move; each may be None.
+Shapes: x (N, D), W (C, D), b (C). The logits z = W x + b may be capped to v = cap tanh(z / cap).
+Of each row there are the cross entropy c, lse = ln Σ e^v, its square q and the entropy h of the
+softmax a; γ, ω, η, each (N), or () one for all, or None, are the coefficients of c, q and h.
+The target of a row is `p e_y + t`: y, p (N) a class and its weight, t (N, C), or (1, C) for all
+rows; each may be None. u, V, s, π, τ are a direction in which x, W, b, p, t move; each may be None.
 keep (N) is False for the rows that are ignored: they are taken out of every product, on the CPU by
 gathering the others, elsewhere, where counting them would wait for the device, by masks.
-Where x is half, γ, p, t and c are float32, and so is all arithmetic: results are rounded once.
-A result that is not wanted is empty.
+Where x is half, coefficients, p, t and what is computed of a row are float32, and so is all
+arithmetic: results are rounded once. A result that is not wanted is empty.
 
 A block's logits lie in memory class by class, which makes the products with W and for dW cheapest.
-They are written over, in slices of classes that stay in the cache, by e^{z - m}, and then by Δ but
-for a coefficient of each row, with which x and the rows of dx are scaled instead. m is the row's
-maximum, or 0 where the sum of e^z, looked at on the CPU, shows that this does as well.
+They are gone through in slices of classes that stay in the cache. Most often they are written over
+by e^{v - m}, and then by Δ but for a coefficient of each row, with which x and the rows of dx are
+scaled instead. Where the logits are needed again for Δ, they stay (if capped as tanh(z / cap)) and
+e^{v - m} is computed twice. m is the row's maximum, or 0 where the sum of e^v, looked at on the
+CPU, shows that this does as well.
 """
 
 from __future__ import annotations
@@ -31,15 +35,18 @@ BLOCK_BYTES = (8 * 2**20, 64 * 2**20)  # of its logits: more rows for few classe
 
 
 @operator(
-    "head(Tensor? gamma, Tensor x, Tensor W, Tensor? b, Tensor? y, Tensor? p, Tensor? t,"
-    " Tensor? keep, float base, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda gamma, x, W, b, y, p, t, keep, base, wants: (
-        x.new_empty(x.shape[:1], dtype=wide_type(x.dtype)),
-        *_rounded(x, W, gamma, *_results(x, W, t, wants)),
+    "head(Tensor? gamma, Tensor? omega, Tensor? eta, Tensor x, Tensor W, Tensor? b, Tensor? y,"
+    " Tensor? p, Tensor? t, Tensor? keep, float base, float? cap, bool[] asks, bool[] wants)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda gamma, omega, eta, x, W, b, y, p, t, keep, base, cap, asks, wants: (
+        *_of_rows(x, asks),
+        *_rounded(x, W, b, gamma, *_gradients(x, W, t, wants)),
     ),
 )
 def head(
     gamma: Tensor | None,
+    omega: Tensor | None,
+    eta: Tensor | None,
     x: Tensor,
     W: Tensor,
     b: Tensor | None,
@@ -48,65 +55,89 @@ def head(
     t: Tensor | None,
     keep: Tensor | None,
     base: float,
+    cap: float | None,
+    asks: Sequence[bool],
     wants: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """c of each row, and the gradients of Σ γ c in x, W, b, p, t that `wants` names.
+    """c, q and lse of each row; if `asks` names them h and the largest logit's class (-1 of a row
+    that is ignored); and the gradients of Σ γ c + ω q + η h in x, W, b, p, t that `wants` names.
 
-    Where γ is one for all rows they are not rounded, for they are still to be scaled.
+    Where γ is one for all rows the gradients are not rounded, for they are still to be scaled.
     """
-    c = x.new_zeros(x.shape[:1], dtype=wide_type(x.dtype))
-    coefficients = torch.ones_like(c) if gamma is None else gamma.expand(c.shape)
+    c, q, lse, h, predicted = _of_rows(x, asks)
     groups = _groups_of_rows(x, W, keep)
-    dx, dW, db, dp, dt = _results(x, W, t, wants, bool(groups))
+    dx, dW, db, dp, dt = _gradients(x, W, t, wants, bool(groups))
+    ln = math.log(base)
+    has_h = asks[0] or eta is not None
 
     def add(block: _Block) -> None:
         rows, target, z = block.rows, block.target, block.z
-        g = block.kept(coefficients[rows].unsqueeze(1)) / math.log(base)
-        loss = torch.zeros_like(g)
-        if wants[4]:
-            _put(dt, rows, slice(None), torch.log_softmax(block.logits_(), 1).mul_(-g))
-        for classes, zc in block.exponentials_(target.y, is_shown=target.t is not None):
-            loss -= target.dot(zc, classes)
+        g, o, n = block.column(gamma, ln), block.column(omega), block.column(eta, ln)
+        loss = torch.zeros_like(z[:, :1])
+        shown = block.exponentials_(target.y, target.t is not None, has_h, asks[1])
+        for classes, v in shown:
+            loss -= target.dot(v, classes)
         if target.t is not None:
             loss += target.sum_of_t() * block.s.log()
         if block.l_y is not None and target.p is not None:
             loss -= exact(target.p, block.l_y)
-            if wants[3]:
+            if wants[3] and g is not None:
                 dp[rows] = (-g * block.l_y).squeeze(1)
-        c[rows] = block.kept(loss).squeeze(1) / math.log(base)
-        if any(wants[:3]):
-            k = g / block.s  # of a row: z k becomes Δ
-            if target.t is None and target.p is not None and target.y is not None:
-                k *= target.p
-                z.scatter_add_(1, target.y, -block.s)
-            else:
-                T = target.total(like=g)
-                for zc in _slices(z):
-                    zc.mul_(T)
-                target.subtract_from_(z, block.s)
-            if wants[0]:
-                dx[rows] = block.kept_((z @ block.W).mul_(k))
-            if wants[1]:
-                dW.addmm_(z.T, block.x * k, beta=block.beta)
-            if wants[2]:
-                db.addmv_(z.T, k.squeeze(1))
+        c[rows] = block.kept(loss).squeeze(1) / ln
+        lse[rows] = lse_rows = block.kept(block.lse()).squeeze(1)
+        q[rows] = lse_rows.square()
+        if asks[0]:
+            h[rows] = block.kept(block.entropy()).squeeze(1) / ln
+        if asks[1]:
+            predicted[rows] = block.kept(block.top, -1).squeeze(1)
+        if g is None:
+            return
+        if wants[4]:
+            for classes, v in block.shifted():
+                _put(dt, rows, classes, (v - block.s.log()).mul_(-g))
+        if not any(wants[:3]):
+            return
+        k = torch.ones_like(g)  # of a row: z k becomes Δ
+        if block.stays:
+            _delta_(block, g, o, n)
+        elif o is None and target.t is None and target.p is not None and target.y is not None:
+            k = g * target.p / block.s
+            z.scatter_add_(1, target.y, -block.s)
+        else:
+            k = 1 / block.s
+            of_a = _weight_of_a(block, g, o, None)
+            for zc in _slices(z):
+                zc.mul_(of_a)
+            target.subtract_from_(z, g * block.s)
+        if wants[0]:
+            dx[rows] = block.kept_((z @ block.W).mul_(k))
+        if wants[1]:
+            dW.addmm_(z.T, block.x * k, beta=block.beta)
+        if wants[2]:
+            db.addmv_(z.T, k.squeeze(1))
 
-    for block in _blocks(groups, x, W, b, y, p, t, keep):
+    stays = cap is not None or has_h or wants[4]
+    for block in _blocks(groups, x, W, b, y, p, t, keep, cap, stays):
         add(block)
-    return c, *_rounded(x, W, gamma, dx, dW, db, dp, dt)
+    return c, q, lse, h, predicted, *_rounded(x, W, b, gamma, dx, dW, db, dp, dt)
 
 
 @operator(
-    "head_second(Tensor gamma, Tensor x, Tensor W, Tensor? b, Tensor? y, Tensor? p, Tensor? t,"
-    " Tensor? keep, Tensor? u, Tensor? V, Tensor? s, Tensor? pi, Tensor? tau, float base,"
-    " bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda gamma, x, W, b, y, p, t, keep, u, V, s, pi, tau, base, wants: (
+    "head_second(Tensor gamma, Tensor? omega, Tensor? eta, Tensor x, Tensor W, Tensor? b,"
+    " Tensor? y, Tensor? p, Tensor? t, Tensor? keep, Tensor? u, Tensor? V, Tensor? s, Tensor? pi,"
+    " Tensor? tau, float base, float? cap, bool[] wants)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda gamma, omega, eta, x, W, b, y, p, t, keep, u, V, s, pi, tau, base, cap, wants: (
         torch.empty_like(gamma),
-        *_rounded(x, W, gamma, *_results(x, W, t, wants)),
+        torch.empty_like(gamma),
+        torch.empty_like(gamma) if eta is not None else gamma.new_empty(0),
+        *_rounded(x, W, b, gamma, *_gradients(x, W, t, wants)),
     ),
 )
 def head_second(
     gamma: Tensor,
+    omega: Tensor | None,
+    eta: Tensor | None,
     x: Tensor,
     W: Tensor,
     b: Tensor | None,
@@ -120,70 +151,116 @@ def head_second(
     pi: Tensor | None,
     tau: Tensor | None,
     base: float,
+    cap: float | None,
     wants: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """ρ, the derivative of each row's c along (u, V, s, π, τ), and the gradients of Σ γ ρ."""
-    rho = torch.zeros_like(gamma)
+    """The derivatives of each row's c, q and, if there is η, h along (u, V, s, π, τ); and the
+    gradients in x, W, b, p, t, which `wants` names, of their sum with coefficients γ, ω and η.
+    """
+    rho = torch.zeros_like(gamma), torch.zeros_like(gamma)
+    rho_h = torch.zeros_like(gamma) if eta is not None else gamma.new_zeros(0)
     groups = _groups_of_rows(x, W, keep)
-    hx, hW, hb, hp, ht = _results(x, W, t, wants, bool(groups))
+    hx, hW, hb, hp, ht = _gradients(x, W, t, wants, bool(groups))
     V, s = (None if v is None else v.to(gamma.dtype) for v in (V, s))
+    ln = math.log(base)
     buffer = _buffer(groups, W, gamma.dtype)
 
     def add(block: _Block) -> None:
-        rows, target, a = block.rows, block.target, block.z
+        rows, target, z = block.rows, block.target, block.z
         direction = _Target.of(rows, y, pi, tau)
-        g = block.kept(gamma[rows].unsqueeze(1)) / math.log(base)
-        U = None if u is None else block.kept(u[rows].to(a.dtype))
-        r = block.kept_(_direction_of_logits_(buffer[: len(a)], block.x, block.W, U, V, s))
-        r_y = target.of_class(r)
-        tz, tr, ar = (torch.zeros_like(g) for _ in range(3))
-        for classes, zc in block.exponentials_(direction.y, is_shown=direction.t is not None):
-            tz += direction.dot(zc, classes)
-        if target.t is not None:
-            for classes, rc in zip(_ranges(r), _slices(r), strict=True):
+        g, o, n = block.column(gamma, ln), block.column(omega), block.column(eta, ln)
+        assert g is not None
+        U = None if u is None else block.kept(u[rows].to(z.dtype))
+        tz, tr, ar, avr = (torch.zeros_like(g) for _ in range(4))
+        is_shown = direction.t is not None
+        for classes, v in block.exponentials_(direction.y, is_shown, n is not None, False):
+            tz += direction.dot(v, classes)
+        r = block.kept_(_direction_of_logits_(buffer[: len(z)], block.x, block.W, U, V, s))
+        for classes, rc in zip(_ranges(r), _slices(r), strict=True):  # from here on, of v
+            if cap is not None:
+                rc.mul_(_slope(z[:, classes]))
+            if target.t is not None:
                 tr += target.dot(rc, classes)
-        q = 1 / block.s
-        for ac, rc in zip(_slices(a), _slices(r), strict=True):
-            ar += (ac.mul_(q) * rc).sum(1, keepdim=True)
-        T, T_of_direction = target.total(like=g), direction.total(like=g)
-        rho_rows = T * ar - tr - tz
+        r_y: Any = target.of_class(r)
+        z_y: Any = target.of_class(z)
+        for (_, v), rc in zip(block.shifted(), _slices(r), strict=True):
+            a = v.exp().div_(block.s)
+            ar += a.mul_(rc).sum(1, keepdim=True)
+            if n is not None:
+                avr += a.mul_(_finite(v)).sum(1, keepdim=True)
+        rho_c = target.total(like=g) * ar - tr - tz
         if direction.t is not None:
-            rho_rows += direction.sum_of_t() * block.s.log()
+            rho_c += direction.sum_of_t() * block.s.log()
         if r_y is not None and target.p is not None:
-            rho_rows -= exact(target.p, r_y)
+            rho_c -= exact(target.p, r_y)
         if block.l_y is not None and direction.p is not None:
-            rho_rows -= exact(direction.p, block.l_y)
-        rho[rows] = block.kept(rho_rows).squeeze(1) / math.log(base)
+            rho_c -= exact(direction.p, block.l_y)
+        rho_q = 2 * block.lse() * ar
+        for result, of_rows in zip(rho, (rho_c / ln, rho_q), strict=True):
+            result[rows] = block.kept(of_rows).squeeze(1)
+        D = g * direction.total(like=g)
+        if n is not None:
+            of_h = (block.s.log() - block.entropy()) * ar - avr
+            rho_h[rows] = block.kept(of_h).squeeze(1) / ln
+            D = D - n * of_h
+        if o is not None:
+            D = D + 2 * o * ar
         if wants[3] and r_y is not None:
             hp[rows] = (g * (ar - r_y)).squeeze(1)
         if wants[4]:
             for classes, rc in zip(_ranges(r), _slices(r), strict=True):
                 _put(ht, rows, classes, g * (ar - rc))
-        if any(wants[:3]):
-            # r becomes Q = dΔ along the direction and a becomes Δ, but for g
-            for ac, rc in zip(_slices(a), _slices(r), strict=True):
-                rc.sub_(ar).mul_(T).add_(T_of_direction).mul_(ac)
-                ac.mul_(T)
-            Q, delta = r, a
-            direction.subtract_from_(Q)
-            target.subtract_from_(delta)
-            if wants[0]:
-                of_rows = Q @ block.W
-                of_rows = of_rows if V is None else of_rows.addmm_(delta, V)
-                hx[rows] = block.kept_(of_rows.mul_(g))
-            if wants[1]:
-                hW.addmm_(Q.T, block.x * g, beta=block.beta)
-                if U is not None:
-                    hW.addmm_(delta.T, U * g)
-            if wants[2]:
-                hb.addmv_(Q.T, g.squeeze(1))
+        if not any(wants[:3]):
+            return
+        # r becomes Q = dΔ along the direction and z becomes Δ
+        of_a = _weight_of_a(block, g, o, n)
+        for (classes, v), zc, rc in zip(block.shifted(), _slices(z), _slices(r), strict=True):
+            a = v.exp().div_(block.s)
+            B = of_a if n is None else of_a - n * _finite(v)
+            G = a * B
+            Q = (rc - ar).mul_(B if n is None else B - n).add_(D).mul_(a)
+            if target.t is not None:
+                G -= g * target.t[:, classes]
+            if direction.t is not None:
+                Q -= g * direction.t[:, classes]
+            if cap is not None:
+                slope = _slope(zc)
+                Q.mul_(slope).sub_(G.mul(zc).mul_(rc), alpha=2 / cap)
+                G.mul_(slope)
+            rc.copy_(Q)
+            zc.copy_(G)
+        Q, delta = r, z
+        slope_y: Any = 1.0 if cap is None or z_y is None else _slope(z_y)
+        if target.p is not None and target.y is not None:
+            if cap is not None:
+                Q.scatter_add_(1, target.y, g * target.p * r_y * z_y * (2 / cap))
+            delta.scatter_add_(1, target.y, -g * target.p * slope_y)
+        if direction.p is not None and direction.y is not None:
+            Q.scatter_add_(1, direction.y, -g * direction.p * slope_y)
+        if wants[0]:
+            of_rows = Q @ block.W
+            of_rows = of_rows if V is None else of_rows.addmm_(delta, V)
+            hx[rows] = block.kept_(of_rows)
+        if wants[1]:
+            hW.addmm_(Q.T, block.x, beta=block.beta)
+            if U is not None:
+                hW.addmm_(delta.T, U)
+        if wants[2]:
+            hb.add_(Q.sum(0))
 
-    for block in _blocks(groups, x, W, b, y, p, t, keep):
+    for block in _blocks(groups, x, W, b, y, p, t, keep, cap, stays=True):
         add(block)
-    return rho, *_rounded(x, W, gamma, hx, hW, hb, hp, ht)
+    return *rho, rho_h, *_rounded(x, W, b, gamma, hx, hW, hb, hp, ht)
 
 
-def _results(
+def _of_rows(x: Tensor, asks: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Zeros for c, q, lse and h, and -1 for the largest logit's class."""
+    N, dtype = x.shape[0], wide_type(x.dtype)
+    of_rows = [x.new_zeros(n, dtype=dtype) for n in (N, N, N, N if asks[0] else 0)]
+    return *of_rows, x.new_full((N if asks[1] else 0,), -1, dtype=torch.int64)
+
+
+def _gradients(
     x: Tensor, W: Tensor, t: Tensor | None, wants: Sequence[bool], is_written: bool = False
 ) -> list[Tensor]:
     """Zeros for a gradient in x, W, b, p, t each; an empty tensor for one that is not wanted.
@@ -201,12 +278,13 @@ def _results(
 
 
 def _rounded(
-    x: Tensor, W: Tensor, gamma: Tensor | None, dx: Tensor, dW: Tensor, db: Tensor, *rest: Tensor
+    x: Tensor, W: Tensor, b: Tensor | None, gamma: Tensor | None, *gradients: Tensor
 ) -> tuple[Tensor, ...]:
     """The gradients in x, W, b in the types of these, if γ has a coefficient for each row."""
     if gamma is None or not gamma.dim():
-        return dx, dW, db, *rest
-    return dx.to(x.dtype), dW.to(W.dtype), db.to(W.dtype), *rest
+        return gradients
+    dx, dW, db, *rest = gradients
+    return dx.to(x.dtype), dW.to(W.dtype), db.to((W if b is None else b).dtype), *rest
 
 
 class _Target(NamedTuple):
@@ -243,18 +321,20 @@ class _Target(NamedTuple):
         assert self.t is not None
         return exact(self.t[:, classes], v).sum(1, keepdim=True)
 
-    def subtract_from_(self, v: Tensor, scale: Tensor | None = None) -> None:
+    def subtract_from_(self, v: Tensor, scale: Tensor) -> None:
         """v -= scale (p e_y + t), the scale one of each row."""
         if self.p is not None and self.y is not None:
-            v.scatter_add_(1, self.y, -(self.p if scale is None else scale * self.p))
+            v.scatter_add_(1, self.y, -scale * self.p)
         if self.t is not None:
             for classes in _ranges(v):
-                t = self.t[:, classes]
-                v[:, classes].sub_(t if scale is None else t * scale)
+                v[:, classes].sub_(self.t[:, classes] * scale)
 
 
 class _Block:
-    """Some rows of the head, widened; `drop` marks those that are ignored, a column."""
+    """Some rows of the head, widened; `drop` marks those that are ignored, a column.
+
+    z holds their logits, capped ones as tanh(z / cap), and then e^{v - m} unless it `stays`.
+    """
 
     def __init__(
         self,
@@ -266,47 +346,129 @@ class _Block:
         drop: Tensor | None,
         z: Tensor,
         beta: int,
+        cap: float | None,
+        stays: bool,
         is_shifted: bool,
     ):
         self.rows, self.x, self.W, self.b = rows, x, W, b
         self.target, self.drop, self.z, self.beta = target, drop, z, beta
-        self.is_shifted = is_shifted
+        self.cap, self.stays, self.is_shifted = cap, stays, is_shifted
+        self.m: Tensor | float = 0.0
         self.l_y: Tensor | None = None
+        self.av = torch.zeros_like(z[:, :1])
+        self.top = torch.zeros_like(z[:, :1], dtype=torch.int64)
 
     def logits_(self, classes: slice = slice(None)) -> Tensor:
-        """z = W x + b, in this block's memory; of some classes."""
+        """z = W x + b, in this block's memory, or tanh(z / cap); of some classes."""
         z, W, b = self.z[:, classes], self.W[classes], None if self.b is None else self.b[classes]
         torch.mm(self.x, W.T, out=z) if b is None else torch.addmm(b, self.x, W.T, out=z)
-        return self.kept_(z)
+        z = self.kept_(z)
+        return z if self.cap is None else z.div_(self.cap).tanh_()
 
-    def exponentials_(self, y: Tensor | None, is_shown: bool) -> Iterator[tuple[slice, Tensor]]:
-        """Makes e^{z-m}, their sum s, and l_y = z_y - m - ln s; shows z - m, slice by slice."""
+    def value(self, z: Tensor) -> Tensor:
+        """v of what is in memory: that, or cap tanh(z / cap) in memory of its own."""
+        return z if self.cap is None else z * self.cap
+
+    def exponentials_(
+        self, y: Tensor | None, is_shown: bool, has_h: bool, has_top: bool
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Makes e^{v-m}, their sum s, and l_y = v_y - m - ln s; shows v - m, slice by slice."""
         self.s = torch.zeros_like(self.z[:, :1])
-        if not (self.is_shifted or is_shown):
+        if not (self.is_shifted or is_shown or has_h or has_top):
             for classes in _ranges(self.z):  # while they are in the cache
-                self.s += self.logits_(classes).exp_().sum(1, keepdim=True)
-            e_y = self.s if y is None else self.z.gather(1, y)
+                self.s += self.exp(self.value(self.logits_(classes))).sum(1, keepdim=True)
+            z_y = None if y is None else self.z.gather(1, y)
+            e_y = self.s if z_y is None else self.value(z_y).exp() if self.stays else z_y
             self.l_y = log_of_share(e_y, self.s)
             if self.l_y is not None:
                 return
             self.is_shifted = True
         z = self.logits_()
-        z_y, m = None if y is None else z.gather(1, y), z.amax(1, keepdim=True)
+        v_y = None if y is None else self.value(z.gather(1, y))
+        self.m = self.value(z.amax(1, keepdim=True))
         self.s.zero_()
-        for classes, zc in zip(_ranges(z), _slices(z), strict=True):
-            zc.sub_(m)
+        best = torch.full_like(self.s, -math.inf)
+        for classes, v in self.shifted():
+            if self.cap is None:
+                v.sub_(self.m)
+            if has_top:
+                largest, place = v.max(1, keepdim=True)
+                self.top = torch.where(largest > best, place + classes.start, self.top)
+                best = torch.maximum(best, largest)
             if is_shown:
-                yield classes, zc
-            self.s += zc.exp_().sum(1, keepdim=True)
-        self.l_y = None if z_y is None else z_y.sub_(m).sub_(self.s.log())
+                yield classes, v
+            e = v.exp() if has_h else self.exp(v)
+            self.s += e.sum(1, keepdim=True)
+            if has_h:
+                self.av += e.mul_(_finite(v)).sum(1, keepdim=True)
+        self.l_y = None if v_y is None else v_y.sub(self.m).sub_(self.s.log())
 
-    def kept(self, v: Tensor) -> Tensor:
-        """v, 0 in the rows that are ignored."""
-        return v if self.drop is None else v.masked_fill(self.drop, 0)
+    def exp(self, v: Tensor) -> Tensor:
+        """e^v, in the place of v if that is not to stay."""
+        return v.exp() if self.stays and self.cap is None else v.exp_()
+
+    def shifted(self) -> Iterator[tuple[slice, Tensor]]:
+        """v - m, slice by slice, where the logits stay: in their memory, capped ones in another."""
+        for classes, z in zip(_ranges(self.z), _slices(self.z), strict=True):
+            v = self.value(z)
+            yield classes, v if self.cap is None or isinstance(self.m, float) else v.sub_(self.m)
+
+    def lse(self) -> Tensor:
+        """ln Σ e^v of each row."""
+        return self.s.log() + self.m
+
+    def entropy(self) -> Tensor:
+        """-Σ a ln a of each row; its terms are of one sign."""
+        return self.s.log() - self.av / self.s
+
+    def column(self, v: Tensor | None, divisor: float = 1.0) -> Tensor | None:
+        """Of coefficients, those of these rows."""
+        if v is None:
+            return None
+        v = v[self.rows] if v.dim() else v.expand(len(self.x))
+        return self.kept(v.unsqueeze(1)) / divisor
+
+    def kept(self, v: Tensor, ignored: int = 0) -> Tensor:
+        """v, 0 or another number in the rows that are ignored."""
+        return v if self.drop is None else v.masked_fill(self.drop, ignored)
 
     def kept_(self, v: Tensor) -> Tensor:
-        """The same in v."""
+        """v, written over with 0 there."""
         return v if self.drop is None else v.masked_fill_(self.drop, 0)
+
+
+def _weight_of_a(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -> Tensor:
+    """Of each row, what a is multiplied with in Δ, where it is not with -n (v - m)."""
+    weight = g * block.target.total(like=g)
+    if o is not None:
+        weight = weight + 2 * o * block.lse()
+    return weight if n is None else weight + n * (block.s.log() - block.entropy())
+
+
+def _delta_(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -> None:
+    """Makes Δ of the logits, which have stayed."""
+    target, z = block.target, block.z
+    z_y: Any = target.of_class(z)
+    of_a = _weight_of_a(block, g, o, n) / block.s
+    for (classes, v), zc in zip(block.shifted(), _slices(z), strict=True):
+        weight = of_a if n is None else of_a - n / block.s * _finite(v)
+        delta = block.exp(v).mul_(weight)
+        if target.t is not None:
+            delta.sub_(g * target.t[:, classes])
+        zc.copy_(delta if block.cap is None else delta.mul_(_slope(zc)))
+    if target.p is not None and target.y is not None:
+        slope_y: Any = 1.0 if block.cap is None else _slope(z_y)
+        z.scatter_add_(1, target.y, -g * target.p * slope_y)
+
+
+def _slope(u: Tensor) -> Tensor:
+    """dv/dz = 1 - u², u = tanh(z / cap)."""
+    return (1 - u).mul_(1 + u)
+
+
+def _finite(v: Tensor) -> Tensor:
+    """v, where e^v is 0 a number, so that v e^v is 0."""
+    return v.clamp(min=-1e4)
 
 
 def block_rows(N: int, C: int) -> int:
@@ -350,6 +512,8 @@ def _blocks(
     p: Tensor | None,
     t: Tensor | None,
     keep: Tensor | None,
+    cap: float | None,
+    stays: bool,
 ) -> Iterator[_Block]:
     W, b = W.to(wide_type(W.dtype)), None if b is None else b.to(wide_type(b.dtype))
     buffer, is_shifted = _buffer(groups, W, W.dtype), W.device.type != "cpu"
@@ -358,7 +522,8 @@ def _blocks(
         X = x[rows].to(W.dtype)
         X = X if drop is None else X.masked_fill(drop, 0)
         z = buffer[: len(X)]
-        block = _Block(rows, X, W, b, _Target.of(rows, y, p, t), drop, z, min(i, 1), is_shifted)
+        target, beta = _Target.of(rows, y, p, t), min(i, 1)
+        block = _Block(rows, X, W, b, target, drop, z, beta, cap, stays, is_shifted)
         yield block
         is_shifted = block.is_shifted  # what one block needs, the next ones will
 

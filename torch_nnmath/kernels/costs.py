@@ -66,35 +66,56 @@ def comes_with_gradient(formula: Any, n: Any, inputs: Any) -> bool:
 
 
 class HeadCost(Function):
-    r"""F3 of F14, F15: C = (1/n) Σ c, with its gradients dx, dW, db, dp, dt, which `wants` names:
-    three products, not four. A backward takes them; after that they are what `gradient` says.
+    r"""F3 of F14, F15: C = (1/n) Σ c + ω Σ q, with its gradients dx, dW, db, dp, dt, which `wants`
+    names: three products, not four. A backward takes them; after that they are what `gradient`
+    says. Then come h, lse and the largest logit's class of each row, without derivative.
     """
 
     gradient: Any = None  # F15 batch, a formula; its file names it here
 
     @staticmethod
     def forward(
-        n: Any, x: Any, W: Any, b: Any, p: Any, t: Any, y: Any, keep: Any, base: float, wants: Any
+        n: Any,
+        ω: Any,
+        x: Any,
+        W: Any,
+        b: Any,
+        p: Any,
+        t: Any,
+        y: Any,
+        keep: Any,
+        base: float,
+        cap: float | None,
+        asks: Any,
+        wants: Any,
     ) -> Any:
-        c, *gradients = kernels.head(1 / n, x, W, b, y, p, t, keep, base, list(wants))
-        return c.sum() / n, *only(wants, gradients)
+        c, q, lse, h, largest, dx, dW, db, dp, dt = kernels.head(
+            1 / n, ω, None, x, W, b, y, p, t, keep, base, cap, list(asks), list(wants)
+        )
+        C = c.sum() / n
+        C = C if ω is None else C + ω * q.sum()
+        return C, *only(wants, (dx, dW, db, dp, dt)), *only(asks, (h, largest)), lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
-        *tensors, ctx.base, _ = inputs
-        _, *ctx.known = outputs
-        ctx.mark_non_differentiable(*(g for g in ctx.known if g is not None))
+        *tensors, ctx.base, ctx.cap, _, _ = inputs
+        ctx.known = outputs[1:6]
+        ctx.mark_non_differentiable(*(v for v in outputs[1:] if v is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dC: Tensor | None, *_: None) -> Any:
         if dC is None:
-            return (None,) * 10
-        (n, *saved), wants, base = ctx.saved_tensors, ctx.needs_input_grad[1:6], ctx.base
+            return (None,) * 13
+        (n, ω, *saved), wants, options = (
+            ctx.saved_tensors,
+            ctx.needs_input_grad[2:7],
+            (ctx.base, ctx.cap),
+        )
         known = only(wants, ctx.known)
         if torch.compiler.is_compiling():
-            return None, *scaled(dC, known, saved), None, None, None, None
+            return None, None, *scaled(dC, known, saved), *[None] * 6
         # an infinite dC is left to the kernel, which keeps it from the rows that are ignored
         is_number = (
             bool(dC.isfinite()) if are_numbers(dC) else not (is_transformed() or is_batch(dC))
@@ -103,12 +124,18 @@ class HeadCost(Function):
             ctx.known = only([not want for want in wants], ctx.known)
             if any(want and g is None for want, g in zip(wants, known, strict=True)):
                 x, W, b, p, t, y, keep = saved
-                _, *known = kernels.head(1 / n, x, W, b, y, p, t, keep, base, list(wants))
-            known = scaled(dC, only(wants, known), saved)
+                *_rest, dx, dW, db, dp, dt = kernels.head(
+                    1 / n, ω, None, x, W, b, y, p, t, keep, *options, [False] * 2, list(wants)
+                )
+                known = only(wants, (dx, dW, db, dp, dt))
+            known = scaled(dC, known, saved)
         if not is_number or torch.is_grad_enabled():
-            γ = (dC / n).expand(saved[0].shape[:1])
-            known = HeadCost.gradient.apply(γ, *saved, base, wants, known if is_number else None)
-        return None, *known, None, None, None, None
+            N = saved[0].shape[:1]
+            γ, ω = (dC / n).expand(N), None if ω is None else (dC * ω).expand(N)
+            known = HeadCost.gradient.apply(
+                γ, ω, None, *saved, *options, wants, known if is_number else None
+            )
+        return None, None, *known, *[None] * 6
 
 
 def wanted_of_head(n: Any, inputs: Any) -> tuple[bool, ...] | None:
@@ -123,17 +150,17 @@ def wanted_of_head(n: Any, inputs: Any) -> tuple[bool, ...] | None:
 
 
 def _save_for_export(ctx: Any, inputs: Any, output: Any) -> None:
-    _, x, W, b, y, p, t, keep, ctx.base, _ = inputs
+    _, _, _, x, W, b, y, p, t, keep, ctx.base, ctx.cap, (ctx.asks_h, _), _ = inputs
     ctx.save_for_backward(x, W, b, p, t, y, keep)
 
 
-def _backward_of_export(ctx: Any, dc: Tensor, *_: Any) -> Any:
+def _backward_of_export(ctx: Any, dc: Tensor, dq: Tensor, _: Any, dh: Tensor, *_rest: Any) -> Any:
     """F15 batch, where an exported program, which has no Function, calls the operator itself."""
-    _, *wants = (ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5, 6))
+    wants = tuple(ctx.needs_input_grad[i] for i in (3, 4, 5, 7, 8))
     dx, dW, db, dp, dt = HeadCost.gradient.apply(
-        dc, *ctx.saved_tensors, ctx.base, tuple(wants), None
+        dc, dq, dh if ctx.asks_h else None, *ctx.saved_tensors, ctx.base, ctx.cap, wants, None
     )
-    return None, dx, dW, db, None, dp, dt, None, None, None
+    return None, None, None, dx, dW, db, None, dp, dt, *[None] * 5
 
 
 torch.library.register_autograd(

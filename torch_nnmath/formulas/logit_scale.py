@@ -1,0 +1,43 @@
+"""Logits times a scale, such as the inverse of a temperature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from torch_nnmath._precision import wide
+from torch_nnmath.formulas._formula import Formula, save, total
+
+
+class LogitScale(Formula):
+    r"""F18: z = s x,  dz/dx = s,  dz/ds = x.
+
+    x of any shape, s a number or () -> z, which is not rounded where x is half. With s W x + s b =
+    W (s x) + s b the head has the scale in its features, and its logits are never all there.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, s: Tensor | float) -> Tensor:
+        return wide(x) * s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, z: Tensor) -> None:
+        x, s = inputs
+        ctx.s = None if isinstance(s, Tensor) else s
+        save(ctx, x, s if isinstance(s, Tensor) else None)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Any:
+        x, s = ctx.saved_tensors
+        wants_x, wants_s = ctx.needs_input_grad
+        dx = (dz * (ctx.s if s is None else s)).to(x.dtype) if wants_x else None
+        return dx, (dz * wide(x)).sum().to(s.dtype) if wants_s else None
+
+    @staticmethod
+    def tangent(ctx: Any, dx: Tensor | None, ds: Tensor | None) -> Tensor:
+        x, s = ctx.saved_tensors
+        return total(
+            None if dx is None else wide(dx) * (ctx.s if s is None else s),
+            None if ds is None else wide(x) * ds,
+        )
