@@ -80,6 +80,34 @@ def with_bases(make):
     }
 
 
+def with_logit_options(make):
+    """Scale, cap and z-loss."""
+    one = torch.ones(1)
+    return {
+        "cap_0": (ValueError, a(make, softcap=0.0), "softcap", "positive", "0.0"),
+        "cap_negative": (ValueError, a(make, softcap=-30), "softcap", "positive", "-30"),
+        "cap_infinite": (ValueError, a(make, softcap=math.inf), "softcap", "finite", "inf"),
+        "cap_nan": (ValueError, a(make, softcap=math.nan), "softcap", "finite", "nan"),
+        "cap_word": (TypeError, a(make, softcap="30"), "softcap", "str"),
+        "cap_tensor": (TypeError, a(make, softcap=torch.tensor(30.0)), "softcap", "Tensor"),
+        "scale_infinite": (ValueError, a(make, logit_scale=-math.inf), "logit_scale", "-inf"),
+        "scale_nan": (ValueError, a(make, logit_scale=math.nan), "logit_scale", "nan"),
+        "scale_word": (TypeError, a(make, logit_scale="2"), "logit_scale", "str"),
+        "scale_none": (TypeError, a(make, logit_scale=None), "logit_scale", "None"),
+        "scale_vector": (ValueError, a(make, logit_scale=one), "logit_scale", "(1,)"),
+        "scale_complex": (TypeError, a(make, logit_scale=torch.tensor(1j)), "logit_scale", "64"),
+    }
+
+
+def with_z_losses(make):
+    return {
+        "z_loss_nan": (ValueError, a(make, z_loss=math.nan), "z_loss", "nan"),
+        "z_loss_infinite": (ValueError, a(make, z_loss=math.inf), "z_loss", "inf"),
+        "z_loss_word": (TypeError, a(make, z_loss="0"), "z_loss", "str"),
+        "z_loss_tensor": (TypeError, a(make, z_loss=torch.tensor(0.1)), "z_loss", "Tensor"),
+    }
+
+
 def with_reductions(make):
     return {
         f"reduction_{word}": (a(make, reduction=word), f"{word} is not a valid value for reduction")
@@ -223,6 +251,8 @@ BAD = [
         **with_reductions(LOGITS),
         **with_smoothings(LOGITS),
         **with_bases(LOGITS),
+        **with_logit_options(LOGITS),
+        **with_z_losses(LOGITS),
     ),
     *calls(
         "linear_cross_entropy",
@@ -290,6 +320,40 @@ BAD = [
         **with_reductions(HEAD),
         **with_smoothings(HEAD),
         **with_bases(HEAD),
+        **with_logit_options(HEAD),
+        **with_z_losses(HEAD),
+    ),
+    *calls(
+        "linear_log_probs",
+        no_input=(TypeError, a(lambda: (None, r(C, D), y(0))), "input", "None"),
+        no_target=(TypeError, a(lambda: (r(2, D), r(C, D), None)), "target", "None"),
+        features=(RuntimeError, a(lambda: (r(2, 3), r(C, 5), y(0, 1))), "3", "5"),
+        bias=(RuntimeError, a(HEAD, linear_bias=lambda: r(5)), "(4,)", "(5,)"),
+        probabilities=(
+            RuntimeError,
+            a(lambda: (r(2, D), r(C, D), r(2, C)), return_entropy=True),
+            "class indices",
+            "entropy",
+            "(2, 4)",
+            "linear_cross_entropy",
+        ),
+        integer_probabilities=(
+            RuntimeError,
+            a(lambda: (r(2, D), r(C, D), ints(2, C))),
+            "int64",
+            "(2, 4)",
+        ),
+        batch=(ValueError, a(lambda: (r(2, D), r(C, D), y(0, 1, 2))), "(2, 4)", "(3,)"),
+        class_4=(IndexError, a(lambda: (r(2, D), r(C, D), y(0, 4))), "4"),
+        class_minus_100=(
+            IndexError,
+            a(lambda: (r(2, D), r(C, D), y(0, -100)), ignore_index=255),
+            "-100",
+        ),
+        complex_input=(TypeError, a(lambda: (z(2, D), r(C, D), y(0, 1))), "input", "complex64"),
+        complex_bias=(TypeError, a(HEAD, linear_bias=lambda: z(C)), "linear_bias", "complex64"),
+        **with_bases(HEAD),
+        **with_logit_options(HEAD),
     ),
     *(
         row

@@ -29,6 +29,10 @@ TARGETS = {
         ("error", "ours", "eager", 1.0, None),
     ],
     "head-ignored": [("time", "ours", "none ignored", 0.6, None)],
+    **{
+        name: [("time", "ours", "plain", 1.1, None), ("memory", "ours", "plain", 1.05, None)]
+        for name in ("head-capped", "head-policy")
+    },
     "head-forward": [("time", "ours", "floor", 1.15, None)],
     "head-second": [("time", "ours", "eager", 1.0, None)],
     "head-memory": [("peak", "ours", "", 128, MEMORY), ("growth", "ours", "", 8, None)],
@@ -86,7 +90,7 @@ def test_every_target_is_registered():
             assert {target.of, target.over} <= {*work.contenders, "floor", ""}
             assert target.over != "floor" or work.floor
             assert target.size is None or target.size in work.sizes
-            assert work.memory or target.kind not in ("peak", "growth")
+            assert work.memory or target.kind not in ("peak", "growth", "memory")
             assert work.error or target.kind != "error"
 
 

@@ -85,6 +85,8 @@ class Measured:
                     return self.peaks[of] / MIB
                 case "growth":
                     return (self.peaks[of] - first.peaks[of]) / MIB
+                case "memory":
+                    return self.peaks[of] / self.peaks[over]
                 case "error":
                     return self.errors[of] / self.errors[over]
                 case "difference":

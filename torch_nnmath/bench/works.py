@@ -6,7 +6,7 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -109,19 +109,20 @@ class Floor:
 class Target:
     """A number to be reached: at most `limit`, by `of` compared with `over`.
 
-    "time" and "error" are ratios, "difference" is in µs, "peak" and "growth" (of the peak, from the
+    "time", "memory" (of peaks) and "error" are ratios, "difference" is in µs, "peak" and "growth" (of the peak, from the
     first size to the last) in MiB. Without a size it holds at each.
     """
 
     limit: float
     over: str = ""
     of: str = "ours"
-    kind: Literal["time", "error", "difference", "peak", "growth"] = "time"
+    kind: Literal["time", "memory", "error", "difference", "peak", "growth"] = "time"
     size: Size | None = None
 
     def __str__(self) -> str:
         return {
             "time": f"{self.of} / {self.over}",
+            "memory": f"peak of {self.of} / of {self.over}",
             "error": f"error of {self.of} / of {self.over}",
             "difference": f"{self.of} - {self.over}, µs",
             "peak": f"peak of {self.of}, MiB",
@@ -247,9 +248,9 @@ ONE_PRODUCT = Floor("its matrix product into existing memory", lambda p: product
 COPY = Floor("a copy of as many bytes as arguments, output and gradients have", copy)
 
 
-def installed(module: str, name: str) -> Function:
+def installed(module: str, name: str, **options: Any) -> Function:
     """Another library's function, looked for when it is called."""
-    return lambda *args: getattr(importlib.import_module(module), name)(*args)
+    return lambda *args: getattr(importlib.import_module(module), name)(*args, **options)
 
 
 def pair(mine: Function, eager: Function, logits: bool = False) -> dict[str, Contender]:
@@ -273,6 +274,39 @@ def chunked_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
 
 def none_ignored(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
     return ours.linear_cross_entropy(x, W, t.clamp(min=0))
+
+
+def head_and_advantages(draw: Draw, rows: int, features: int, classes: int) -> Problem:
+    problem = head_problem(draw, rows, features, classes)
+    return replace(problem, others=(*problem.others, draw.normal(rows)))
+
+
+CAP, Z_LOSS, BONUS = 30.0, 1e-4, 0.01  # as those who train language models choose them
+
+
+def capped_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
+    return ours.linear_cross_entropy(x, W, t, softcap=CAP, z_loss=Z_LOSS)
+
+
+def plain_capped_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
+    z = CAP * torch.tanh(F.linear(x, W) / CAP)
+    return F.cross_entropy(z, t) + Z_LOSS * z.logsumexp(-1).square().mean()
+
+
+def policy(x: Tensor, W: Tensor, t: Tensor, advantages: Tensor) -> Tensor:
+    """The loss of a policy gradient with an entropy bonus."""
+    log_probs, entropy = ours.linear_log_probs(x, W, t, return_entropy=True)
+    return -(advantages * log_probs).mean() - BONUS * entropy.mean()
+
+
+def plain_policy(x: Tensor, W: Tensor, t: Tensor, advantages: Tensor) -> Tensor:
+    l = F.log_softmax(F.linear(x, W), -1)
+    log_probs, entropy = l.gather(-1, t[:, None])[:, 0], -(l.exp() * l).sum(-1)
+    return -(advantages * log_probs).mean() - BONUS * entropy.mean()
+
+
+def loss_of_rows(x: Tensor, W: Tensor, t: Tensor, advantages: Tensor) -> Tensor:
+    return (advantages * ours.linear_cross_entropy(x, W, t, reduction="none")).mean()
 
 
 LIGER = "liger_kernel.transformers.functional"
@@ -316,6 +350,36 @@ heads = (
         draw=half_ignored,
         contenders={**HEADS, "none ignored": Contender(none_ignored, same=False)},
         targets=(Target(0.60, "none ignored"),),
+    ),
+    replace(
+        small_head,
+        name="head-capped",
+        about="the head with soft-cap and z-loss",
+        contenders={
+            **pair(capped_head, plain_capped_head, logits=True),
+            "plain": Contender(ours.linear_cross_entropy, same=False),
+            "Liger": Contender(
+                installed(
+                    LIGER,
+                    "liger_fused_linear_cross_entropy",
+                    softcap=CAP,
+                    lse_square_scale=Z_LOSS,
+                )
+            ),
+        },
+        targets=(Target(1.10, "plain"), Target(1.05, "plain", kind="memory")),
+    ),
+    replace(
+        small_head,
+        name="head-policy",
+        about="a policy gradient by log-probabilities and entropy; plain: the losses of the rows",
+        draw=head_and_advantages,
+        contenders={
+            **pair(policy, plain_policy, logits=True),
+            "plain": Contender(loss_of_rows, same=False),
+        },
+        floor=None,
+        targets=(Target(1.10, "plain"), Target(1.05, "plain", kind="memory")),
     ),
     replace(
         head,
