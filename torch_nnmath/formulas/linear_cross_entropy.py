@@ -28,8 +28,9 @@ class LinearCrossEntropy(KernelFormula):
     r"""F14, F15: c = F13(v), z = W x + b;  δ = (1/ln β)(T a - t):  dW = δ xᵀ, dx = Wᵀ δ, db = δ;
     dc/dt = (1/ln β)(lse(v) - v). Here v = z, or with a cap κ F19(z), whose slope is a factor of δ.
 
-    Beside c there may be q = F20(v) and h = F21(v), for which δ has 2 lse(v) a and
-    -(1/ln β) a ∘ (l - a·l) more; and, without derivative, lse(v) and the largest v's class.
+    For t = e_y c is -F22. Beside it there may be q = F20(v) and h = F21(v), for which δ has
+    2 lse(v) a and -(1/ln β) a ∘ (l - a·l) more (F23); and, without derivative, lse(v) and the class
+    of the largest v.
 
     x (N, D), W (C, D), b (C) -> c, q, h, lse, class, (N) each; `asks` names those of q, h and class
     that are not to be None. The target of a row is `p e_y + t`: y, p (N) a class and its weight,
