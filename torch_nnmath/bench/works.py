@@ -109,8 +109,8 @@ class Floor:
 class Target:
     """A number to be reached: at most `limit`, by `of` compared with `over`.
 
-    "time", "memory" (of peaks) and "error" are ratios, "difference" is in µs, "peak" and "growth" (of the peak, from the
-    first size to the last) in MiB. Without a size it holds at each.
+    "time", "memory" (of peaks) and "error" are ratios, "difference" is in µs, "peak" and "growth"
+    (of the peak, from the first size to the last) in MiB. Without a size it holds at each.
     """
 
     limit: float

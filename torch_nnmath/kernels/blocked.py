@@ -31,6 +31,7 @@ from torch_nnmath._precision import wide_type
 from torch_nnmath.kernels._library import SLICE, exact, log_of_share, operator
 
 ROWS = 256  # of a block, which share the cost of reading W and of adding to all of dW
+LEAST = -1e4  # of v - m: e^v is 0 there, and (v - m) e^v is to be 0 where v is -inf
 BLOCK_BYTES = (8 * 2**20, 64 * 2**20)  # of its logits: more rows for few classes, fewer for many
 
 
@@ -94,21 +95,10 @@ def head(
             return
         if wants[4]:
             for classes, v in block.shifted():
-                _put(dt, rows, classes, (v - block.s.log()).mul_(-g))
+                _put(dt, rows, classes, v.sub_(block.s.log()).mul_(-g))
         if not any(wants[:3]):
             return
-        k = torch.ones_like(g)  # of a row: z k becomes Δ
-        if block.stays:
-            _delta_(block, g, o, n)
-        elif o is None and target.t is None and target.p is not None and target.y is not None:
-            k = g * target.p / block.s
-            z.scatter_add_(1, target.y, -block.s)
-        else:
-            k = 1 / block.s
-            of_a = _weight_of_a(block, g, o, None)
-            for zc in _slices(z):
-                zc.mul_(of_a)
-            target.subtract_from_(z, g * block.s)
+        k = _delta_(block, g, o, n)
         if wants[0]:
             dx[rows] = block.kept_((z @ block.W).mul_(k))
         if wants[1]:
@@ -116,7 +106,7 @@ def head(
         if wants[2]:
             db.addmv_(z.T, k.squeeze(1))
 
-    stays = cap is not None or has_h or wants[4]
+    stays = has_h or wants[4] or (cap is not None and t is not None)
     for block in _blocks(groups, x, W, b, y, p, t, keep, cap, stays):
         add(block)
     return c, q, lse, h, predicted, *_rounded(x, W, b, gamma, dx, dW, db, dp, dt)
@@ -176,18 +166,18 @@ def head_second(
         for classes, v in block.exponentials_(direction.y, is_shown, n is not None, False):
             tz += direction.dot(v, classes)
         r = block.kept_(_direction_of_logits_(buffer[: len(z)], block.x, block.W, U, V, s))
-        for classes, rc in zip(_ranges(r), _slices(r), strict=True):  # from here on, of v
+        for classes, rc in block.slices(r):  # from here on, of v
             if cap is not None:
                 rc.mul_(_slope(z[:, classes]))
             if target.t is not None:
                 tr += target.dot(rc, classes)
         r_y: Any = target.of_class(r)
         z_y: Any = target.of_class(z)
-        for (_, v), rc in zip(block.shifted(), _slices(r), strict=True):
+        for (_, v), (_, rc) in zip(block.shifted(), block.slices(r), strict=True):
             a = v.exp().div_(block.s)
             ar += a.mul_(rc).sum(1, keepdim=True)
             if n is not None:
-                avr += a.mul_(_finite(v)).sum(1, keepdim=True)
+                avr += a.mul_(v.clamp_(min=LEAST)).sum(1, keepdim=True)
         rho_c = target.total(like=g) * ar - tr - tz
         if direction.t is not None:
             rho_c += direction.sum_of_t() * block.s.log()
@@ -208,15 +198,16 @@ def head_second(
         if wants[3] and r_y is not None:
             hp[rows] = (g * (ar - r_y)).squeeze(1)
         if wants[4]:
-            for classes, rc in zip(_ranges(r), _slices(r), strict=True):
+            for classes, rc in block.slices(r):
                 _put(ht, rows, classes, g * (ar - rc))
         if not any(wants[:3]):
             return
         # r becomes Q = dΔ along the direction and z becomes Δ
         of_a = _weight_of_a(block, g, o, n)
-        for (classes, v), zc, rc in zip(block.shifted(), _slices(z), _slices(r), strict=True):
+        for (classes, v), (_, rc) in zip(block.shifted(), block.slices(r), strict=True):
+            zc = z[:, classes]
             a = v.exp().div_(block.s)
-            B = of_a if n is None else of_a - n * _finite(v)
+            B = of_a if n is None else of_a - n * v.clamp_(min=LEAST)
             G = a * B
             Q = (rc - ar).mul_(B if n is None else B - n).add_(D).mul_(a)
             if target.t is not None:
@@ -321,19 +312,11 @@ class _Target(NamedTuple):
         assert self.t is not None
         return exact(self.t[:, classes], v).sum(1, keepdim=True)
 
-    def subtract_from_(self, v: Tensor, scale: Tensor) -> None:
-        """v -= scale (p e_y + t), the scale one of each row."""
-        if self.p is not None and self.y is not None:
-            v.scatter_add_(1, self.y, -scale * self.p)
-        if self.t is not None:
-            for classes in _ranges(v):
-                v[:, classes].sub_(self.t[:, classes] * scale)
-
 
 class _Block:
     """Some rows of the head, widened; `drop` marks those that are ignored, a column.
 
-    z holds their logits, capped ones as tanh(z / cap), and then e^{v - m} unless it `stays`.
+    z holds their logits, capped ones as tanh(z / cap), and unless they stay then e^{v - m} dv/dz.
     """
 
     def __init__(
@@ -354,8 +337,10 @@ class _Block:
         self.target, self.drop, self.z, self.beta = target, drop, z, beta
         self.cap, self.stays, self.is_shifted = cap, stays, is_shifted
         self.m: Tensor | float = 0.0
+        self.z_y: Tensor | None = None
         self.l_y: Tensor | None = None
-        self.av = torch.zeros_like(z[:, :1])
+        self.s, self.av = torch.zeros_like(z[:, :1]), torch.zeros_like(z[:, :1])
+        self.largest = torch.full_like(self.s, -math.inf)
         self.top = torch.zeros_like(z[:, :1], dtype=torch.int64)
 
     def logits_(self, classes: slice = slice(None)) -> Tensor:
@@ -363,7 +348,12 @@ class _Block:
         z, W, b = self.z[:, classes], self.W[classes], None if self.b is None else self.b[classes]
         torch.mm(self.x, W.T, out=z) if b is None else torch.addmm(b, self.x, W.T, out=z)
         z = self.kept_(z)
-        return z if self.cap is None else z.div_(self.cap).tanh_()
+        if self.cap is None:
+            return z
+        if z.device.type != "cpu":
+            return z.div_(self.cap).tanh_()
+        e = z.div_(self.cap / 2).clamp_(-50, 50).expm1_()  # of 2 z / cap: faster than `tanh_`
+        return e.div_(e + 2)
 
     def value(self, z: Tensor) -> Tensor:
         """v of what is in memory: that, or cap tanh(z / cap) in memory of its own."""
@@ -372,46 +362,96 @@ class _Block:
     def exponentials_(
         self, y: Tensor | None, is_shown: bool, has_h: bool, has_top: bool
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Makes e^{v-m}, their sum s, and l_y = v_y - m - ln s; shows v - m, slice by slice."""
-        self.s = torch.zeros_like(self.z[:, :1])
-        if not (self.is_shifted or is_shown or has_h or has_top):
-            for classes in _ranges(self.z):  # while they are in the cache
-                self.s += self.exp(self.value(self.logits_(classes))).sum(1, keepdim=True)
-            z_y = None if y is None else self.z.gather(1, y)
-            e_y = self.s if z_y is None else self.value(z_y).exp() if self.stays else z_y
-            self.l_y = log_of_share(e_y, self.s)
-            if self.l_y is not None:
-                return
-            self.is_shifted = True
-        z = self.logits_()
-        v_y = None if y is None else self.value(z.gather(1, y))
-        self.m = self.value(z.amax(1, keepdim=True))
-        self.s.zero_()
-        best = torch.full_like(self.s, -math.inf)
-        for classes, v in self.shifted():
-            if self.cap is None:
-                v.sub_(self.m)
-            if has_top:
-                largest, place = v.max(1, keepdim=True)
-                self.top = torch.where(largest > best, place + classes.start, self.top)
-                best = torch.maximum(best, largest)
-            if is_shown:
-                yield classes, v
-            e = v.exp() if has_h else self.exp(v)
-            self.s += e.sum(1, keepdim=True)
-            if has_h:
-                self.av += e.mul_(_finite(v)).sum(1, keepdim=True)
-        self.l_y = None if v_y is None else v_y.sub(self.m).sub_(self.s.log())
+        """Makes e^{v-m}, their sum s, and l_y = v_y - m - ln s; shows v - m, slice by slice.
 
-    def exp(self, v: Tensor) -> Tensor:
-        """e^v, in the place of v if that is not to stay."""
-        return v.exp() if self.stays and self.cap is None else v.exp_()
+        If they are asked for, Σ e^{v-m} (v - m) and the class of the largest v too.
+        """
+        self.s.zero_()
+        if (has_h or has_top) and not is_shown:
+            self._as_they_come_(has_top)
+            self.z_y = None if y is None else self.z.gather(1, y)
+        elif self.is_shifted or is_shown or not self._unshifted_(y):
+            self.is_shifted = True
+            self.logits_()
+            self.z_y = None if y is None else self.z.gather(1, y)
+            yield from self._less_their_maximum_(has_h, has_top)
+        if self.l_y is None and self.z_y is not None:
+            self.l_y = self.value(self.z_y).sub(self.m).sub_(self.s.log())
+
+    def _unshifted_(self, y: Tensor | None) -> bool:
+        """With m = 0, each slice while it is in the cache; whether that does."""
+        for classes, z in self.slices(self.z):
+            self.logits_(classes)
+            if y is not None and self.cap is not None:
+                self.z_y = _taken(z, classes, y, self.z_y)
+            self.s += self._exp_(self.less_m(z), z).sum(1, keepdim=True)
+        e_y = self.s
+        if y is not None and self.cap is not None and self.z_y is not None:
+            e_y = self.value(self.z_y).exp_()
+        elif y is not None:
+            e_y = self.z.gather(1, y)
+            e_y = e_y.exp_() if self.stays else e_y
+        self.l_y = log_of_share(e_y, self.s)
+        return self.l_y is not None
+
+    def _less_their_maximum_(self, has_h: bool, has_top: bool) -> Iterator[tuple[slice, Tensor]]:
+        """With the maximum as m, all logits of the block one after the other."""
+        self.s.zero_()
+        self.m = self.value(self.z.amax(1, keepdim=True))
+        for classes, v in self.shifted():
+            if has_top:
+                self._see_the_largest(v, classes)
+            yield classes, v
+            if has_h:
+                self.av += v.exp().mul_(v.clamp(min=LEAST)).sum(1, keepdim=True)
+            self.s += self._exp_(v, self.z[:, classes]).sum(1, keepdim=True)
+
+    def _as_they_come_(self, has_top: bool) -> None:
+        """With the maximum so far as m, each slice while it is in the cache; the logits stay."""
+        self.m = torch.full_like(self.s, -1e30)
+        for classes, z in self.slices(self.z):
+            self.logits_(classes)
+            if has_top:
+                self._see_the_largest(z, classes)
+            before = self.m
+            self.m = torch.maximum(before, self.value(z.amax(1, keepdim=True)))
+            v, less = self.less_m(z), self.m - before
+            e, kept = v.exp(), less.neg().exp_()
+            av = v.clamp_(min=LEAST).mul_(e).sum(1, keepdim=True)
+            self.av = kept * (self.av - less * self.s) + av
+            self.s = kept * self.s + e.sum(1, keepdim=True)
+
+    def _see_the_largest(self, v: Tensor, classes: slice) -> None:
+        largest, place = v.max(1, keepdim=True)
+        self.top = torch.where(largest > self.largest, place + classes.start, self.top)
+        self.largest = torch.maximum(self.largest, largest)
+
+    def _exp_(self, v: Tensor, z: Tensor) -> Tensor:
+        """e^v in its place; and in z, unless the logits stay, e^v dv/dz."""
+        e = v.exp_()
+        if self.cap is not None and not self.stays:
+            torch.addcmul(e, e, z.square_(), value=-1, out=z)
+        return e
+
+    def less_m(self, z: Tensor) -> Tensor:
+        """v - m of some logits; in their memory, unless they stay or are capped."""
+        if self.cap is None and self.stays:
+            return z - self.m
+        v = self.value(z)
+        return v if isinstance(self.m, float) else v.sub_(self.m)
+
+    def slices(self, v: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The classes of each slice, and what v has there; smaller ones where that is copied."""
+        rows, C = v.shape
+        entries = SLICE if self.cap is None and not self.stays else SLICE // 2
+        size = max(entries // max(rows, 1), 1)
+        for i in range(0, C, size):
+            classes = slice(i, min(i + size, C))
+            yield classes, v[:, classes]
 
     def shifted(self) -> Iterator[tuple[slice, Tensor]]:
-        """v - m, slice by slice, where the logits stay: in their memory, capped ones in another."""
-        for classes, z in zip(_ranges(self.z), _slices(self.z), strict=True):
-            v = self.value(z)
-            yield classes, v if self.cap is None or isinstance(self.m, float) else v.sub_(self.m)
+        """v - m, slice by slice, in memory of its own or, unless the logits stay, in theirs."""
+        return ((classes, self.less_m(z)) for classes, z in self.slices(self.z))
 
     def lse(self) -> Tensor:
         """ln Σ e^v of each row."""
@@ -445,30 +485,58 @@ def _weight_of_a(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -
     return weight if n is None else weight + n * (block.s.log() - block.entropy())
 
 
-def _delta_(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -> None:
-    """Makes Δ of the logits, which have stayed."""
-    target, z = block.target, block.z
-    z_y: Any = target.of_class(z)
-    of_a = _weight_of_a(block, g, o, n) / block.s
-    for (classes, v), zc in zip(block.shifted(), _slices(z), strict=True):
-        weight = of_a if n is None else of_a - n / block.s * _finite(v)
-        delta = block.exp(v).mul_(weight)
+def _delta_(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -> Tensor:
+    """Makes Δ of what is in the block's memory, but for the factor of each row that it returns."""
+    target, z, s = block.target, block.z, block.s
+    y, p, z_y = target.y, target.p, block.z_y
+    slope_y: Any = 1.0 if block.cap is None or z_y is None else _slope(z_y)
+    of_y: Any = None if y is None or p is None else g * p * slope_y
+    if not block.stays and target.t is None and y is not None and p is not None:
+        if o is None:
+            k, at_y = g * p / s, -s * slope_y
+        else:
+            of_a = _weight_of_a(block, g, o, None)
+            least = torch.finfo(z.dtype).tiny ** 0.5  # stands for 0, by which at_y would be divided
+            k = torch.where(of_a == 0, torch.where(of_y == 0, 0.0, least), of_a) / s
+            at_y = torch.where(k == 0, 0.0, -of_y / k)
+        z.scatter_add_(1, y, at_y)
+        return k
+    of_a = _weight_of_a(block, g, o, n)
+    if not block.stays and target.t is not None:
+        for classes, zc in block.slices(z):
+            zc.mul_(of_a).sub_(target.t[:, classes] * (g * s))
+        if y is not None and p is not None:
+            z.scatter_add_(1, y, -of_y * s)
+        return 1 / s
+    of_a /= s
+    for classes, v in block.shifted():
+        zc = z[:, classes]
+        slope = None if block.cap is None else _slope(zc)
+        if n is None:
+            torch.mul(v.exp_(), of_a, out=zc)
+        else:
+            torch.exp(v, out=zc)
+            zc.mul_(torch.addcmul(of_a, v.clamp_(min=LEAST), -n / s))
         if target.t is not None:
-            delta.sub_(g * target.t[:, classes])
-        zc.copy_(delta if block.cap is None else delta.mul_(_slope(zc)))
-    if target.p is not None and target.y is not None:
-        slope_y: Any = 1.0 if block.cap is None else _slope(z_y)
-        z.scatter_add_(1, target.y, -g * target.p * slope_y)
+            zc.sub_(g * target.t[:, classes])
+        if slope is not None:
+            zc.mul_(slope)
+    if y is not None and p is not None:
+        z.scatter_add_(1, y, -of_y)
+    return torch.ones_like(g)
+
+
+def _taken(z: Tensor, classes: slice, y: Tensor, so_far: Tensor | None) -> Tensor:
+    """z_y of the rows whose y is among the classes of this slice, else what it was so far."""
+    place = y - classes.start
+    z_y = z.gather(1, place.clamp(0, z.shape[1] - 1))
+    is_here = (place >= 0) & (place < z.shape[1])
+    return torch.where(is_here, z_y, 0.0 if so_far is None else so_far)
 
 
 def _slope(u: Tensor) -> Tensor:
     """dv/dz = 1 - u², u = tanh(z / cap)."""
     return (1 - u).mul_(1 + u)
-
-
-def _finite(v: Tensor) -> Tensor:
-    """v, where e^v is 0 a number, so that v e^v is 0."""
-    return v.clamp(min=-1e4)
 
 
 def block_rows(N: int, C: int) -> int:
@@ -526,17 +594,6 @@ def _blocks(
         block = _Block(rows, X, W, b, target, drop, z, beta, cap, stays, is_shifted)
         yield block
         is_shifted = block.is_shifted  # what one block needs, the next ones will
-
-
-def _ranges(v: Tensor) -> Iterator[slice]:
-    """The classes of each slice."""
-    rows, C = v.shape
-    size = max(SLICE // max(rows, 1), 1)
-    return (slice(i, min(i + size, C)) for i in range(0, C, size))
-
-
-def _slices(v: Tensor) -> Iterator[Tensor]:
-    return (v[:, classes] for classes in _ranges(v))
 
 
 def _direction_of_logits_(
