@@ -113,8 +113,8 @@ def test_operators_keep_their_contract(dtype, wanted, target):
     utils = ("test_schema", "test_faketensor")
     for operator, args in (
         ("class_indices", (y, C, None)),
-        ("head", (gamma, gamma, gamma, x, W, b, *places, 2.0, 0.7, [True, True], wants)),
-        ("head", (gamma, None, None, x, W, b, *places, 2.0, None, [False, False], wants)),
+        ("head", (gamma, gamma, gamma, x, W, b, *places, None, 2.0, 0.7, [True, True], wants)),
+        ("head", (gamma, None, None, x, W, b, *places, None, 2.0, None, [False, False], wants)),
         ("head_second", (gamma, gamma, gamma, x, W, b, *places, *directions, 2.0, 0.7, wants)),
         ("head_second", (gamma, None, None, x, W, b, *places, *directions, 2.0, None, wants)),
     ):

@@ -42,6 +42,7 @@ z, p, t = drawn(N, C), drawn(N).abs(), drawn(N, C).softmax(1)
 x, W, b = drawn(N, D), drawn(C, D), drawn(C)
 column = (drawn(N, 1, seed=2), z, p[:, None], None, y[:, None], keep[:, None], 1, 2.0)
 five = [True] * 5
+sums = torch.stack([drawn(N, seed=3), drawn(N, seed=4).abs() + 1, drawn(N, seed=5)], 1)
 OPERATORS = {
     "class_indices": [(classes(), C, -100), (classes(False), C, None)],
     "cross_entropy": [
@@ -54,14 +55,31 @@ OPERATORS = {
         (p[0], z.half(), p.float()[:, None], t.float(), y[:, None], keep[:, None], 1, 2.0, True),
     ],
     "head": [
-        (p[0], None, None, x, W, b, y, p, None, keep, 2.0, None, [False] * 2, [*five[:4], False]),
-        (p, p[1], p, x, W, None, y, p, t[:1], keep, 2.0, 0.5, [True] * 2, five),
-        (p, None, p, x, W, b, None, None, t, keep, 2.0, None, [False, True], five),
+        (
+            p[0],
+            None,
+            None,
+            x,
+            W,
+            b,
+            y,
+            p,
+            None,
+            keep,
+            None,
+            2.0,
+            None,
+            [False] * 2,
+            [*five[:4], False],
+        ),
+        (p, p[1], p, x, W, None, y, p, t[:1], keep, None, 2.0, 0.5, [True] * 2, five),
+        (p, None, p, x, W, b, None, None, t, keep, None, 2.0, None, [False, True], five),
         (
             *(p.float(), p.float(), None, x.half(), W.half(), None, None, None, t.float(), None),
-            *(2.0, 1.0, [True, False], [*five[:2], False, False, True]),
+            *(None, 2.0, 1.0, [True, False], [*five[:2], False, False, True]),
         ),
-        (None, None, None, x, W, None, y, p, None, None, 2.0, None, [False] * 2, [False] * 5),
+        (None, None, None, x, W, None, y, p, None, None, None, 2.0, None, [False] * 2, [False] * 5),
+        (p, p, p, x, W, b, y, p, t, keep, sums, 2.0, 0.5, [False] * 2, [*five[:3], False, False]),
     ],
     "head_second": [
         (p, None, None, x, W, b, y, p, t, keep, x, W, b, p, t, 2.0, None, five),
@@ -280,13 +298,14 @@ def test_what_one_block_needs_the_next_ones_have_at_once(small, monkeypatch):
     asked = []
     real = blocked._Block.logits_
 
-    def logits(block, *classes):
-        asked.append(bool(classes))
-        return real(block, *classes)
+    def logits(block, classes):
+        asked.append(classes.stop)
+        return real(block, classes)
 
     monkeypatch.setattr(blocked._Block, "logits_", logits)
     G.linear_cross_entropy(x, W, classes(False), linear_bias=torch.full_like(b, 300))
-    assert asked == [*[True] * (-(-C * 32 // 64)), *[False] * 3]  # slices of the first of 3 blocks
+    slices = [*range(1, C + 1)]
+    assert asked == [*slices * 3, 5, 7]  # of the first block twice; the last one has few rows
 
 
 # ---- when

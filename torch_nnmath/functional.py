@@ -847,7 +847,7 @@ def _cost_of_head(n: Any, kept: Any, z_loss: float, asks: Any, *inputs: Any) -> 
     """
     wants, x = costs.wanted_of_head(n, inputs), inputs[0]
     if wants is None:
-        c, q, h, lse, largest = formulas.LinearCrossEntropy.of(*inputs, asks)
+        c, q, h, lse, largest, _ = formulas.LinearCrossEntropy.of(*inputs, asks)
         loss = formulas.Cost.of(c, n)
         return loss + z_loss * formulas.Cost.of(q, kept) if z_loss else loss, h, lse, largest
     n, kept = (torch.as_tensor(k, dtype=wide_type(x.dtype), device=x.device) for k in (n, kept))

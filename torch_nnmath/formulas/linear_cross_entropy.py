@@ -29,13 +29,13 @@ class LinearCrossEntropy(KernelFormula):
     dc/dt = (1/ln β)(lse(v) - v). Here v = z, or with a cap κ F19(z), whose slope is a factor of δ.
 
     For t = e_y c is -F22. Beside it there may be q = F20(v) and h = F21(v), for which δ has
-    2 lse(v) a and -(1/ln β) a ∘ (l - a·l) more (F23); and, without derivative, lse(v) and the class
-    of the largest v.
+    2 lse(v) a and -(1/ln β) a ∘ (l - a·l) more (F23). Without derivative there are lse(v), the
+    class of the largest v, and sums (N, 3) that the backward need not compute again.
 
-    x (N, D), W (C, D), b (C) -> c, q, h, lse, class, (N) each; `asks` names those of q, h and class
-    that are not to be None. The target of a row is `p e_y + t`: y, p (N) a class and its weight,
-    t (N, C), or (1, C) for all rows; each may be None. Rows where keep (N) is False have 0 (and
-    class -1) and take part in nothing. The logits z exist for a block of rows at a time.
+    x (N, D), W (C, D), b (C) -> c, q, h, lse, class, (N) each, and the sums; of q, h and class
+    those that `asks` does not name are None. The target of a row is `p e_y + t`: y, p (N) a class
+    and its weight, t (N, C), or (1, C) for all rows; each may be None. Rows where keep (N) is False
+    have 0 (and class -1) and take part in nothing. The logits exist for a block of rows at a time.
     """
 
     @staticmethod
@@ -51,11 +51,11 @@ class LinearCrossEntropy(KernelFormula):
         cap: float | None,
         asks: Any,
     ) -> Any:
-        c, q, lse, h, largest, *_ = kernels.head(
-            None, None, None, x, W, b, y, p, t, keep, base, cap, list(asks[1:]), [False] * 5
+        c, q, lse, h, largest, sums, *_ = kernels.head(
+            None, None, None, x, W, b, y, p, t, keep, None, base, cap, list(asks[1:]), [False] * 5
         )
         q, h, largest = only(asks, (q, h, largest))
-        return c, q, h, lse, largest
+        return c, q, h, lse, largest, sums
 
     @classmethod
     def in_the_open(
@@ -83,15 +83,15 @@ class LinearCrossEntropy(KernelFormula):
         lse, largest = kept(keep, seen.logsumexp(1)), seen.argmax(1) if asks[2] else None
         if largest is not None and keep is not None:
             largest = largest.masked_fill(~keep, -1)
-        return c, q, h, lse, largest
+        return c, q, h, lse, largest, None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
         *tensors, ctx.base, ctx.cap, ctx.asks = inputs
-        _, _, _, lse, largest = outputs
-        ctx.mark_non_differentiable(*(v for v in (lse, largest) if v is not None))
+        *_, lse, largest, sums = outputs
+        ctx.mark_non_differentiable(*(v for v in (lse, largest, sums) if v is not None))
         ctx.set_materialize_grads(False)
-        save(ctx, *tensors)
+        save(ctx, *tensors, sums)
 
     @staticmethod
     def backward(ctx: Any, dc: Any, dq: Any, dh: Any, *_: None) -> Any:
@@ -100,13 +100,14 @@ class LinearCrossEntropy(KernelFormula):
             if dq is None and dh is None:
                 return (None,) * 10
             γ = torch.zeros_like(dh if dq is None else dq)
-        options = ctx.base, ctx.cap, wants, None
-        gradients = HeadGradient.apply(γ, dq, dh, *ctx.saved_tensors, *options)
+        *tensors, sums = ctx.saved_tensors
+        options = ctx.base, ctx.cap, wants, None, sums
+        gradients = HeadGradient.apply(γ, dq, dh, *tensors, *options)
         return *gradients, None, None, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, dx: Any, dW: Any, db: Any, dp: Any, dt: Any, *_: None) -> Any:
-        x, W, b, p, t, y, keep = ctx.saved_tensors
+        x, W, b, p, t, y, keep, _ = ctx.saved_tensors
         asks_q, asks_h, _ = ctx.asks
         one = wide(x.new_ones(x.shape[:1]))
         coefficients, direction = (one, None, one if asks_h else None), (dx, dW, db, dp, dt)
@@ -114,13 +115,13 @@ class LinearCrossEntropy(KernelFormula):
         dc, dq, dh, *_rest = HeadSecond.apply(
             *coefficients, x, W, b, p, t, *direction, y, keep, *options
         )
-        return dc, dq if asks_q else None, dh, None, None
+        return dc, dq if asks_q else None, dh, None, None, None
 
 
 class HeadGradient(KernelFormula):
     r"""F15 batch: the gradients of Σ γ c + ω q + η h in x, W, b, p, t; None for one not wanted.
 
-    ω and η may be None. The gradients are `known` if it is not None.
+    ω and η may be None. The gradients are `known`, or the kernel has its `sums`, if not None.
     """
 
     @staticmethod
@@ -139,17 +140,18 @@ class HeadGradient(KernelFormula):
         cap: float | None,
         wants: Any,
         known: Any,
+        sums: Any,
     ) -> Any:
         if known is None:
             *_, dx, dW, db, dp, dt = kernels.head(
-                γ, ω, η, x, W, b, y, p, t, keep, base, cap, [False] * 2, list(wants)
+                γ, ω, η, x, W, b, y, p, t, keep, sums, base, cap, [False] * 2, list(wants)
             )
             known = dx, dW, db, dp, dt
         return only(wants, known)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, gradients: Any) -> None:
-        *tensors, ctx.base, ctx.cap, ctx.wants, _ = inputs
+        *tensors, ctx.base, ctx.cap, ctx.wants, _, _ = inputs
         ctx.set_materialize_grads(False)
         save(ctx, *tensors)
 
@@ -159,7 +161,7 @@ class HeadGradient(KernelFormula):
         wants = ctx.needs_input_grad[3:8]
         options = ctx.base, ctx.cap, wants
         ρc, ρq, *rest = HeadSecond.apply(*tensors, *direction, y, keep, *options)
-        return ρc, None if tensors[1] is None else ρq, *rest, *[None] * 6
+        return ρc, None if tensors[1] is None else ρq, *rest, *[None] * 7
 
     @staticmethod
     def tangent(ctx: Any, dγ: Any, dω: Any, dη: Any, *rest: Any) -> Any:
@@ -168,7 +170,7 @@ class HeadGradient(KernelFormula):
         tangents: Any = [None] * 5
         if any(d is not None for d in (dγ, dω, dη)):
             dγ = torch.zeros_like(γ) if dγ is None else dγ
-            tangents = HeadGradient.apply(dγ, dω, dη, *tensors, y, keep, *options, None)
+            tangents = HeadGradient.apply(dγ, dω, dη, *tensors, y, keep, *options, None, None)
         if any(d is not None for d in direction):
             _, _, _, *second = HeadSecond.apply(γ, ω, η, *tensors, *direction, y, keep, *options)
             tangents = [s if d is None else d + s for d, s in zip(tangents, second, strict=True)]

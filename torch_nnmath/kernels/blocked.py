@@ -37,9 +37,10 @@ BLOCK_BYTES = (8 * 2**20, 64 * 2**20)  # of its logits: more rows for few classe
 
 @operator(
     "head(Tensor? gamma, Tensor? omega, Tensor? eta, Tensor x, Tensor W, Tensor? b, Tensor? y,"
-    " Tensor? p, Tensor? t, Tensor? keep, float base, float? cap, bool[] asks, bool[] wants)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda gamma, omega, eta, x, W, b, y, p, t, keep, base, cap, asks, wants: (
+    " Tensor? p, Tensor? t, Tensor? keep, Tensor? sums, float base, float? cap, bool[] asks,"
+    " bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
+    " Tensor, Tensor)",
+    lambda gamma, omega, eta, x, W, b, y, p, t, keep, sums, base, cap, asks, wants: (
         *_of_rows(x, asks),
         *_rounded(x, W, b, gamma, *_gradients(x, W, t, wants)),
     ),
@@ -55,26 +56,28 @@ def head(
     p: Tensor | None,
     t: Tensor | None,
     keep: Tensor | None,
+    sums: Tensor | None,
     base: float,
     cap: float | None,
     asks: Sequence[bool],
     wants: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """c, q and lse of each row; if `asks` names them h and the largest logit's class (-1 of a row
-    that is ignored); and the gradients of Σ γ c + ω q + η h in x, W, b, p, t that `wants` names.
+    that is ignored); the `sums` m, Σ e^{v-m} and Σ e^{v-m} (v - m), (N, 3); and the gradients of
+    Σ γ c + ω q + η h in x, W, b, p, t that `wants` names. Given the sums, it is these alone, in
+    fewer passes.
 
     Where γ is one for all rows the gradients are not rounded, for they are still to be scaled.
     """
-    c, q, lse, h, predicted = _of_rows(x, asks)
+    c, q, lse, h, predicted, sums_ = _of_rows(x, asks)
     groups = _groups_of_rows(x, W, keep)
     dx, dW, db, dp, dt = _gradients(x, W, t, wants, bool(groups))
     ln = math.log(base)
     has_h = asks[0] or eta is not None
 
-    def add(block: _Block) -> None:
-        rows, target, z = block.rows, block.target, block.z
-        g, o, n = block.column(gamma, ln), block.column(omega), block.column(eta, ln)
-        loss = torch.zeros_like(z[:, :1])
+    def values(block: _Block) -> None:
+        rows, target = block.rows, block.target
+        loss = torch.zeros_like(block.s)
         shown = block.exponentials_(target.y, target.t is not None, has_h, asks[1])
         for classes, v in shown:
             loss -= target.dot(v, classes)
@@ -82,8 +85,7 @@ def head(
             loss += target.sum_of_t() * block.s.log()
         if block.l_y is not None and target.p is not None:
             loss -= exact(target.p, block.l_y)
-            if wants[3] and g is not None:
-                dp[rows] = (-g * block.l_y).squeeze(1)
+        sums_[rows] = torch.cat((block.m + torch.zeros_like(block.s), block.s, block.av), 1)
         c[rows] = block.kept(loss).squeeze(1) / ln
         lse[rows] = lse_rows = block.kept(block.lse()).squeeze(1)
         q[rows] = lse_rows.square()
@@ -91,8 +93,18 @@ def head(
             h[rows] = block.kept(block.entropy()).squeeze(1) / ln
         if asks[1]:
             predicted[rows] = block.kept(block.top, -1).squeeze(1)
+
+    def add(block: _Block) -> None:
+        rows, z = block.rows, block.z
+        g, o, n = block.column(gamma, ln), block.column(omega), block.column(eta, ln)
+        if sums is None or wants[3] or wants[4]:
+            values(block)
+        else:
+            block.come_again_(sums[rows])
         if g is None:
             return
+        if wants[3] and block.l_y is not None:
+            dp[rows] = (-g * block.l_y).squeeze(1)
         if wants[4]:
             for classes, v in block.shifted():
                 _put(dt, rows, classes, v.sub_(block.s.log()).mul_(-g))
@@ -109,7 +121,7 @@ def head(
     stays = has_h or wants[4] or (cap is not None and t is not None)
     for block in _blocks(groups, x, W, b, y, p, t, keep, cap, stays):
         add(block)
-    return c, q, lse, h, predicted, *_rounded(x, W, b, gamma, dx, dW, db, dp, dt)
+    return c, q, lse, h, predicted, sums_, *_rounded(x, W, b, gamma, dx, dW, db, dp, dt)
 
 
 @operator(
@@ -245,10 +257,11 @@ def head_second(
 
 
 def _of_rows(x: Tensor, asks: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Zeros for c, q, lse and h, and -1 for the largest logit's class."""
+    """Zeros for c, q, lse, h and the sums, and -1 for the largest logit's class."""
     N, dtype = x.shape[0], wide_type(x.dtype)
     of_rows = [x.new_zeros(n, dtype=dtype) for n in (N, N, N, N if asks[0] else 0)]
-    return *of_rows, x.new_full((N if asks[1] else 0,), -1, dtype=torch.int64)
+    largest = x.new_full((N if asks[1] else 0,), -1, dtype=torch.int64)
+    return *of_rows, largest, x.new_zeros((N, 3), dtype=dtype)
 
 
 def _gradients(
@@ -337,13 +350,14 @@ class _Block:
         self.target, self.drop, self.z, self.beta = target, drop, z, beta
         self.cap, self.stays, self.is_shifted = cap, stays, is_shifted
         self.m: Tensor | float = 0.0
+        self.comes_again = False
         self.z_y: Tensor | None = None
         self.l_y: Tensor | None = None
         self.s, self.av = torch.zeros_like(z[:, :1]), torch.zeros_like(z[:, :1])
         self.largest = torch.full_like(self.s, -math.inf)
         self.top = torch.zeros_like(z[:, :1], dtype=torch.int64)
 
-    def logits_(self, classes: slice = slice(None)) -> Tensor:
+    def logits_(self, classes: slice) -> Tensor:
         """z = W x + b, in this block's memory, or tanh(z / cap); of some classes."""
         z, W, b = self.z[:, classes], self.W[classes], None if self.b is None else self.b[classes]
         torch.mm(self.x, W.T, out=z) if b is None else torch.addmm(b, self.x, W.T, out=z)
@@ -372,9 +386,12 @@ class _Block:
             self.z_y = None if y is None else self.z.gather(1, y)
         elif self.is_shifted or is_shown or not self._unshifted_(y):
             self.is_shifted = True
-            self.logits_()
+            for classes, _ in self.slices(self.z):
+                self.logits_(classes)
             self.z_y = None if y is None else self.z.gather(1, y)
-            yield from self._less_their_maximum_(has_h, has_top)
+            for shown in self._less_their_maximum_(has_h, has_top):
+                if is_shown:
+                    yield shown
         if self.l_y is None and self.z_y is not None:
             self.l_y = self.value(self.z_y).sub(self.m).sub_(self.s.log())
 
@@ -421,6 +438,14 @@ class _Block:
             self.av = kept * (self.av - less * self.s) + av
             self.s = kept * self.s + e.sum(1, keepdim=True)
 
+    def come_again_(self, sums: Tensor) -> None:
+        """As after `exponentials_`, whose sums these are; logits that stay come with `shifted`."""
+        self.m, self.s, self.av = sums.split(1, 1)
+        self.comes_again = True
+        if not self.stays:
+            for classes, v in self.shifted():
+                self._exp_(v, self.z[:, classes])
+
     def _see_the_largest(self, v: Tensor, classes: slice) -> None:
         largest, place = v.max(1, keepdim=True)
         self.top = torch.where(largest > self.largest, place + classes.start, self.top)
@@ -441,17 +466,25 @@ class _Block:
         return v if isinstance(self.m, float) else v.sub_(self.m)
 
     def slices(self, v: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The classes of each slice, and what v has there; smaller ones where that is copied."""
+        """The classes of each slice, and what v has there.
+
+        They are the same whatever is computed, so that the backward has bit for bit the logits of
+        the forward, whose sums it may take.
+        """
         rows, C = v.shape
-        entries = SLICE if self.cap is None and not self.stays else SLICE // 2
-        size = max(entries // max(rows, 1), 1)
+        size = max(SLICE // 2 // max(rows, 1), 1)  # a half, because there may be a copy of it
         for i in range(0, C, size):
             classes = slice(i, min(i + size, C))
             yield classes, v[:, classes]
 
     def shifted(self) -> Iterator[tuple[slice, Tensor]]:
         """v - m, slice by slice, in memory of its own or, unless the logits stay, in theirs."""
-        return ((classes, self.less_m(z)) for classes, z in self.slices(self.z))
+        for classes, z in self.slices(self.z):
+            if self.comes_again:
+                self.logits_(classes)
+                if self.cap is not None and self.target.y is not None:
+                    self.z_y = _taken(z, classes, self.target.y, self.z_y)
+            yield classes, self.less_m(z)
 
     def lse(self) -> Tensor:
         """ln Σ e^v of each row."""
@@ -488,14 +521,18 @@ def _weight_of_a(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -
 def _delta_(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -> Tensor:
     """Makes Δ of what is in the block's memory, but for the factor of each row that it returns."""
     target, z, s = block.target, block.z, block.s
-    y, p, z_y = target.y, target.p, block.z_y
-    slope_y: Any = 1.0 if block.cap is None or z_y is None else _slope(z_y)
-    of_y: Any = None if y is None or p is None else g * p * slope_y
-    if not block.stays and target.t is None and y is not None and p is not None:
+    y: Any = target.y
+    p: Any = target.p
+    has_y = y is not None and p is not None
+
+    def slope_y() -> Any:  # of the true class, known when it has come
+        return 1.0 if block.cap is None or block.z_y is None else _slope(block.z_y)
+
+    if not block.stays and target.t is None and has_y:
         if o is None:
-            k, at_y = g * p / s, -s * slope_y
+            k, at_y = g * p / s, -s * slope_y()
         else:
-            of_a = _weight_of_a(block, g, o, None)
+            of_a, of_y = _weight_of_a(block, g, o, None), g * p * slope_y()
             least = torch.finfo(z.dtype).tiny ** 0.5  # stands for 0, by which at_y would be divided
             k = torch.where(of_a == 0, torch.where(of_y == 0, 0.0, least), of_a) / s
             at_y = torch.where(k == 0, 0.0, -of_y / k)
@@ -505,8 +542,8 @@ def _delta_(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -> Ten
     if not block.stays and target.t is not None:
         for classes, zc in block.slices(z):
             zc.mul_(of_a).sub_(target.t[:, classes] * (g * s))
-        if y is not None and p is not None:
-            z.scatter_add_(1, y, -of_y * s)
+        if has_y:
+            z.scatter_add_(1, y, -g * p * s)
         return 1 / s
     of_a /= s
     for classes, v in block.shifted():
@@ -521,8 +558,8 @@ def _delta_(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -> Ten
             zc.sub_(g * target.t[:, classes])
         if slope is not None:
             zc.mul_(slope)
-    if y is not None and p is not None:
-        z.scatter_add_(1, y, -of_y)
+    if has_y:
+        z.scatter_add_(1, y, -g * p * slope_y())
     return torch.ones_like(g)
 
 

@@ -89,8 +89,8 @@ class HeadCost(Function):
         asks: Any,
         wants: Any,
     ) -> Any:
-        c, q, lse, h, largest, dx, dW, db, dp, dt = kernels.head(
-            1 / n, ω, None, x, W, b, y, p, t, keep, base, cap, list(asks), list(wants)
+        c, q, lse, h, largest, _, dx, dW, db, dp, dt = kernels.head(
+            1 / n, ω, None, x, W, b, y, p, t, keep, None, base, cap, list(asks), list(wants)
         )
         C = c.sum() / n
         C = C if ω is None else C + ω * q.sum()
@@ -125,7 +125,7 @@ class HeadCost(Function):
             if any(want and g is None for want, g in zip(wants, known, strict=True)):
                 x, W, b, p, t, y, keep = saved
                 *_rest, dx, dW, db, dp, dt = kernels.head(
-                    1 / n, ω, None, x, W, b, y, p, t, keep, *options, [False] * 2, list(wants)
+                    1 / n, ω, None, x, W, b, y, p, t, keep, None, *options, [False] * 2, list(wants)
                 )
                 known = only(wants, (dx, dW, db, dp, dt))
             known = scaled(dC, known, saved)
@@ -133,7 +133,7 @@ class HeadCost(Function):
             N = saved[0].shape[:1]
             γ, ω = (dC / n).expand(N), None if ω is None else (dC * ω).expand(N)
             known = HeadCost.gradient.apply(
-                γ, ω, None, *saved, *options, wants, known if is_number else None
+                γ, ω, None, *saved, *options, wants, known if is_number else None, None
             )
         return None, None, *known, *[None] * 6
 
@@ -150,7 +150,7 @@ def wanted_of_head(n: Any, inputs: Any) -> tuple[bool, ...] | None:
 
 
 def _save_for_export(ctx: Any, inputs: Any, output: Any) -> None:
-    _, _, _, x, W, b, y, p, t, keep, ctx.base, ctx.cap, (ctx.asks_h, _), _ = inputs
+    _, _, _, x, W, b, y, p, t, keep, _, ctx.base, ctx.cap, (ctx.asks_h, _), _ = inputs
     ctx.save_for_backward(x, W, b, p, t, y, keep)
 
 
@@ -158,9 +158,9 @@ def _backward_of_export(ctx: Any, dc: Tensor, dq: Tensor, _: Any, dh: Tensor, *_
     """F15 batch, where an exported program, which has no Function, calls the operator itself."""
     wants = tuple(ctx.needs_input_grad[i] for i in (3, 4, 5, 7, 8))
     dx, dW, db, dp, dt = HeadCost.gradient.apply(
-        dc, dq, dh if ctx.asks_h else None, *ctx.saved_tensors, ctx.base, ctx.cap, wants, None
+        dc, dq, dh if ctx.asks_h else None, *ctx.saved_tensors, ctx.base, ctx.cap, wants, None, None
     )
-    return None, None, None, dx, dW, db, None, dp, dt, *[None] * 5
+    return None, None, None, dx, dW, db, None, dp, dt, *[None] * 6
 
 
 torch.library.register_autograd(
