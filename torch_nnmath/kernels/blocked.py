@@ -472,7 +472,9 @@ class _Block:
         the forward, whose sums it may take.
         """
         rows, C = v.shape
-        size = max(SLICE // 2 // max(rows, 1), 1)  # a half, because there may be a copy of it
+        size = C  # on a GPU, where a call costs more than a pass over memory
+        if v.device.type == "cpu":
+            size = max(SLICE // 2 // max(rows, 1), 1)  # a half, because there may be a copy of it
         for i in range(0, C, size):
             classes = slice(i, min(i + size, C))
             yield classes, v[:, classes]
