@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_nnmath import formulas, nn
 from torch_nnmath import functional as F
+from torch_nnmath.formulas.feedforward import ACTIVATIONS
 
 Y = torch.tensor([0, 1, 2, 0])
 
@@ -188,3 +190,35 @@ def test_the_rule_of_autocast_for_cuda(cuda_autocast, dtype):
     assert F.mse_loss(x, t).dtype == wide
     for elementwise in (F.sigmoid, F.tanh, F.relu):
         assert elementwise(x).dtype == dtype
+
+
+def test_a_network_whose_softmax_autocast_takes_to_float32(monkeypatch):
+    """As CUDA's autocast does; its products are half."""
+    plain = ACTIVATIONS["softmax"]
+    wide = plain._replace(f=lambda z: plain.f(z.float()))
+    monkeypatch.setitem(ACTIVATIONS, "softmax", wide)
+    torch.manual_seed(0)
+    shapes = (4, 3), (5, 3), (2, 5), (5,), (2,)
+    exact = [torch.randn(shape).bfloat16().double() for shape in shapes]
+    t = torch.randn(4, 2, dtype=torch.float64)
+
+    def network(x, *parameters):
+        return F.feedforward(x, parameters[:2], parameters[2:], output_activation="softmax")
+
+    def results(dtype):
+        leaves = [v.to(dtype).requires_grad_() for v in exact]
+        a = network(*leaves)
+        gradients = torch.autograd.grad((a * t.to(a.dtype)).sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.double().sin().sum() for g in gradients), leaves)
+        with fwAD.dual_level():
+            duals = [fwAD.make_dual(v.detach(), torch.ones_like(v)) for v in leaves]
+            tangent = fwAD.unpack_dual(network(*duals)).tangent
+        assert tangent.dtype == a.dtype
+        return a.detach(), tangent, *gradients, *second
+
+    half = results(torch.bfloat16)
+    assert half[0].dtype == torch.float32
+    monkeypatch.setitem(ACTIVATIONS, "softmax", plain)
+    for got, want in zip(half, results(torch.float64), strict=True):
+        scale = want.detach().abs().max().item()
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=0.05 * scale)

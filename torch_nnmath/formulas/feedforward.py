@@ -74,6 +74,7 @@ class Feedforward(Formula):
             da = total(dx, das[l])
             if da is not None:
                 dz = ACTIVATIONS[ctx.activations[l]].product(a[l + 1], da)
+                dz = dz.to(weights[l].dtype)  # autocast takes a softmax to float32
                 dx, dWs[l], dbs[l] = affine_gradients(dz, a[l], weights[l], ctx.b_shapes[l], wants)
         return None, dx, *dWs, *dbs
 
@@ -86,6 +87,7 @@ class Feedforward(Formula):
             shape = (*a[l].shape[:-1], W.shape[0])
             if any(d is not None for d in (da, dWs[l], dbs[l])):
                 dz = affine_tangent(a[l], W, da, dWs[l], dbs[l]).expand(shape)
+                dz = dz if a[l + 1] is None else dz.to(a[l + 1].dtype)
                 da = ACTIVATIONS[ctx.activations[l]].product(a[l + 1], dz)
             tangents.append(a[l].new_zeros(shape) if da is None else da)
         return tuple(tangents)
