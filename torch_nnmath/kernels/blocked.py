@@ -341,6 +341,8 @@ class _Block:
         target: _Target,
         drop: Tensor | None,
         z: Tensor,
+        spare: Sequence[Tensor],
+        size: int,
         beta: int,
         cap: float | None,
         stays: bool,
@@ -349,6 +351,7 @@ class _Block:
         self.rows, self.x, self.W, self.b = rows, x, W, b
         self.target, self.drop, self.z, self.beta = target, drop, z, beta
         self.cap, self.stays, self.is_shifted = cap, stays, is_shifted
+        self.spare, self.size = spare, size
         self.m: Tensor | float = 0.0
         self.comes_again = False
         self.z_y: Tensor | None = None
@@ -367,7 +370,7 @@ class _Block:
         if z.device.type != "cpu":
             return z.div_(self.cap).tanh_()
         e = z.div_(self.cap / 2).clamp_(-50, 50).expm1_()  # of 2 z / cap: faster than `tanh_`
-        return e.div_(e + 2)
+        return e.div_(torch.add(e, 2, out=self.beside(e)))
 
     def value(self, z: Tensor) -> Tensor:
         """v of what is in memory: that, or cap tanh(z / cap) in memory of its own."""
@@ -433,7 +436,7 @@ class _Block:
             before = self.m
             self.m = torch.maximum(before, self.value(z.amax(1, keepdim=True)))
             v, less = self.less_m(z), self.m - before
-            e, kept = v.exp(), less.neg().exp_()
+            e, kept = torch.exp(v, out=self.beside(z, 1)), less.neg().exp_()
             av = v.clamp_(min=LEAST).mul_(e).sum(1, keepdim=True)
             self.av = kept * (self.av - less * self.s) + av
             self.s = kept * self.s + e.sum(1, keepdim=True)
@@ -459,11 +462,15 @@ class _Block:
         return e
 
     def less_m(self, z: Tensor) -> Tensor:
-        """v - m of some logits; in their memory, unless they stay or are capped."""
+        """v - m of a slice; in its memory, unless the logits stay or are capped."""
         if self.cap is None and self.stays:
-            return z - self.m
-        v = self.value(z)
+            return torch.sub(z, self.m, out=self.beside(z))
+        v = z if self.cap is None else torch.mul(z, self.cap, out=self.beside(z))
         return v if isinstance(self.m, float) else v.sub_(self.m)
+
+    def beside(self, z: Tensor, which: int = 0) -> Tensor:
+        """Memory for as much as a slice, always the same."""
+        return self.spare[which][: z.shape[0], : z.shape[1]]
 
     def slices(self, v: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The classes of each slice, and what v has there.
@@ -471,12 +478,8 @@ class _Block:
         They are the same whatever is computed, so that the backward has bit for bit the logits of
         the forward, whose sums it may take.
         """
-        rows, C = v.shape
-        size = C  # on a GPU, where a call costs more than a pass over memory
-        if v.device.type == "cpu":
-            size = max(SLICE // 2 // max(rows, 1), 1)  # a half, because there may be a copy of it
-        for i in range(0, C, size):
-            classes = slice(i, min(i + size, C))
+        for i in range(0, v.shape[1], self.size):
+            classes = slice(i, min(i + self.size, v.shape[1]))
             yield classes, v[:, classes]
 
     def shifted(self) -> Iterator[tuple[slice, Tensor]]:
@@ -555,7 +558,7 @@ def _delta_(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -> Ten
             torch.mul(v.exp_(), of_a, out=zc)
         else:
             torch.exp(v, out=zc)
-            zc.mul_(torch.addcmul(of_a, v.clamp_(min=LEAST), -n / s))
+            zc.mul_(torch.addcmul(of_a, v.clamp_(min=LEAST), -n / s, out=v))
         if target.t is not None:
             zc.sub_(g * target.t[:, classes])
         if slope is not None:
@@ -624,15 +627,25 @@ def _blocks(
 ) -> Iterator[_Block]:
     W, b = W.to(wide_type(W.dtype)), None if b is None else b.to(wide_type(b.dtype))
     buffer, is_shifted = _buffer(groups, W, W.dtype), W.device.type != "cpu"
+    size = _slice(buffer)
+    spare = [torch.empty_like(buffer[:, :size]) for _ in range(2 if stays else cap is not None)]
     for i, rows in enumerate(groups):
         drop = None if keep is None or _is_counted(keep) else ~keep[rows].unsqueeze(1)
         X = x[rows].to(W.dtype)
         X = X if drop is None else X.masked_fill(drop, 0)
         z = buffer[: len(X)]
         target, beta = _Target.of(rows, y, p, t), min(i, 1)
-        block = _Block(rows, X, W, b, target, drop, z, beta, cap, stays, is_shifted)
+        block = _Block(rows, X, W, b, target, drop, z, spare, size, beta, cap, stays, is_shifted)
         yield block
         is_shifted = block.is_shifted  # what one block needs, the next ones will
+
+
+def _slice(v: Tensor) -> int:
+    """How many classes of a block are one; on a GPU all, for calls cost more than memory there."""
+    rows, C = v.shape
+    if v.device.type != "cpu":
+        return C
+    return max(SLICE // 2 // max(rows, 1), 1)  # a half, because there may be a copy of it
 
 
 def _direction_of_logits_(
