@@ -142,7 +142,7 @@ def measured(
         _time(found, problem, seconds, timer or wall_clock(device))
     if work.memory and sum(x.nbytes for x in problem.args) >= SMALL:
         # pages come and go by the MiB, which a ratio would show
-        times = 5 if any(target.kind == "memory" for target in work.targets) else 1
+        times = 3 if any(target.kind == "memory" for target in work.targets) else 1
         for name in work.contenders:
             if name in found.reasons:
                 continue
