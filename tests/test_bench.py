@@ -30,7 +30,7 @@ TARGETS = {
     ],
     "head-ignored": [("time", "ours", "none ignored", 0.6, None)],
     **{
-        name: [("time", "ours", "plain", 1.1, None), ("memory", "ours", "plain", 1.05, None)]
+        name: [("time", "ours", "plain", 1.1, None), ("memory", "ours", "plain", 1.1, None)]
         for name in ("head-capped", "head-policy")
     },
     "head-forward": [("time", "ours", "floor", 1.15, None)],
@@ -271,7 +271,7 @@ def test_targets_are_met_and_missed():
     first = found({}, peaks={"ours": 100 * mib})
     one = found(
         {"ours": [3.0, 3.0, 9.0], "eager": [2.0, 4.0, 10.0]},
-        peaks={"ours": 105 * mib},
+        peaks={"ours": 105 * mib, "eager": 100 * mib},
         errors={"ours": 1e-7, "eager": 2e-7},
     )
     cases = {
@@ -283,6 +283,8 @@ def test_targets_are_met_and_missed():
         Target(0.4, "eager", kind="error"): (0.5, False),
         Target(105, kind="peak", size=HEAD): (105, True),
         Target(104, kind="peak", size=HEAD): (105, False),
+        Target(1.05, "eager", kind="memory"): (1.05, True),
+        Target(1.04, "eager", kind="memory"): (1.05, False),
         Target(5, kind="growth"): (5, True),
         Target(4, kind="growth"): (5, False),
     }

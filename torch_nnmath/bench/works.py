@@ -367,7 +367,7 @@ heads = (
                 )
             ),
         },
-        targets=(Target(1.10, "plain"), Target(1.05, "plain", kind="memory")),
+        targets=(Target(1.10, "plain"), Target(1.10, "plain", kind="memory")),
     ),
     replace(
         small_head,
@@ -379,7 +379,7 @@ heads = (
             "plain": Contender(loss_of_rows, same=False),
         },
         floor=None,
-        targets=(Target(1.10, "plain"), Target(1.05, "plain", kind="memory")),
+        targets=(Target(1.10, "plain"), Target(1.10, "plain", kind="memory")),
     ),
     replace(
         head,

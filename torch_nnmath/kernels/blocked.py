@@ -14,8 +14,8 @@ A block's logits lie in memory class by class, which makes the products with W a
 They are gone through in slices of classes that stay in the cache. Most often they are written over
 by e^{v - m}, and then by Δ but for a coefficient of each row, with which x and the rows of dx are
 scaled instead. Where the logits are needed again for Δ, they stay and e^{v - m} is computed twice.
-Capped ones are there as tanh(z / cap), whose slope then loses fewest digits. m is the row's maximum,
-or 0 where the sum of e^v, looked at on the CPU, shows that this does as well.
+Capped ones are there as tanh(z / cap), whose slope then loses fewest digits. m is the row's
+maximum, or 0 where the sum of e^v, looked at on the CPU, shows that this does as well.
 """
 
 from __future__ import annotations
