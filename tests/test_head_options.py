@@ -255,6 +255,37 @@ def test_log_probs_and_entropy(several_blocks, of, scale, cap, base, dtype):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("of", ["log_probs", "entropy", "both"])
+def test_second_order_of_log_probs_and_entropy(several_blocks, of, cap):
+    """A Hessian-vector product, and the gradient of that."""
+    generator = torch.Generator().manual_seed(0)
+    points = [torch.randn(s, dtype=F64, generator=generator) for s in ((70, D), (C, D), (C,))]
+    y = torch.randint(C, (70,), generator=generator)
+    u = torch.randn(2, 70, dtype=F64, generator=generator)
+    u = u * torch.tensor({"log_probs": (1, 0), "entropy": (0, 1), "both": (1, 1)}[of])[:, None]
+
+    def mine(x, W, b):
+        return ours.linear_log_probs(x, W, y, linear_bias=b, softcap=cap, return_entropy=True)
+
+    def plain(x, W, b):
+        l = F.log_softmax(capped(F.linear(x, W, b), 1, cap), 1)
+        return l.gather(1, y[:, None])[:, 0], -(l.exp() * l).sum(1)
+
+    found = []
+    for f in (mine, plain):
+        leaves = [v.clone().requires_grad_() for v in points]
+        value = sum((g * v).sum() for g, v in zip(u, f(*leaves), strict=True) if g.any())
+        results = []
+        for _ in range(3):
+            first = torch.autograd.grad(value, leaves, create_graph=True)
+            results += [g.detach() for g in first]
+            value = sum((g * v.detach().cos()).sum() for g, v in zip(first, leaves, strict=True))
+        found.append(results)
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
 def test_log_probs_of_ignored_rows_are_zero(several_blocks):
     x, W = torch.randn(40, D, dtype=F64), torch.randn(C, D, dtype=F64, requires_grad=True)
     y = torch.randint(C, (40,))
