@@ -339,8 +339,11 @@ def test_ignored_rows_are_out_of_everything(twin):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("wants", [True, False])
 @pytest.mark.parametrize("positions", [(), (2,)])
-def test_stats(several_blocks, positions, wants, reduction, target):
+@pytest.mark.parametrize("masked", [False, True])
+def test_stats(several_blocks, monkeypatch, masked, positions, wants, reduction, target):
     """Every field, of rows in several blocks; the loss beside them is the same; no gradient."""
+    if masked:  # as on a GPU, where ignored rows are not gathered
+        monkeypatch.setattr(blocked, "_is_counted", lambda keep: False)
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randn(s, dtype=F64, generator=generator) for s in ((70, D), (C, *positions, D)))
     t = torch.randint(C, (70, *positions), generator=generator)
