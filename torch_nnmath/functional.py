@@ -433,10 +433,9 @@ def cross_entropy(
     inputs = input, p, q, y, keep, dim, base
     loss = _reduced(reduction, count, formulas.CrossEntropy, *inputs, over=dim)
     if z_loss:
-        c = formulas.kept(keep, formulas.ZLoss.of(input, dim))
-        n = _kept(keep, _examples(input, dim)) if C else 0
-        more = formulas.Cost.of(c, _divisor(reduction, n, input)) if reduction != "none" else c
-        loss = loss + z_loss * (more.squeeze(dim) if reduction == "none" else more)
+        of_rows = formulas.kept(keep, formulas.ZLoss.of(input, dim)).squeeze(dim)
+        n = _divisor(reduction, _kept(keep, _examples(input, dim)) if C else 0, input)
+        loss = loss + z_loss * (of_rows if reduction == "none" else formulas.Cost.of(of_rows, n))
     if not return_stats:
         return loss.to(dtype)
     seen = formulas.kept(keep, input.detach())
