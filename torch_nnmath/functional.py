@@ -421,7 +421,9 @@ def cross_entropy(
         check.indices(input.shape, target)
         if input.dim() == 1:
             target = target.reshape(())
-        label, keep, p, q, count = _indices(target, C, weight, ignore_index, label_smoothing, input)
+        label, keep, p, q, count = _indices(
+            target, C, weight, ignore_index, label_smoothing, input.dtype
+        )
         y, p = label.unsqueeze(dim), p.unsqueeze(dim)
         keep = None if keep is None else keep.unsqueeze(dim)
         if q is not None:
@@ -497,21 +499,24 @@ def linear_cross_entropy(
         **check.given(linear_bias=linear_bias, weight=weight),
     )
     check.logits(logit_scale, softcap, z_loss)
-    reduction = check.reduction(reduction)
     head = _head(
         *(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing),
         *(base, logit_scale, softcap),
     )
+    return _loss_of_head(head, check.reduction(reduction), z_loss, return_stats)
+
+
+def _loss_of_head(head: _Head, reduction: str, z_loss: float, return_stats: bool) -> Any:
     asks = bool(z_loss), return_stats, return_stats
     if reduction == "none":
         each = [formulas.LinearCrossEntropy.of(*inputs, asks) for inputs in head.inputs]
         losses = [c + z_loss * q if z_loss else c for c, q, *_ in each]
         loss, its = head.stacked(losses), [outputs[2:] for outputs in each]
     else:
-        n, kept = (_divisor(reduction, k, input) for k in (head.count, head.kept))
+        zero = head.labels.new_zeros((), dtype=head.loss_type)
+        n, kept = (_divisor(reduction, k, zero) for k in (head.count, head.kept))
         costs_of = [_cost_of_head(n, kept, z_loss, asks, *inputs) for inputs in head.inputs]
         costs_, its = [C for C, *_ in costs_of], [outputs[1:] for outputs in costs_of]
-        zero = input.new_zeros((), dtype=head.loss_type)
         loss = sum(costs_[1:], costs_[0]) if costs_ else zero / n
     if not return_stats:
         return loss.to(head.dtype)
@@ -574,6 +579,10 @@ def linear_log_probs(
         *(input, linear_weight, target, linear_bias, None, ignore_index, 0.0),
         *(base, logit_scale, softcap),
     )
+    return _log_probs_of_head(head, return_entropy)
+
+
+def _log_probs_of_head(head: _Head, return_entropy: bool) -> Any:
     asks = False, return_entropy, False
     each = [formulas.LinearCrossEntropy.of(*inputs, asks) for inputs in head.inputs]
     log_probs = head.stacked([-c for c, *_ in each]).to(head.dtype)
@@ -618,8 +627,13 @@ def _head(
     base: float,
     logit_scale: Tensor | float,
     softcap: float | None,
+    dtype: torch.dtype | None = None,
+    row_scale: Tensor | None = None,
 ) -> _Head:
-    """Checks the head's arguments and makes F14's of them."""
+    """Checks the head's arguments and makes F14's of them.
+
+    The logits may be of a wider `dtype`, and without a bias each row of them times `row_scale`.
+    """
     check.base(base)
     if linear_weight.dim() < 2:
         raise RuntimeError(
@@ -638,7 +652,8 @@ def _head(
         )
     check.product("linear_weight", input, linear_weight, linear_bias, dims=None)
     check.smoothing(label_smoothing)
-    dtype, target, weight = for_loss(input.dtype, target, weight)
+    of_logits = dtype or input.dtype
+    dtype, target, weight = for_loss(of_logits, target, weight)
     if is_autocast(input):
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
     input, linear_weight, linear_bias = for_product(input, linear_weight, linear_bias)
@@ -671,13 +686,15 @@ def _head(
             target = target.flatten()
         check.indices((*[N] * (len(batch) > 0), C, *out_features), target)
         labels, keep, p, q, count = _indices(
-            target.reshape(N, positions), C, weight, ignore_index, label_smoothing, input
+            target.reshape(N, positions), C, weight, ignore_index, label_smoothing, of_logits
         )
         q = None if q is None else q.unsqueeze(0)
         columns = [
             (p[:, d], q, labels[:, d], None if keep is None else keep[:, d])
             for d in range(positions)
         ]
+    if row_scale is not None:
+        x = wide(x) * row_scale.reshape(N, 1)
     if _is_scale(logit_scale):
         x = _scaled(x if keep is None else formulas.kept(keep.any(1, keepdim=True), x), logit_scale)
     pairs = zip(Ws, bs, columns, strict=True)
@@ -754,19 +771,22 @@ def _indices(
     weight: Tensor | None,
     ignore_index: int | None,
     label_smoothing: float,
-    input: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-    """Class indices y, the rows that are kept (None: all), the target p e_y + q, and Σ weights."""
+    """Class indices y, the rows that are kept (None: all), the target p e_y + q, and Σ weights.
+
+    `dtype` is the logits'.
+    """
     check.class_weight(weight, C)
-    if weight is not None and weight.dtype != input.dtype and not is_autocast(input):
-        raise RuntimeError(f"expected weight of type {input.dtype}, as input, got {weight.dtype}")
+    if weight is not None and weight.dtype != dtype and not is_autocast(target):
+        raise RuntimeError(f"expected weight of type {dtype}, as input, got {weight.dtype}")
     y, keep = kernels.class_indices(target, C, -100 if ignore_index is None else ignore_index)
-    dtype = wide_type(input.dtype)
+    dtype = wide_type(dtype)
     w = None if weight is None else weight.to(dtype)
     p = keep.to(dtype) if w is None else w[y].masked_fill(~keep, 0)
     count, q = p.sum(), None
     if label_smoothing:
-        w = torch.ones((C,), dtype=dtype, device=input.device) if w is None else w
+        w = torch.ones((C,), dtype=dtype, device=target.device) if w is None else w
         p, q = (1 - label_smoothing) * p, label_smoothing / max(C, 1) * w
     is_whole = kernels.choice.are_numbers(keep) and bool(keep.all())  # known without waiting for it
     return y, None if is_whole else keep, p, q, count

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_nnmath import deferred
 from torch_nnmath import functional as F
 
 __all__ = [
@@ -34,9 +35,16 @@ __all__ = [
 
 
 class Linear(torch.nn.Linear):
-    """`torch.nn.Linear` by F1 and F8: (*, in_features) -> (*, out_features)."""
+    """`torch.nn.Linear` by F1 and F8: (*, in_features) -> (*, out_features).
+
+    Where `swap` made it the head, its logits are deferred until something needs them.
+    """
+
+    _nnmath_swapped: Any = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self._nnmath_swapped, deferred.HeadLog):
+            return deferred.linear(input, self.weight, self.bias, self)
         return F.linear(input, self.weight, self.bias)
 
 

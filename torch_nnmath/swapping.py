@@ -1,12 +1,14 @@
 """Putting this library's modules into a model that someone else wrote, and taking them out.
 
 Only a module's class changes: parameters, buffers, hooks and names stay the very same objects. A
-mark in its `__dict__`, which copies and pickles carry and a state dict does not, is for `unswap`.
+mark in its `__dict__`, which copies and pickles carry and a state dict does not, is for `unswap`;
+another, on the Linear that makes logits, keeps account of what became of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +16,7 @@ import torch
 from torch.nn import Module
 
 from torch_nnmath import nn
+from torch_nnmath.deferred import HeadLog
 
 __all__ = ["Change", "Report", "swap", "unswap"]
 
@@ -22,7 +25,9 @@ Selector: TypeAlias = "str | type[Module] | Callable[[str, Module], bool] | Sequ
 _PAIRS: list[Any] = [(getattr(torch.nn, name, ()), getattr(nn, name)) for name in nn.__all__]
 _OURS: dict[type, type] = {theirs: ours for theirs, ours in _PAIRS if issubclass(ours, theirs)}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_HEAD_LOSS = nn.LinearCrossEntropyLoss.__bases__[-1]  # PyTorch's, where it has one
 _MARK = "_nnmath_swapped"
+_LOG = "head_log"  # of nn.Linear
 
 
 class Change(NamedTuple):
@@ -34,13 +39,37 @@ class Change(NamedTuple):
 
 
 class Report(tuple[Change, ...]):
-    """What `swap` or `unswap` changed: a tuple of `Change`s that prints as a table."""
+    """What `swap` or `unswap` changed: a tuple of `Change`s that prints as a table.
+
+    Attributes:
+        heads: by name, each head's account, which goes on: how many losses were computed without
+            logits, and by which operations logits had to be computed.
+        left: by name, why a module of one of PyTorch's kinds was left as it was.
+    """
+
+    heads: dict[str, HeadLog]
+    left: dict[str, str]
+
+    def __new__(
+        cls,
+        changes: Iterable[Change] = (),
+        heads: dict[str, HeadLog] | None = None,
+        left: dict[str, str] | None = None,
+    ) -> Report:
+        report = super().__new__(cls, changes)
+        report.heads, report.left = heads or {}, left or {}
+        return report
 
     def __repr__(self) -> str:
-        rows = [(name or "(root)", before, "->", after) for name, before, after in self]
+        rows = [
+            (name or "(root)", before, "->", after, "head" if name in self.heads else "")
+            for name, before, after in self
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, f"{len(self) or 'no'} module{'s' * (len(self) != 1)} changed"])
+        lines.append(f"{len(self) or 'no'} module{'s' * (len(self) != 1)} changed")
+        lines += [f"{name or '(root)'} left as it was: {why}" for name, why in self.left.items()]
+        return "\n".join(lines + [repr(log) for log in self.heads.values() if log])
 
 
 def swap(
@@ -48,7 +77,7 @@ def swap(
     *,
     include: Selector | None = None,
     exclude: Selector | None = None,
-    head: str | None = "auto",
+    head: str | Module | None = "auto",
 ) -> Report:
     """Change PyTorch's modules in `model` for `torch_nnmath.nn`'s of the same name, in place.
 
@@ -59,6 +88,11 @@ def swap(
     `torch.nn.TransformerEncoder` does on its fast path, goes on so. A second call changes what came
     in since. `torch.ao.quantization` looks for PyTorch's exact classes: unswap first.
 
+    The head is the Linear that makes logits. It returns a tensor that computes them only if they
+    are needed; a cross entropy of them, the model's own or the user's, does not need them and calls
+    the fused head, `functional.linear_cross_entropy`, on the features: see `docs/swapping.md`.
+    Under `torch.compile` of the whole model logits are plain: compile its body to keep the head.
+
     Args:
         model: any module. A module under several names is changed and reported once.
         include: which modules: a pattern of the qualified name as for `fnmatch` ("encoder.*", where
@@ -66,30 +100,45 @@ def swap(
             `(name, module) -> bool`, or a list or tuple of these, any of which may match; None is
             all. A module goes by any of its names. No match is no error: the report shows it.
         exclude: which modules not, said likewise; it wins over `include`.
-        head: reserved for a fused head; "auto" and None both leave a Linear a Linear today.
+        head: which Linear makes logits: its name or the module itself; None if none is to be taken
+            for one. "auto" is every output embedding that a submodule declares by a method
+            `get_output_embeddings()`; where none does, the last Linear of `model.modules()`.
 
-    Raises TypeError for a `model` or selector that is none of these, ValueError for another `head`.
+    Raises TypeError for a `model`, selector or head that is none of these, ValueError for a head
+    that is not in the model or no Linear that can be changed.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-    >>> swap(model, exclude="2")
-    0  torch.nn.Linear  ->  torch_nnmath.nn.Linear
+    >>> swap(model, exclude="0")
     1  torch.nn.ReLU    ->  torch_nnmath.nn.ReLU
+    2  torch.nn.Linear  ->  torch_nnmath.nn.Linear  head
     2 modules changed
     """
-    if head not in ("auto", None):
-        raise ValueError(f'head must be "auto" or None, got {head!r}')
     included = _predicate("include", "*" if include is None else include)
     excluded = _predicate("exclude", () if exclude is None else exclude)
+    named = _named(model)
     chosen = {}
-    for module, names in _named(model).items():
-        if type(module) in _OURS and "forward" not in vars(module):
+    for module, names in named.items():
+        if _kind(module) is not None:
             matching = [name for name in names if included(name, module)]
             if matching and not any(excluded(name, module) for name in names):
                 chosen[module] = matching[0]
-    for module in chosen:  # after the last predicate, so that one that raises leaves all as it was
-        module.__class__ = _OURS[type(module)]
-        vars(module)[_MARK] = True
-    return Report(Change(name, *_titles(type(module))) for module, name in chosen.items())
+    heads = _heads(head, named)
+    if head == "auto":
+        heads = [module for module in heads if module in chosen or _log(module) is not None]
+    left = {name: why for module, name in chosen.items() if (why := _obstacle(module))}
+    changes = []  # made after the last predicate: one that raises leaves all as it was
+    for module, names in named.items():
+        is_head = module in heads and not _obstacle(module)
+        name = chosen.get(module, names[0])
+        if module in chosen and type(module) in _OURS and name not in left:
+            changes.append(Change(name, *_titles(_OURS[type(module)])))
+            module.__class__ = _OURS[type(module)]
+            vars(module)[_MARK] = True
+            _make_head(module, name, is_head)
+        elif _make_head(module, name, is_head):
+            changes.append(Change(name, _titles(nn.Linear)[1], _titles(nn.Linear)[1]))
+    logs = {log.name: log for module in named if (log := _log(module)) is not None}
+    return Report(changes, logs, left)
 
 
 def unswap(model: Module) -> Report:
@@ -107,6 +156,7 @@ def unswap(model: Module) -> Report:
     undone = dict(_THEIRS)
     changes = []
     for module, names in _named(model).items():
+        _make_head(module, names[0], False)
         ours = next((cls for cls in type(module).__mro__ if cls in _THEIRS), None)
         if vars(module).pop(_MARK, False) and ours is not None:
             module.__class__ = _undo(type(module), undone)
@@ -123,6 +173,88 @@ def _named(model: Module) -> dict[Module, list[str]]:
     return named
 
 
+def _kind(module: Module) -> type | None:
+    """Of PyTorch's classes that we have the like of, the one that it is or derives from."""
+    return next((theirs for theirs in _OURS if isinstance(module, theirs)), None)
+
+
+def _is_of(module: Module, cls: type[Module]) -> bool:
+    kind = _kind(module)
+    return kind is not None and issubclass(_OURS[kind], cls)  # ours derives from theirs
+
+
+def _obstacle(module: Module) -> str | None:
+    """Why a change of class would not do for it."""
+    if "forward" in vars(module):
+        return "its instance has a forward of its own"
+    if type(module) in _OURS or isinstance(module, tuple(_THEIRS)):
+        return None
+    return f"{type(module).__name__} is a class of its own"
+
+
+def _heads(head: Any, named: dict[Module, list[str]]) -> list[Module]:
+    """The modules that are to be heads: what is asked for, or what there is, or by the rule."""
+    if head is None:
+        return []
+    if isinstance(head, str) and head == "auto":
+        there = [module for module in named if _log(module) is not None]
+        return there or _declared(named) or _last(named)
+    if isinstance(head, str):
+        of_name = {name: module for module, names in named.items() for name in names}
+        if head not in of_name:
+            close = difflib.get_close_matches(head, of_name, 3, 0.3)
+            likely = f"; near it are {', '.join(map(repr, close))}" if close else ""
+            raise ValueError(f"head: the model has no module named {head!r}{likely}")
+        module = of_name[head]
+    elif isinstance(head, Module):
+        module = head
+        if module not in named:
+            raise ValueError(f"head: this {type(module).__name__} is not in the model")
+    else:
+        raise TypeError(f'head must be a name, a module, "auto" or None, got {head!r:.80}')
+    why = _obstacle(module)
+    if not isinstance(module, torch.nn.Linear):
+        raise ValueError(f"head must be a torch.nn.Linear, got {head!r:.80}: {type(module)}")
+    if why:
+        raise ValueError(f"head {named[module][0]!r} cannot be changed: {why}")
+    return [module]
+
+
+def _declared(named: dict[Module, list[str]]) -> list[Module]:
+    """The output embeddings that modules speak of. One that is no Linear is no head."""
+    found = []
+    for module in named:
+        try:
+            found.append(module.get_output_embeddings())  # type: ignore[operator]
+        except (AttributeError, NotImplementedError, TypeError):  # has none, or asks for arguments
+            continue
+    return [module for module in dict.fromkeys(found) if isinstance(module, Module)]
+
+
+def _last(named: dict[Module, list[str]]) -> list[Module]:
+    """The last Linear; not one that is inside of a loss, which reads it without calling it."""
+    inside = {m for loss in named if isinstance(loss, _HEAD_LOSS) for m in loss.modules()}
+    linears = [m for m in named if isinstance(m, torch.nn.Linear) and m not in inside]
+    return [*linears[-1:]]
+
+
+def _log(module: Module) -> HeadLog | None:
+    mark = vars(module).get(_MARK)
+    return mark if isinstance(mark, HeadLog) else None
+
+
+def _make_head(module: Module, name: str, is_head: bool) -> bool:
+    """Makes a Linear of ours a head, or no longer one; whether that was new."""
+    if is_head == (_log(module) is not None):
+        return False
+    marks = vars(module)
+    if is_head:
+        marks[_MARK] = HeadLog(name, is_swapped=_MARK in marks)
+    elif marks.pop(_MARK).is_swapped:
+        marks[_MARK] = True
+    return True
+
+
 def _predicate(argument: str, selector: Any) -> Callable[[str, Module], bool]:
     if isinstance(selector, list | tuple):
         parts = [_predicate(argument, part) for part in selector]
@@ -130,7 +262,7 @@ def _predicate(argument: str, selector: Any) -> Callable[[str, Module], bool]:
     if isinstance(selector, str):
         return lambda name, _: fnmatchcase(name, selector)
     if isinstance(selector, type) and issubclass(selector, Module):
-        return lambda _, module: issubclass(_OURS[type(module)], selector)  # whose base is theirs
+        return lambda _, module: _is_of(module, selector)
     if callable(selector) and not isinstance(selector, type | Module):
         return selector
     wanted = "a name pattern, a class of modules, a predicate of (name, module), or a list of these"
