@@ -14,6 +14,7 @@ import torch_nnmath
 from torch_nnmath import swap, unswap
 from torch_nnmath.swapping import Change, Report
 
+pytestmark = pytest.mark.filterwarnings("ignore::torch_nnmath.deferred.MaterializedLogits")
 HAS_HEAD = hasattr(nn, "LinearCrossEntropyLoss")
 KINDS = ["Linear", "Sigmoid", "Tanh", "ReLU", "Softmax", "MSELoss", "CrossEntropyLoss"]
 KINDS += ["LinearCrossEntropyLoss"] * HAS_HEAD
@@ -146,7 +147,7 @@ def test_the_report_prints_as_a_table(small):
     assert str(swap(small)).splitlines() == [
         "0  torch.nn.Linear  ->  torch_nnmath.nn.Linear",
         "1  torch.nn.ReLU    ->  torch_nnmath.nn.ReLU",
-        "2  torch.nn.Linear  ->  torch_nnmath.nn.Linear",
+        "2  torch.nn.Linear  ->  torch_nnmath.nn.Linear  head",
         "3 modules changed",
     ]
 
@@ -681,15 +682,151 @@ def test_what_is_no_module_raises(function, wrong):
         function(wrong)
 
 
-def test_head_is_reserved(small):
-    assert len(swap(small, head="auto")) == 3
-    unswap(small)
-    assert len(swap(small, head=None)) == 3
-    unswap(small)
-    for wrong in ("lm_head", False, "fused"):
-        with pytest.raises(ValueError, match="head must be"):
-            swap(small, head=wrong)
+def heads(report):
+    return list(report.heads)
+
+
+class Declares(nn.Module):
+    """Its output embedding is not its last Linear."""
+
+    def __init__(self, output="lm_head"):
+        super().__init__()
+        self.lm_head, self.body = nn.Linear(4, 9), nn.Linear(4, 4)
+        self.output = output
+
+    def get_output_embeddings(self):
+        return getattr(self, self.output) if self.output else None
+
+    def forward(self, x):
+        return self.lm_head(self.body(x))
+
+
+class Asks(Declares):
+    def get_output_embeddings(self, which):
+        return self.lm_head
+
+
+class HasNone(Declares):
+    def get_output_embeddings(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["2"]),
+        (lambda: nn.Sequential(nn.Linear(4, 3), Own(3, 2)), []),  # the last is none of ours
+        (lambda: nn.Linear(4, 3), [""]),
+        (lambda: nn.Sequential(nn.ReLU()), []),
+        (Everything, ["gate.linear"]),  # the loss reads its own Linear without calling it
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1)), ["0"]),
+        (lambda: nn.Sequential(nn.Linear(4, 4), torch_nnmath.nn.Feedforward([4, 4])), ["0"]),
+        (Declares, ["lm_head"]),
+        (lambda: nn.ModuleDict({"a": Declares(), "b": nn.Linear(4, 3)}), ["a.lm_head"]),
+        (lambda: nn.ModuleList([Declares(), Declares("body")]), ["0.lm_head", "1.body"]),
+        (lambda: Declares(output=None), ["body"]),
+        (Asks, ["body"]),
+        (HasNone, ["body"]),
+    ],
+)
+def test_which_linear_is_the_head(model, expected):
+    assert heads(swap(model())) == expected
+
+
+def test_a_declared_output_that_is_no_linear_leaves_the_model_without_head():
+    model = Declares("both")
+    model.both = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 9))
+    report = swap(model)
+    assert heads(report) == []
+    assert report.left == {"both": "Sequential is no torch.nn.Linear"}
+
+
+def is_deferred(z):
+    return type(z).__name__ == "DeferredLogits"
+
+
+def test_a_head_by_name_or_module_and_none(small):
+    x = torch.randn(5, 4, dtype=torch.float64)
+    assert heads(swap(small, head="0")) == ["0"]
+    assert is_deferred(small[0](x))
+    assert heads(swap(small)) == ["0"], "a head that there is stays"
+    report = swap(small, head=small[2])
+    assert heads(report) == ["2"]
+    assert str(report) == "no modules changed\nhead 2: no losses without logits so far"
+    assert not is_deferred(small[0](x))
+    assert is_deferred(small(x))
+    assert heads(swap(small, head=None)) == []
+    assert not is_deferred(small(x))
+    assert changed(unswap(small)) == ["0", "1", "2"]
     assert types(small)[1:] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_a_named_head_is_changed_also_where_it_is_not_included(small):
+    assert swap(small, include="1", head="0") == (
+        ("0", "torch.nn.Linear", "torch_nnmath.nn.Linear"),
+        ("1", "torch.nn.ReLU", "torch_nnmath.nn.ReLU"),
+    )
+
+
+def test_a_head_that_is_not_included_is_none(small):
+    assert heads(swap(small, exclude="2")) == []
+    assert type(small[2]) is nn.Linear
+
+
+def test_a_layer_of_ours_that_the_user_made_can_be_the_head_and_stays_ours():
+    model = nn.Sequential(nn.ReLU(), torch_nnmath.nn.Linear(4, 3))
+    report = swap(model)
+    assert heads(report) == ["1"]
+    assert is_deferred(model(torch.randn(2, 4)))
+    assert changed(unswap(model)) == ["0"]
+    assert type(model[1]) is torch_nnmath.nn.Linear
+    assert "_nnmath_swapped" not in vars(model[1])
+    assert not is_deferred(model(torch.randn(2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("head", "error", "sentence"),
+    [
+        ("3", ValueError, "no module named '3'"),
+        ("lm_haed", ValueError, "near it are 'lm_head'"),
+        ("body.1", ValueError, "must be a torch.nn.Linear"),
+        ("own", ValueError, "Own is a class of its own"),
+        ("patched", ValueError, "forward of its own"),
+        (nn.Linear(2, 2), ValueError, "not in the model"),
+        (False, TypeError, "a name, a module"),
+        (3, TypeError, "a name, a module"),
+        (nn.Linear, TypeError, "a name, a module"),
+    ],
+)
+def test_a_head_that_cannot_be_raises_and_nothing_is_changed(head, error, sentence):
+    modules = {"body": nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "own": Own(4, 4)}
+    model = nn.ModuleDict({**modules, "patched": patched(), "lm_head": nn.Linear(4, 3)})
+    before = types(model)
+    with pytest.raises(error, match=sentence):
+        swap(model, head=head)
+    assert types(model) == before
+
+
+def test_the_report_says_what_was_left_and_what_became_of_the_logits():
+    model = nn.Sequential(Own(4, 4), patched(), nn.Linear(4, 7))
+    report = swap(model)
+    assert report.left == {
+        "0": "Own is a class of its own",
+        "1": "its instance has a forward of its own",
+    }
+    x, target = torch.randn(3, 4), torch.tensor([0, 6, 2])
+    nn.functional.cross_entropy(model[2](x), target).backward()
+    nn.functional.cross_entropy(model[2](x).exp(), target).backward()
+    lines = str(report).splitlines()
+    assert lines[:5] == [
+        "2  torch.nn.Linear  ->  torch_nnmath.nn.Linear  head",
+        "1 module changed",
+        "left as it was: 0: Own is a class of its own",
+        "left as it was: 1: its instance has a forward of its own",
+        "head 2: 1 loss without logits so far",
+    ]
+    assert lines[5].startswith("  logits computed 1 x: exp at ")
+    assert "test_swapping.py" in lines[5]
 
 
 # In use

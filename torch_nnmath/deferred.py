@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as theirs
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
@@ -58,20 +58,18 @@ class HeadLog:
     def __init__(self, name: str, *, is_swapped: bool = True):
         self.name, self.is_swapped, self.fused = name, is_swapped, 0
         self.materialized: Counter[str] = Counter()
-
-    def __bool__(self) -> bool:
-        """Whether there is anything to tell."""
-        return bool(self.fused or self.materialized)
+        self.has_warned = False
 
     def __repr__(self) -> str:
-        losses = f"{self.fused} loss{'es' * (self.fused != 1)} without logits"
-        lines = [f"head {self.name or '(root)'}: {losses}"]
+        losses = f"{self.fused or 'no'} loss{'es' * (self.fused != 1)} without logits"
+        lines = [f"head {self.name or '(root)'}: {losses} so far"]
         for why, times in self.materialized.most_common():
             lines.append(f"  logits computed {times} x: {why}")
         return "\n".join(lines)
 
     def note(self, why: str, *, is_training: bool = False) -> None:
-        if is_training and not self.materialized:
+        if is_training and torch.is_grad_enabled() and not self.has_warned:
+            self.has_warned = True
             warnings.warn(
                 f"the logits of head {self.name or '(root)'} were computed, and memory was not "
                 f"saved: {why}. The report of swap() counts how often; swap(model, head=None) "
@@ -100,38 +98,42 @@ def _user_frame() -> tuple[int, str]:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Any) -> Tensor:
     """F1 with deferred logits, where they can be deferred; else `functional.linear`."""
-    if torch.compiler.is_compiling() or not _is_deferrable(input, weight, bias):
+    if torch.compiler.is_compiling() or not _are_numbers(input, weight, bias):
         return ours.linear(input, weight, bias)
     log = module._nnmath_swapped
     if module._forward_hooks:
-        log.note("the head has forward hooks, which see its logits")
+        log.note("by forward hooks of the head", is_training=module.training)
         return ours.linear(input, weight, bias)
-    z = _Deferral.of(*for_product(input, weight, bias))
+    x, W, b = for_product(input, weight, bias)  # the loss may stand outside of autocast's region
+    if not _fit(x, W, b):
+        return ours.linear(input, weight, bias)
+    z = _Deferral.of(x, W, b)
     call = z.step.call
     call.log, call.node, call.is_training = log, _node(z), module.training
     return z
 
 
-def _is_deferrable(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary numbers, which nothing transforms, traces or records."""
-    if (
-        is_transformed()
-        or torch.is_inference_mode_enabled()
-        or torch._C._get_tracing_state() is not None
-    ):
+def _are_numbers(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors, which nothing transforms, traces or records."""
+    if is_transformed() or torch.is_inference_mode_enabled() or get_proxy_mode() is not None:
         return False
-    if get_proxy_mode() is not None:
-        return False
-    given = [x for x in tensors if x is not None]
-    x, W = given[:2]
+    given = [v for v in tensors if v is not None]
+    return torch._C._get_tracing_state() is None and all(
+        type(v) in PLAIN and not v.is_meta and not v.is_inference() for v in given
+    )
+
+
+def _fit(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
+    """Whether there are logits, of some classes; errors are left to PyTorch."""
+    given = [x, W] if b is None else [x, W, b]
     return (
-        all(type(v) in PLAIN and v.is_floating_point() and not v.is_inference() for v in given)
-        and len({(v.dtype, v.device) for v in given}) == 1
+        len({(v.dtype, v.device) for v in given}) == 1
+        and x.is_floating_point()
         and x.dim() > 0
         and x.numel() > 0
-        and W.shape[0] > 1
+        and W.dim() == 2
         and x.shape[-1] == W.shape[1]
-        and x.device.type != "meta"
+        and W.shape[0] > 1
     )
 
 
@@ -185,13 +187,13 @@ class _Call:
         if self.is_computed:
             return
         self.check()
-        is_training = self.is_training and self.node is not None and torch.is_grad_enabled()
-        self.log.note(f"{operation} at {_user_frame()[1]}", is_training=is_training)
+        why = f"{self.watched or operation} at {_user_frame()[1]}"
+        self.log.note(why, is_training=self.is_training and self.node is not None)
         x, W, b = self.operands
         with torch.inference_mode(False), torch.no_grad(), _without_autocast(x):
             for reference in self.steps:
                 step = reference()
-                if step is not None:
+                if step is not None and step.numbers is None:
                     step.compute(x, W, b)
         self.is_computed = True
         self.operands, self.steps, self.versions = (), [], []
@@ -273,7 +275,7 @@ class _Step:
             return
         assert self.origin.parent.numbers is not None
         numbers = self.origin.on(self.origin.parent.numbers)
-        self.numbers = numbers.contiguous() if numbers.stride() != self.layout.stride else numbers
+        self.numbers = numbers.contiguous() if self.origin.func in INDEXING else numbers
         self.origin = None
 
     def path(self) -> list[_Step]:
@@ -289,7 +291,7 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __new__(cls, step: _Step) -> DeferredLogits:
         layout = step.layout
-        z: DeferredLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        z: DeferredLogits = Tensor._make_wrapper_subclass(
             cls,
             layout.shape,
             strides=layout.stride,
@@ -314,7 +316,9 @@ class DeferredLogits(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         rule = STEPS.get(func)
         if rule is not None:
@@ -339,12 +343,18 @@ class DeferredLogits(Tensor):
         return tree_map(lambda v: plain.get(id(v), v) if isinstance(v, Tensor) else v, out)
 
 
+def _name(func: Any) -> str:
+    """An operation's, or an attribute's that is read."""
+    name: str = getattr(func, "__name__", str(func))
+    return func.__self__.__name__ if name == "__get__" else name
+
+
 def _ordinary(v: Any, func: Any) -> Any:
     """A tensor that is no subclass, with the same memory and the same gradient."""
     if not isinstance(v, DeferredLogits):
         return v
     with _unseen():
-        v.step.call.compute(getattr(func, "__name__", str(func)))
+        v.step.call.compute(_name(func))
         return aten.alias(v)
 
 
@@ -414,27 +424,28 @@ def _noted(func: Any, rule: Any, args: Any, kwargs: Any) -> Any:
         return None
     (place,) = places
     step = args[place].step
-    call = step.call
+    call, form, its = step.call, step.form, step.layout
     if call.is_computed or call.watched:
         return None
+    C, entries = its.shape[form.axis], math.prod(its.shape)
+    tensors = [v for v in tree_leaves(args) if isinstance(v, Tensor)]
+    if any(v.numel() > max(C, entries // C) for v in tensors if v is not args[place]):
+        return None  # neither a row nor of rows: not to be copied
     rest = tuple(None if i == place else _kept(v, call) for i, v in enumerate(args))
     origin = _Origin(step, func, rest, kwargs, place)
     try:
-        found = rule(step.form, step.layout, origin)
+        found = rule(form, its, origin)
     except (RuntimeError, IndexError):  # the operation itself will say so
         return None
     several = isinstance(found, list)
     results = []
     for i, noted in enumerate(found if several else [found]):
-        if (
-            noted is None
-            or noted.layout.shape[noted.form.axis] != step.layout.shape[step.form.axis]
-        ):
+        if noted is None or noted.layout.shape[noted.form.axis] != C:
             return None
-        if torch.promote_types(noted.layout.dtype, step.layout.dtype) != noted.layout.dtype:
+        if torch.promote_types(noted.layout.dtype, its.dtype) != noted.layout.dtype:
             return None
-        its = origin._replace(output=i) if several else origin
-        results.append(DeferredLogits(_Step(call, its, noted)))
+        its_origin = origin._replace(output=i) if several else origin
+        results.append(DeferredLogits(_Step(call, its_origin, noted)))
     return results if several else results[0]
 
 
@@ -514,9 +525,8 @@ def _scaled(form: Form, its: Layout, origin: _Origin) -> Any:
     if isinstance(other, Tensor):
         if form.inner is not None or form.sign or other.is_complex():
             return None
-        return Noted(
-            form._replace(scale=form.scale.times(1, 1, (other, -1 if is_division else 1))), out
-        )
+        factor = other, -1 if is_division else 1
+        return Noted(form._replace(scale=form.scale.times(1, 1, factor)), out)
     if isinstance(other, complex) or not (math.isfinite(other) and other):
         return None
     if form.sign:
@@ -606,28 +616,25 @@ class _Rows(NamedTuple):
     features: Tensor  # (*, in_features), in the order of the logits' other axes
     weight: Tensor
     bias: Tensor | None
-    form: Form
+    scale: Any
+    cap: float | None
     dtype: torch.dtype  # of the logits
     row_scale: Tensor | None
 
-    def head(self, target: Tensor, **options: Any) -> Any:
-        scale, cap = self.form.scale.value(), options.pop("softcap", None)
-        if self.form.inner is not None:
-            inner, outer = self.form.inner, self.form.scale
-            scale, cap = inner.times(outer.over, outer.under).value(), abs(scale)
+    def head(
+        self,
+        target: Tensor,
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        base: float = math.e,
+        logit_scale: Any = 1.0,
+        softcap: float | None = None,
+    ) -> Any:
+        cap = self.cap if softcap is None else softcap
         return ours._head(
-            self.features,
-            self.weight,
-            target,
-            self.bias,
-            options.get("weight"),
-            options.get("ignore_index"),
-            options.get("label_smoothing", 0.0),
-            options.get("base", math.e),
-            scale * options.get("logit_scale", 1.0),
-            cap,
-            self.dtype,
-            self.row_scale,
+            *(self.features, self.weight, target, self.bias, weight, ignore_index),
+            *(label_smoothing, base, self.scale * logit_scale, cap, self.dtype, self.row_scale),
         )
 
 
@@ -661,33 +668,56 @@ def _rows(z: DeferredLogits, is_log: bool, axis: int) -> Any:
         call.compute(obstacle)
         return NotImplemented
     call.check()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and z.requires_grad):
-        x, W, b = call.operands
-        if z.dtype == torch.float64:
-            x, W, b = (v if v is None else v.double() for v in (x, W, b))
-        if form.row:
-            r = sum(r.flatten() for r in form.row)
-            b = (r if b is None else b + r).to(W.dtype)
-        rows, row_scale = x, None
-        for s in step.path():
-            if s.noted.onto is not None:
-                rows = s.noted.onto(rows)
-                row_scale = None if row_scale is None else s.noted.onto(row_scale)
-            if s.noted.row_scale is not None:
-                its = s.noted.row_scale()
-                row_scale = its if row_scale is None else row_scale * its
-        for v, width in ((rows, x.shape[-1]), (row_scale, 1)):
-            expected = [width if d == form.axis else size for d, size in enumerate(z.shape)]
-            if v is not None and list(v.shape) != expected:
-                return NotImplemented
-        if row_scale is not None:
-            row_scale = row_scale.movedim(form.axis, -1)
-        return _Rows(rows.movedim(form.axis, -1), W, b, form, z.dtype, row_scale)
+
+    def of(v: Any) -> Any:
+        """Of logits without a gradient nothing has one."""
+        return v if z.requires_grad or not isinstance(v, Tensor) else v.detach()
+
+    x, W, b = (of(v) for v in call.operands)
+    if z.dtype == torch.float64:
+        x, W, b = (v if v is None else v.double() for v in (x, W, b))
+    for r in form.row:
+        b = of(r).flatten().to(W.dtype) if b is None else (b + of(r).flatten()).to(W.dtype)
+    rows, row_scale = x, None
+    for s in step.path():
+        if s.noted.onto is not None:
+            rows = s.noted.onto(rows)
+            row_scale = None if row_scale is None else s.noted.onto(row_scale)
+        if s.noted.row_scale is not None:
+            its = of(s.noted.row_scale())
+            row_scale = its if row_scale is None else row_scale * its
+    for v, width in ((rows, x.shape[-1]), (row_scale, 1)):
+        expected = [width if d == form.axis else size for d, size in enumerate(z.shape)]
+        if v is not None and [*v.shape] != expected:
+            return NotImplemented  # the features' axis was met by what leaves the classes' alone
+    scale, cap = of(form.scale.value()), None
+    if form.inner is not None:  # t tanh(s z) = |t| tanh((s t) z / |t|)
+        cap, inner = abs(scale), form.inner.times(form.scale.over, form.scale.under)
+        scale = of(inner.value())
+    if row_scale is not None:
+        row_scale = row_scale.movedim(form.axis, -1)
+    return _Rows(rows.movedim(form.axis, -1), W, b, scale, cap, z.dtype, row_scale)
 
 
+def _loss(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule of a function of deferred logits, which it computes without them if it can."""
+
+    def loss(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, DeferredLogits):
+            return NotImplemented
+        result = rule(func, input, *args, **kwargs)
+        if result is not NotImplemented:
+            input.step.call.fused += 1
+            input.step.call.log.fused += 1
+        return result
+
+    return loss
+
+
+@_loss
 def _cross_entropy(
     func: Any,
-    input: Any,
+    input: DeferredLogits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -702,11 +732,9 @@ def _cross_entropy(
 ) -> Any:
     """F14, F15 in place of `cross_entropy` or, of logarithms, of `nll_loss`."""
     is_log = func is theirs.nll_loss
-    if not isinstance(input, DeferredLogits) or not isinstance(target, Tensor):
-        return NotImplemented
     form, axis = input.step.form, min(input.dim() - 1, 1)
-    changes = options.get("softcap") is not None, options.get("logit_scale", 1.0)
-    if form.sign < 0 or (form.inner is not None and changes != (False, 1.0)):
+    is_changed = options.get("softcap") is not None or ours._is_scale(options.get("logit_scale", 1))
+    if form.sign < 0 or (form.inner is not None and is_changed):
         return NotImplemented
     is_distribution = target.shape == input.shape and target.is_floating_point()
     if is_distribution and not is_log:
@@ -725,13 +753,12 @@ def _cross_entropy(
         **options,
     )
     reduction = check.reduction(reduction, size_average, reduce)
-    loss = ours._loss_of_head(head, reduction, z_loss, return_stats)
-    return _fused(input, loss)
+    return ours._loss_of_head(head, reduction, z_loss, return_stats)
 
 
 def _nll_loss(
     func: Any,
-    input: Any,
+    input: DeferredLogits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -743,16 +770,12 @@ def _nll_loss(
     return _cross_entropy(func, input, target, *options)
 
 
-def _gather(func: Any, input: Any, dim: Any, index: Any, **kwargs: Any) -> Any:
+@_loss
+def _gather(func: Any, input: DeferredLogits, dim: Any, index: Any, **kwargs: Any) -> Any:
     """F22: one class of each row, of logarithms."""
-    if not isinstance(input, DeferredLogits) or not (
-        isinstance(dim, int) and kwargs.get("out") is None
-    ):
+    form, axis = input.step.form, input.step.form.axis
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or "out" in kwargs:
         return NotImplemented
-    form = input.step.form
-    if not isinstance(index, Tensor) or index.dtype != torch.int64 or not form.sign:
-        return NotImplemented
-    axis = form.axis
     if [*index.shape] != [1 if d == axis else size for d, size in enumerate(input.shape)]:
         return NotImplemented
     rows = _rows(input, True, dim)
@@ -762,13 +785,13 @@ def _gather(func: Any, input: Any, dim: Any, index: Any, **kwargs: Any) -> Any:
         head = rows.head(index.squeeze(axis), ignore_index=torch.iinfo(torch.int64).min)
     except IndexError:  # `gather` has a RuntimeError of its own
         return NotImplemented
-    log_probs = ours._log_probs_of_head(head, False)
-    return _fused(input, (form.sign * log_probs).unsqueeze(axis))
+    return (form.sign * ours._log_probs_of_head(head, False)).unsqueeze(axis)
 
 
+@_loss
 def _summed(
     func: Any,
-    input: Any,
+    input: DeferredLogits,
     dim: Any = None,
     keepdim: bool = False,
     *,
@@ -776,11 +799,9 @@ def _summed(
     **kwargs: Any,
 ) -> Any:
     """The sum or mean over the classes, of logarithms: a cross entropy with every class alike."""
-    if not isinstance(input, DeferredLogits) or kwargs:
-        return NotImplemented
     form, dtype = input.step.form, dtype or input.dtype
     (axis,) = dim if isinstance(dim, list | tuple) and len(dim) == 1 else (dim,)
-    if not isinstance(axis, int) or torch.promote_types(dtype, input.dtype) != dtype:
+    if kwargs or not isinstance(axis, int) or torch.promote_types(dtype, input.dtype) != dtype:
         return NotImplemented
     rows = _rows(input, True, axis)
     if rows is NotImplemented:
@@ -789,13 +810,7 @@ def _summed(
     head = rows._replace(dtype=dtype).head(any_class, label_smoothing=1.0)
     factor = -form.sign * (1 if func in MEANS else input.shape[form.axis])
     result = factor * ours._loss_of_head(head, "none", 0.0, False)
-    return _fused(input, result.unsqueeze(form.axis) if keepdim else result)
-
-
-def _fused(z: DeferredLogits, result: Any) -> Any:
-    z.step.call.fused += 1
-    z.step.call.log.fused += 1
-    return result
+    return result.unsqueeze(form.axis) if keepdim else result
 
 
 # Who watches logits; who reads their memory
@@ -805,7 +820,7 @@ def _watched(func: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
     """Whoever is to hear of the gradient in the logits: from then on they are plain."""
     if isinstance(z, DeferredLogits):
         call = z.step.call
-        name = getattr(func, "__name__", str(func))
+        name = _name(func)
         is_fsdp = any(
             (getattr(v, "__module__", None) or "").startswith("torch.distributed") for v in args
         )
@@ -815,7 +830,7 @@ def _watched(func: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
                 "which passed them by: no gradient will come. Call it before the loss, or "
                 "swap(model, head=None)"
             )
-        call.watched = call.watched or f"{name} on logits"
+        call.watched = call.watched or f"{name} of logits"
     return NotImplemented
 
 
@@ -833,17 +848,19 @@ def _gradient(func: Any, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -
 def _eager(func: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
     """Logits that the user takes out of the graph, to keep: the numbers of now."""
     if isinstance(z, DeferredLogits):
-        z.step.call.compute(getattr(func, "__name__", str(func)))
+        z.step.call.compute(_name(func))
     return NotImplemented
 
 
-def _read(func: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
-    """What reads memory gets a tensor that has some."""
-    return func(_ordinary(z, func), *args, **kwargs)
+def _read(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What reads memory gets tensors that have some."""
+    args, kwargs = tree_map(lambda v: _ordinary(v, func), (args, kwargs))
+    return func(*args, **kwargs)
 
 
 HOOKS = (Tensor.register_hook, Tensor.retain_grad)
 MEANS = (torch.mean, Tensor.mean)
+READ_GRAD_FN, READ_DATA = (getattr(Tensor, name).__get__ for name in ("grad_fn", "data"))
 
 FUNCTIONS: dict[Any, Any] = {
     theirs.cross_entropy: _cross_entropy,
@@ -851,9 +868,9 @@ FUNCTIONS: dict[Any, Any] = {
     theirs.nll_loss: _nll_loss,
     **dict.fromkeys([torch.gather, Tensor.gather], _gather),
     **dict.fromkeys([torch.sum, Tensor.sum, *MEANS], _summed),
-    **dict.fromkeys([*HOOKS, Tensor.grad_fn.__get__], _watched),  # type: ignore[attr-defined]
+    **dict.fromkeys([*HOOKS, READ_GRAD_FN], _watched),
     torch.autograd.grad: _gradient,
-    **dict.fromkeys([Tensor.detach, torch.detach, Tensor.data.__get__], _eager),  # type: ignore[attr-defined]
+    **dict.fromkeys([Tensor.detach, torch.detach, READ_DATA], _eager),
     **{
         getattr(Tensor, name): _read
         for name in (

@@ -25,7 +25,11 @@ Selector: TypeAlias = "str | type[Module] | Callable[[str, Module], bool] | Sequ
 _PAIRS: list[Any] = [(getattr(torch.nn, name, ()), getattr(nn, name)) for name in nn.__all__]
 _OURS: dict[type, type] = {theirs: ours for theirs, ours in _PAIRS if issubclass(ours, theirs)}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-_HEAD_LOSS = nn.LinearCrossEntropyLoss.__bases__[-1]  # PyTorch's, where it has one
+_READERS: Any = (  # of a Linear's weight, which they do not call
+    nn.LinearCrossEntropyLoss.__bases__[-1],  # PyTorch's, where it has one
+    nn.Feedforward,
+    torch.nn.MultiheadAttention,
+)
 _MARK = "_nnmath_swapped"
 _LOG = "head_log"  # of nn.Linear
 
@@ -68,8 +72,17 @@ class Report(tuple[Change, ...]):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines.append(f"{len(self) or 'no'} module{'s' * (len(self) != 1)} changed")
-        lines += [f"{name or '(root)'} left as it was: {why}" for name, why in self.left.items()]
-        return "\n".join(lines + [repr(log) for log in self.heads.values() if log])
+        for why in dict.fromkeys(self.left.values()):
+            names = [name or "(root)" for name, its in self.left.items() if its == why]
+            more = [f"and {len(names) - 3} more"] if len(names) > 4 else []
+            lines.append(
+                f"left as it was: {', '.join([*names[:3], *more] if more else names)}: {why}"
+            )
+        rows_of = {name for name, _, _ in self}
+        for name, log in self.heads.items():
+            if log.fused or log.materialized or name not in rows_of:
+                lines.append(repr(log))
+        return "\n".join(lines)
 
 
 def swap(
@@ -123,20 +136,20 @@ def swap(
             if matching and not any(excluded(name, module) for name in names):
                 chosen[module] = matching[0]
     heads = _heads(head, named)
-    if head == "auto":
-        heads = [module for module in heads if module in chosen or _log(module) is not None]
     left = {name: why for module, name in chosen.items() if (why := _obstacle(module))}
+    if head == "auto":
+        others = [module for module in heads if not isinstance(module, torch.nn.Linear)]
+        left |= {named[m][0]: f"{type(m).__name__} is no torch.nn.Linear" for m in others}
+        heads = [module for module in heads if module in chosen or _log(module) is not None]
+    chosen |= {module: named[module][0] for module in heads if module not in chosen}
     changes = []  # made after the last predicate: one that raises leaves all as it was
-    for module, names in named.items():
-        is_head = module in heads and not _obstacle(module)
-        name = chosen.get(module, names[0])
+    for module in named:
+        name = chosen.get(module, "")
         if module in chosen and type(module) in _OURS and name not in left:
             changes.append(Change(name, *_titles(_OURS[type(module)])))
             module.__class__ = _OURS[type(module)]
             vars(module)[_MARK] = True
-            _make_head(module, name, is_head)
-        elif _make_head(module, name, is_head):
-            changes.append(Change(name, _titles(nn.Linear)[1], _titles(nn.Linear)[1]))
+        _make_head(module, name, module in heads and isinstance(module, nn.Linear))
     logs = {log.name: log for module in named if (log := _log(module)) is not None}
     return Report(changes, logs, left)
 
@@ -232,8 +245,8 @@ def _declared(named: dict[Module, list[str]]) -> list[Module]:
 
 
 def _last(named: dict[Module, list[str]]) -> list[Module]:
-    """The last Linear; not one that is inside of a loss, which reads it without calling it."""
-    inside = {m for loss in named if isinstance(loss, _HEAD_LOSS) for m in loss.modules()}
+    """The last Linear that may be called."""
+    inside = {m for reader in named if isinstance(reader, _READERS) for m in reader.modules()}
     linears = [m for m in named if isinstance(m, torch.nn.Linear) and m not in inside]
     return [*linears[-1:]]
 
@@ -243,16 +256,15 @@ def _log(module: Module) -> HeadLog | None:
     return mark if isinstance(mark, HeadLog) else None
 
 
-def _make_head(module: Module, name: str, is_head: bool) -> bool:
-    """Makes a Linear of ours a head, or no longer one; whether that was new."""
-    if is_head == (_log(module) is not None):
-        return False
-    marks = vars(module)
-    if is_head:
+def _make_head(module: Module, name: str, is_head: bool) -> None:
+    """Makes a Linear of ours a head, or no longer one; whose class was changed remains marked."""
+    marks, log = vars(module), _log(module)
+    if is_head and log is None:
         marks[_MARK] = HeadLog(name, is_swapped=_MARK in marks)
-    elif marks.pop(_MARK).is_swapped:
-        marks[_MARK] = True
-    return True
+    elif log is not None and not is_head:
+        del marks[_MARK]
+        if log.is_swapped:
+            marks[_MARK] = True
 
 
 def _predicate(argument: str, selector: Any) -> Callable[[str, Module], bool]:
