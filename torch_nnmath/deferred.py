@@ -12,6 +12,7 @@ computed once, for every tensor that came from the same call, which is then as p
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -219,9 +220,6 @@ class Layout(NamedTuple):
             return Layout(x.shape, x.stride(), x.dtype)
         return [Layout.of(v) for v in x]
 
-    def meta(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-
 
 def _packed(shape: Any, dtype: torch.dtype) -> Layout:
     """Of a tensor without gaps, in the order of its axes."""
@@ -246,18 +244,31 @@ class _Origin(NamedTuple):
 
     def layout(self) -> Any:
         """The result's layout, or each's of several, by PyTorch's own rules."""
-
-        def to_meta(v: Any) -> Any:
-            return v.detach().to("meta") if isinstance(v, Tensor) else v
-
-        kwargs = {k: v for k, v in self.kwargs.items() if k != "device"}
-        args = tree_map(to_meta, self.args)
-        return Layout.of(self._replace(args=args, kwargs=kwargs).on(self.parent.layout.meta()))
+        args = [*self.args[: self.place], self.parent.layout, *self.args[self.place + 1 :]]
+        kwargs = tuple((k, v) for k, v in self.kwargs.items() if k != "device")
+        return _layout(self.func, _key(args), kwargs)
 
     @property
     def other(self) -> Any:
         """The other operand, of two."""
         return self.args[1 - self.place]
+
+
+def _key(v: Any) -> Any:
+    """Arguments as a key: of tensors the layouts, of lists tuples."""
+    if isinstance(v, Tensor):
+        return Layout.of(v)
+    return tuple(map(_key, v)) if type(v) in (list, tuple) else v
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(func: Any, args: Any, kwargs: Any) -> Any:
+    def of_key(v: Any) -> Any:
+        if isinstance(v, Layout):
+            return torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device="meta")
+        return [*map(of_key, v)] if type(v) is tuple else v
+
+    return Layout.of(func(*of_key(args), **dict(kwargs)))
 
 
 class _Step:
@@ -476,11 +487,13 @@ def _moved(form: Form, its: Layout, origin: _Origin) -> Any:
     """
     probes = origin.on(form.probe)
     several = not isinstance(probes, Tensor)
-    layouts = None  # of indexing depend on a mask's numbers
+    layouts = None
     if origin.func not in INDEXING:
         layouts = origin.layout() if several else [origin.layout()]
         if len(layouts) != (len(probes) if several else 1):
             return None
+    elif its != _packed(its.shape, its.dtype):
+        return None  # a mask's numbers tell the shape, and strides are then another matter
     found = []
     for i, probe in enumerate(probes if several else [probes]):
         axes = [d for d, size in enumerate(probe.shape) if size == 0]
