@@ -51,6 +51,27 @@ def test_a_loss_may_be_divided_in_place(loss):
     torch.testing.assert_close(torch.autograd.grad(divided, x)[0], want)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3), (0, 2, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear, lambda n, m, b: nn.Feedforward((n, m), output_activation="identity", bias=b)],
+)
+def test_what_a_layer_gives_may_be_changed_in_place(layer, shape, bias):
+    """Its output is no view of something that a Function made."""
+    layer, x = layer(3, 2, bias), torch.randn(shape)
+    plain = torch.nn.Linear(3, 2, bias)
+    plain.load_state_dict({k.removeprefix("layers.0."): v for k, v in layer.state_dict().items()})
+    results = []
+    for net in (layer, plain):
+        y = net(x)
+        y += torch.ones(2)
+        y[..., 0] *= 3
+        results.append([y, *torch.autograd.grad(y.square().sum(), [*net.parameters()])])
+    for found, want in zip(*results, strict=True):
+        torch.testing.assert_close(found, want)
+
+
 def test_only_what_backward_reads_is_saved():
     x, W = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3)
     z = F.linear(x, W)

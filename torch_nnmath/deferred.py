@@ -314,44 +314,64 @@ class DeferredLogits(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not all(t in (DeferredLogits, *PLAIN) for t in types):  # another subclass has the say
-            args, kwargs = tree_map(lambda v: _ordinary(v, func), (args, kwargs))
-            return func(*args, **kwargs)
-        rule = FUNCTIONS.get(func)
-        with _unseen():
-            if rule is not None:
-                result = rule(func, *args, **kwargs)
-                if result is not NotImplemented:
-                    return result
-            return func(*args, **kwargs)
+        return _unseen_by_compiler(_function)(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        rule = STEPS.get(func)
+        return _unseen_by_compiler(_dispatch)(func, args, kwargs or {})
+
+
+def _unseen_by_compiler(function: Any) -> Any:
+    """`torch.compiler.disable`, which imports the compiler, once somebody else has."""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    if function not in _UNSEEN:
+        _UNSEEN[function] = torch.compiler.disable(function)
+    return _UNSEEN[function]
+
+
+_UNSEEN: dict[Any, Any] = {}
+
+
+def _function(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """A function of PyTorch or of ours, before autograd."""
+    if not all(t in (DeferredLogits, *PLAIN) for t in types):  # another subclass has the say
+        args, kwargs = tree_map(lambda v: _ordinary(v, func), (args, kwargs))
+        return func(*args, **kwargs)
+    rule = FUNCTIONS.get(func)
+    with _unseen():
         if rule is not None:
-            out = _noted(func, rule, args, kwargs)
-            if out is not None:
-                return out
-        if func in FACTORIES:
-            z = args[0]
-            return func(torch.empty(0, dtype=z.dtype, device=z.device), *args[1:], **kwargs)
-        plain: dict[int, Tensor] = {}
+            result = rule(func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
 
-        def numbers(v: Any) -> Any:
-            if not isinstance(v, DeferredLogits):
-                return v
-            v.step.call.compute(str(func.overloadpacket).removeprefix("aten."))
-            assert v.step.numbers is not None
-            plain[id(v.step.numbers)] = v
-            return v.step.numbers
 
-        out = func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
-        # what was written to in place is returned as itself
-        return tree_map(lambda v: plain.get(id(v), v) if isinstance(v, Tensor) else v, out)
+def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation after autograd: noted, or of numbers."""
+    rule = STEPS.get(func)
+    if rule is not None:
+        out = _noted(func, rule, args, kwargs)
+        if out is not None:
+            return out
+    if func in FACTORIES:
+        z = args[0]
+        return func(torch.empty(0, dtype=z.dtype, device=z.device), *args[1:], **kwargs)
+    plain: dict[int, Tensor] = {}
+
+    def numbers(v: Any) -> Any:
+        if not isinstance(v, DeferredLogits):
+            return v
+        v.step.call.compute(str(func.overloadpacket).removeprefix("aten."))
+        assert v.step.numbers is not None
+        plain[id(v.step.numbers)] = v
+        return v.step.numbers
+
+    out = func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
+    # what was written to in place is returned as itself
+    return tree_map(lambda v: plain.get(id(v), v) if isinstance(v, Tensor) else v, out)
 
 
 def _name(func: Any) -> str:

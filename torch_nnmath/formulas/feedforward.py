@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath.formulas._formula import Formula, save, total
-from torch_nnmath.formulas.affine import affine_gradients, affine_tangent
+from torch_nnmath.formulas.affine import affine_gradients, affine_tangent, affine_value
 from torch_nnmath.formulas.relu import ReLU
 from torch_nnmath.formulas.sigmoid import Sigmoid
 from torch_nnmath.formulas.softmax import Softmax
@@ -46,7 +46,7 @@ class Feedforward(Formula):
     def forward(activations: str, x: Tensor, *parameters: Tensor | None) -> Any:
         outputs, a = [], x
         for name, W, b in layers(activations, parameters):
-            a = ACTIVATIONS[name].f(torch.nn.functional.linear(a, W, b))
+            a = ACTIVATIONS[name].f(affine_value(a, W, b))
             outputs.append(a)
         return tuple(outputs)
 
