@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
 from torch_nnmath import functional as ours
-from torch_nnmath._precision import for_product
+from torch_nnmath._precision import for_product, wide_type
 from torch_nnmath.kernels.choice import PLAIN, is_transformed
 
 __all__ = ["DeferredLogits", "HeadLog", "MaterializedLogits", "linear"]
@@ -116,12 +116,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Any) -> T
 
 def _are_numbers(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors, which nothing transforms, traces or records."""
-    if is_transformed() or torch.is_inference_mode_enabled() or get_proxy_mode() is not None:
+    if is_transformed() or torch.is_inference_mode_enabled() or _is_traced():
         return False
     given = [v for v in tensors if v is not None]
-    return torch._C._get_tracing_state() is None and all(
-        type(v) in PLAIN and not v.is_meta and not v.is_inference() for v in given
-    )
+    return all(type(v) in PLAIN and not v.is_meta and not v.is_inference() for v in given)
+
+
+def _is_traced() -> bool:
+    """Whether operations are recorded, which are to be those of logits."""
+    return torch._C._get_tracing_state() is not None or get_proxy_mode() is not None
 
 
 def _fit(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
@@ -166,7 +169,7 @@ class _Call:
         self.steps: list[weakref.ref[_Step]] = []
         self.is_computed = False
         self.watched: str | None = None  # by whom
-        self.fused = 0
+        self.is_passed_by = False  # by a loss's gradient
 
     def check(self) -> None:
         if any(v.untyped_storage().nbytes() == 0 for v, _ in self.versions if v.numel()):
@@ -210,15 +213,10 @@ class Layout(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    offset: int = 0
 
     def dim(self) -> int:
         return len(self.shape)
-
-    @staticmethod
-    def of(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return Layout(x.shape, x.stride(), x.dtype)
-        return [Layout.of(v) for v in x]
 
 
 def _packed(shape: Any, dtype: torch.dtype) -> Layout:
@@ -246,7 +244,8 @@ class _Origin(NamedTuple):
         """The result's layout, or each's of several, by PyTorch's own rules."""
         args = [*self.args[: self.place], self.parent.layout, *self.args[self.place + 1 :]]
         kwargs = tuple((k, v) for k, v in self.kwargs.items() if k != "device")
-        return _layout(self.func, _key(args), kwargs)
+        types = tuple(map(type, args))  # 2 and 2 + 0j are equal keys
+        return _layout(self.func, _key(args), kwargs, self.place, types)
 
     @property
     def other(self) -> Any:
@@ -257,18 +256,27 @@ class _Origin(NamedTuple):
 def _key(v: Any) -> Any:
     """Arguments as a key: of tensors the layouts, of lists tuples."""
     if isinstance(v, Tensor):
-        return Layout.of(v)
+        return Layout(v.shape, v.stride(), v.dtype)
     return tuple(map(_key, v)) if type(v) in (list, tuple) else v
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(func: Any, args: Any, kwargs: Any) -> Any:
+def _layout(func: Any, args: Any, kwargs: Any, place: int, types: Any) -> Any:
     def of_key(v: Any) -> Any:
         if isinstance(v, Layout):
             return torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device="meta")
         return [*map(of_key, v)] if type(v) is tuple else v
 
-    return Layout.of(func(*of_key(args), **dict(kwargs)))
+    def of(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return [*map(of, x)]
+        is_view = x.untyped_storage()._cdata == memory
+        offset = x.storage_offset() + args[place].offset if is_view else 0
+        return Layout(x.shape, x.stride(), x.dtype, offset)
+
+    metas = of_key(args)
+    memory = metas[place].untyped_storage()._cdata
+    return of(func(*metas, **dict(kwargs)))
 
 
 class _Step:
@@ -291,7 +299,11 @@ class _Step:
 
     def path(self) -> list[_Step]:
         """From the head on, without the head."""
-        return [] if self.origin is None else [*self.origin.parent.path(), self]
+        steps, step = [], self
+        while step.origin is not None:
+            steps.append(step)
+            step = step.origin.parent
+        return steps[::-1]
 
 
 class DeferredLogits(Tensor):
@@ -306,6 +318,7 @@ class DeferredLogits(Tensor):
             cls,
             layout.shape,
             strides=layout.stride,
+            storage_offset=layout.offset,
             dtype=layout.dtype,
             device=step.form.probe.device,
         )
@@ -456,7 +469,7 @@ def _noted(func: Any, rule: Any, args: Any, kwargs: Any) -> Any:
     (place,) = places
     step = args[place].step
     call, form, its = step.call, step.form, step.layout
-    if call.is_computed or call.watched:
+    if call.is_computed or call.watched or _is_traced():
         return None
     C, entries = its.shape[form.axis], math.prod(its.shape)
     tensors = [v for v in tree_leaves(args) if isinstance(v, Tensor)]
@@ -501,25 +514,29 @@ def _copied(form: Form, its: Layout, origin: _Origin) -> Any:
 
 
 def _moved(form: Form, its: Layout, origin: _Origin) -> Any:
-    """What takes rows and moves axes, but leaves each row whole.
+    """What takes rows and moves axes, but leaves each row whole, whatever it is wide.
 
     Where the classes are then, the probe shows: where nothing is left.
     """
-    probes = origin.on(form.probe)
+    probes, axis = origin.on(form.probe), form.axis
     several = not isinstance(probes, Tensor)
-    layouts = None
-    if origin.func not in INDEXING:
-        layouts = origin.layout() if several else [origin.layout()]
-        if len(layouts) != (len(probes) if several else 1):
-            return None
-    elif its != _packed(its.shape, its.dtype):
-        return None  # a mask's numbers tell the shape, and strides are then another matter
+    if origin.func in INDEXING:
+        if its != _packed(its.shape, its.dtype):
+            return None  # a mask's numbers tell the shape, and strides are then another matter
+        width, layouts = 1, None
+    else:
+        width, layouts = its.shape[axis] + 1, origin.layout() if several else [origin.layout()]
+    shape = [width if d == axis else size for d, size in enumerate(form.probe.shape)]
+    others = origin.on(form.probe.new_empty(()).expand(shape))
+    probes, others = (p if several else [p] for p in (probes, others))
+    if len(others) != len(probes):
+        return None
     found = []
-    for i, probe in enumerate(probes if several else [probes]):
+    for i, (probe, other) in enumerate(zip(probes, others, strict=True)):
         axes = [d for d, size in enumerate(probe.shape) if size == 0]
-        if len(axes) != 1:
+        if len(axes) != 1 or other.shape[axes[0]] != width:
             return None
-        shape = [its.shape[form.axis] if size == 0 else size for size in probe.shape]
+        shape = [its.shape[axis] if size == 0 else size for size in probe.shape]
         layout = layouts[i] if layouts else _packed(shape, its.dtype)
         if [*layout.shape] != shape:
             return None
@@ -579,7 +596,8 @@ def _scaled_by_row(form: Form, origin: _Origin, out: Layout, power: int) -> Any:
     rows = [1 if d == form.axis else size for d, size in enumerate(its.shape)]
 
     def row_scale() -> Tensor:
-        return (other if power == 1 else 1 / other).expand(rows)
+        scale = other.to(torch.promote_types(wide_type(other.dtype), out.dtype))
+        return (scale if power == 1 else 1 / scale).expand(rows)
 
     return Noted(form._replace(is_by_row=True), out, None, row_scale)
 
@@ -587,7 +605,7 @@ def _scaled_by_row(form: Form, origin: _Origin, out: Layout, power: int) -> Any:
 def _shifted(form: Form, its: Layout, origin: _Origin) -> Any:
     """Plus one row, for all: it goes into the bias."""
     r, out = origin.other, origin.layout()
-    is_logits = not (form.scale or form.inner or form.sign or form.is_by_row)
+    is_logits = not (form.scale or form.inner is not None or form.sign or form.is_by_row)
     if not is_logits or origin.kwargs or not isinstance(r, Tensor) or not r.is_floating_point():
         return None
     shape = [1] * (its.dim() - r.dim()) + [*r.shape]
@@ -618,17 +636,18 @@ def _normalized(form: Form, its: Layout, origin: _Origin) -> Any:
     return Noted(form._replace(sign=1), origin.layout())
 
 
-INDEXING = (aten.index.Tensor,)
+INDEXING = (aten.index.Tensor, aten.index_select.default)
 
 STEPS: dict[Any, Any] = {
     **dict.fromkeys([aten.alias.default, aten.detach.default, aten.clone.default], _copied),
     aten._to_copy.default: _copied,
     **dict.fromkeys([aten.view.default, aten._unsafe_view.default], _reshaped),
-    **dict.fromkeys([aten.slice.Tensor, aten.select.int, aten.index_select.default], _moved),
+    **dict.fromkeys([aten.slice.Tensor, aten.select.int], _moved),
     **dict.fromkeys([aten.transpose.int, aten.permute.default, aten.t.default], _moved),
-    **dict.fromkeys([aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims], _moved),
+    **dict.fromkeys([aten.unsqueeze.default, aten.squeeze.default], _reshaped),
+    **dict.fromkeys([aten.squeeze.dim, aten.squeeze.dims], _reshaped),
     **dict.fromkeys([aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int], _moved),
-    **dict.fromkeys([aten.squeeze.default, *INDEXING], _moved),
+    **dict.fromkeys(INDEXING, _moved),
     **dict.fromkeys([aten.mul.Tensor, aten.div.Tensor], _scaled),
     aten.neg.default: _negated,
     aten.add.Tensor: _shifted,
@@ -652,7 +671,8 @@ class _Rows(NamedTuple):
     scale: Any
     cap: float | None
     dtype: torch.dtype  # of the logits
-    row_scale: Tensor | None
+    row: Any  # that is added to each
+    row_scale: Tensor | None  # a factor of each
 
     def head(
         self,
@@ -667,7 +687,8 @@ class _Rows(NamedTuple):
         cap = self.cap if softcap is None else softcap
         return ours._head(
             *(self.features, self.weight, target, self.bias, weight, ignore_index),
-            *(label_smoothing, base, self.scale * logit_scale, cap, self.dtype, self.row_scale),
+            *(label_smoothing, base, self.scale * logit_scale, cap),
+            *(self.dtype, self.row, self.row_scale),
         )
 
 
@@ -696,21 +717,22 @@ def _rows(z: DeferredLogits, is_log: bool, axis: int) -> Any:
     call = step.call
     if call.is_computed or bool(form.sign) != is_log or form.axis != axis % z.dim():
         return NotImplemented
+    if _is_traced():
+        return NotImplemented
     obstacle = _obstacle(z)
     if obstacle is not None:
         call.compute(obstacle)
         return NotImplemented
     call.check()
 
-    def of(v: Any) -> Any:
+    def of(v: Any, has_gradient: bool = z.requires_grad) -> Any:
         """Of logits without a gradient nothing has one."""
-        return v if z.requires_grad or not isinstance(v, Tensor) else v.detach()
+        return v if has_gradient or not isinstance(v, Tensor) else v.detach()
 
-    x, W, b = (of(v) for v in call.operands)
+    x, W, b = (of(v, z.requires_grad and call.node is not None) for v in call.operands)
     if z.dtype == torch.float64:
         x, W, b = (v if v is None else v.double() for v in (x, W, b))
-    for r in form.row:
-        b = of(r).flatten().to(W.dtype) if b is None else (b + of(r).flatten()).to(W.dtype)
+    row = sum(of(r).flatten().to(wide_type(W.dtype)) for r in form.row) if form.row else None
     rows, row_scale = x, None
     for s in step.path():
         if s.noted.onto is not None:
@@ -729,7 +751,7 @@ def _rows(z: DeferredLogits, is_log: bool, axis: int) -> Any:
         scale = of(inner.value())
     if row_scale is not None:
         row_scale = row_scale.movedim(form.axis, -1)
-    return _Rows(rows.movedim(form.axis, -1), W, b, scale, cap, z.dtype, row_scale)
+    return _Rows(rows.movedim(form.axis, -1), W, b, scale, cap, z.dtype, row, row_scale)
 
 
 def _loss(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -740,8 +762,9 @@ def _loss(rule: Callable[..., Any]) -> Callable[..., Any]:
             return NotImplemented
         result = rule(func, input, *args, **kwargs)
         if result is not NotImplemented:
-            input.step.call.fused += 1
-            input.step.call.log.fused += 1
+            call = input.step.call
+            call.log.fused += 1
+            call.is_passed_by |= torch.is_grad_enabled() and input.requires_grad
         return result
 
     return loss
@@ -765,6 +788,8 @@ def _cross_entropy(
 ) -> Any:
     """F14, F15 in place of `cross_entropy` or, of logarithms, of `nll_loss`."""
     is_log = func is theirs.nll_loss
+    if not isinstance(target, Tensor):
+        return NotImplemented
     form, axis = input.step.form, min(input.dim() - 1, 1)
     is_changed = options.get("softcap") is not None or ours._is_scale(options.get("logit_scale", 1))
     if form.sign < 0 or (form.inner is not None and is_changed):
@@ -818,7 +843,8 @@ def _gather(func: Any, input: DeferredLogits, dim: Any, index: Any, **kwargs: An
         head = rows.head(index.squeeze(axis), ignore_index=torch.iinfo(torch.int64).min)
     except IndexError:  # `gather` has a RuntimeError of its own
         return NotImplemented
-    return (form.sign * ours._log_probs_of_head(head, False)).unsqueeze(axis)
+    log_probs = ours._log_probs_of_head(head, False).to(input.dtype)
+    return (form.sign * log_probs).unsqueeze(axis)
 
 
 @_loss
@@ -842,7 +868,7 @@ def _summed(
     any_class = torch.zeros(form.shape_of_rows(), dtype=torch.int64, device=input.device)
     head = rows._replace(dtype=dtype).head(any_class, label_smoothing=1.0)
     factor = -form.sign * (1 if func in MEANS else input.shape[form.axis])
-    result = factor * ours._loss_of_head(head, "none", 0.0, False)
+    result = factor * ours._loss_of_head(head, "none", 0.0, False).to(dtype)
     return result.unsqueeze(form.axis) if keepdim else result
 
 
@@ -857,7 +883,7 @@ def _watched(func: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
         is_fsdp = any(
             (getattr(v, "__module__", None) or "").startswith("torch.distributed") for v in args
         )
-        if call.fused and func in HOOKS and not is_fsdp:
+        if call.is_passed_by and func in HOOKS and not is_fsdp:
             raise RuntimeError(
                 f"{name} on logits of head {call.log.name!r} after their loss was computed, "
                 "which passed them by: no gradient will come. Call it before the loss, or "
@@ -869,7 +895,7 @@ def _watched(func: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _gradient(func: Any, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     for z in inputs if isinstance(inputs, list | tuple) else [inputs]:
-        if isinstance(z, DeferredLogits) and z.step.call.fused:
+        if isinstance(z, DeferredLogits) and z.step.call.is_passed_by:
             raise RuntimeError(
                 f"the gradient in logits of head {z.step.call.log.name!r} is asked for, but their "
                 "loss was computed past them: call logits.retain_grad() before the loss, or "
@@ -883,6 +909,10 @@ def _eager(func: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(z, DeferredLogits):
         z.step.call.compute(_name(func))
     return NotImplemented
+
+
+def _refused(func: Any, *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("deferred logits have no memory that could be set: use copy_()")
 
 
 def _read(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -904,6 +934,7 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys([*HOOKS, READ_GRAD_FN], _watched),
     torch.autograd.grad: _gradient,
     **dict.fromkeys([Tensor.detach, torch.detach, READ_DATA], _eager),
+    getattr(Tensor, "data").__set__: _refused,  # noqa: B009 (mypy knows no descriptor)
     **{
         getattr(Tensor, name): _read
         for name in (

@@ -628,11 +628,13 @@ def _head(
     logit_scale: Tensor | float,
     softcap: float | None,
     dtype: torch.dtype | None = None,
+    row: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> _Head:
     """Checks the head's arguments and makes F14's of them.
 
-    The logits may be of a wider `dtype`, and without a bias each row of them times `row_scale`.
+    The logits may be of a wider `dtype`, have a `row` added to each, and without a bias each times
+    its `row_scale`.
     """
     check.base(base)
     if linear_weight.dim() < 2:
@@ -657,6 +659,8 @@ def _head(
     if is_autocast(input):
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
     input, linear_weight, linear_bias = for_product(input, linear_weight, linear_bias)
+    if row is not None:
+        linear_bias = row if linear_bias is None else wide(linear_bias) + row
     loss_type = wide_type(input.dtype)
     batch = input.shape[:-1]
     N, positions = math.prod([*batch]), math.prod([*out_features])

@@ -363,7 +363,11 @@ class _Block:
     def logits_(self, classes: slice) -> Tensor:
         """z = W x + b, in this block's memory, or tanh(z / cap); of some classes."""
         z, W, b = self.z[:, classes], self.W[classes], None if self.b is None else self.b[classes]
-        torch.mm(self.x, W.T, out=z) if b is None else torch.addmm(b, self.x, W.T, out=z)
+        if b is None or len(z) == 1:  # one row and a bias are refused by cuBLASLt
+            torch.mm(self.x, W.T, out=z)
+            z = z if b is None else z.add_(b)
+        else:
+            torch.addmm(b, self.x, W.T, out=z)
         z = self.kept_(z)
         if self.cap is None:
             return z
