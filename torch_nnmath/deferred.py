@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as theirs
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torch_nnmath import _check as check
@@ -314,13 +315,12 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __new__(cls, step: _Step) -> DeferredLogits:
         layout = step.layout
+        options: dict[str, Any] = {"dtype": layout.dtype, "device": step.form.probe.device}
+        if torch.is_inference_mode_enabled():  # what is a view of a tensor with a version has one
+            with torch.inference_mode(False):
+                return DeferredLogits(step)
         z: DeferredLogits = Tensor._make_wrapper_subclass(
-            cls,
-            layout.shape,
-            strides=layout.stride,
-            storage_offset=layout.offset,
-            dtype=layout.dtype,
-            device=step.form.probe.device,
+            cls, layout.shape, strides=layout.stride, storage_offset=layout.offset, **options
         )
         z.step = step
         return z
@@ -397,7 +397,7 @@ def _ordinary(v: Any, func: Any) -> Any:
     """A tensor that is no subclass, with the same memory and the same gradient."""
     if not isinstance(v, DeferredLogits):
         return v
-    with _unseen():
+    with _unseen(), _disable_current_modes():  # as of fake tensors, which know no numbers
         v.step.call.compute(_name(func))
         return aten.alias(v)
 
