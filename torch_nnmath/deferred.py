@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as theirs
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -171,6 +172,9 @@ class _Call:
         self.is_computed = False
         self.watched: str | None = None  # by whom
         self.is_passed_by = False  # by a loss's gradient
+        if not _CALLS:
+            _hear_of_steps()
+        _CALLS.add(self)
 
     def check(self) -> None:
         if any(v.untyped_storage().nbytes() == 0 for v, _ in self.versions if v.numel()):
@@ -206,6 +210,21 @@ class _Call:
 
 def _without_autocast(x: Tensor) -> Any:
     return torch.autocast(x.device.type, enabled=False)
+
+
+_CALLS: weakref.WeakSet[_Call] = weakref.WeakSet()
+
+
+@functools.cache
+def _hear_of_steps() -> None:
+    """A fused optimizer leaves the versions of what it changes as they were."""
+
+    def step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        held = {id(v) for call in _CALLS for v, _ in call.versions}
+        changed = [p for group in optimizer.param_groups for p in group["params"] if id(p) in held]
+        torch.autograd.graph.increment_version(changed)
+
+    register_optimizer_step_post_hook(step)
 
 
 class Layout(NamedTuple):
@@ -372,12 +391,17 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if func in FACTORIES:
         z = args[0]
         return func(torch.empty(0, dtype=z.dtype, device=z.device), *args[1:], **kwargs)
+    if torch.Tag.inplace_view in func.tags:
+        raise RuntimeError(
+            f"deferred logits cannot change their shape in place by {_operation(func)}: "
+            f"use {_operation(func).rstrip('_')}"
+        )
     plain: dict[int, Tensor] = {}
 
     def numbers(v: Any) -> Any:
         if not isinstance(v, DeferredLogits):
             return v
-        v.step.call.compute(str(func.overloadpacket).removeprefix("aten."))
+        v.step.call.compute(_operation(func))
         assert v.step.numbers is not None
         plain[id(v.step.numbers)] = v
         return v.step.numbers
@@ -385,6 +409,10 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     out = func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
     # what was written to in place is returned as itself
     return tree_map(lambda v: plain.get(id(v), v) if isinstance(v, Tensor) else v, out)
+
+
+def _operation(func: Any) -> str:
+    return str(func.overloadpacket).removeprefix("aten.")
 
 
 def _name(func: Any) -> str:
@@ -424,9 +452,10 @@ class Scale(NamedTuple):
     def times(self, over: float, under: float, *tensors: tuple[Tensor, int]) -> Scale:
         return Scale(self.over * over, self.under * under, self.tensors + tensors)
 
-    def value(self) -> Any:
+    def value(self, dtype: torch.dtype) -> Any:
         s: Any = self.over / self.under
-        for factor, power in self.tensors:
+        for v, power in self.tensors:
+            factor = v.to(torch.promote_types(wide_type(v.dtype), dtype))
             s = s * factor if power == 1 else s / factor
         return s
 
@@ -521,7 +550,7 @@ def _moved(form: Form, its: Layout, origin: _Origin) -> Any:
     probes, axis = origin.on(form.probe), form.axis
     several = not isinstance(probes, Tensor)
     if origin.func in INDEXING:
-        if its != _packed(its.shape, its.dtype):
+        if its._replace(offset=0) != _packed(its.shape, its.dtype):
             return None  # a mask's numbers tell the shape, and strides are then another matter
         width, layouts = 1, None
     else:
@@ -745,10 +774,10 @@ def _rows(z: DeferredLogits, is_log: bool, axis: int) -> Any:
         expected = [width if d == form.axis else size for d, size in enumerate(z.shape)]
         if v is not None and [*v.shape] != expected:
             return NotImplemented  # the features' axis was met by what leaves the classes' alone
-    scale, cap = of(form.scale.value()), None
+    scale, cap = of(form.scale.value(z.dtype)), None
     if form.inner is not None:  # t tanh(s z) = |t| tanh((s t) z / |t|)
         cap, inner = abs(scale), form.inner.times(form.scale.over, form.scale.under)
-        scale = of(inner.value())
+        scale = of(inner.value(z.dtype))
     if row_scale is not None:
         row_scale = row_scale.movedim(form.axis, -1)
     return _Rows(rows.movedim(form.axis, -1), W, b, scale, cap, z.dtype, row, row_scale)
