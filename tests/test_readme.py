@@ -26,10 +26,19 @@ def test_links_lead_somewhere():
             assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
 
 
-def test_the_example_of_use_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_of_use_run(capsys):
     names: dict = {}
-    exec(code, names)
-    assert "3 modules changed" in capsys.readouterr().out
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(code, names)
+    printed = capsys.readouterr().out
+    assert "3 modules changed\nhead 2: 1 loss without logits" in printed
     assert names["HV"].shape == names["W"].shape
     assert abs(names["J"].sum()) < 1e-6
+
+
+def test_the_example_of_swapping_prints_what_the_page_says(capsys):
+    page = (ROOT / "docs" / "swapping.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (text,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == text
