@@ -933,6 +933,18 @@ def _gradient(func: Any, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -
     return NotImplemented
 
 
+def _grad(func: Any, z: Any) -> Any:
+    """PyTorch would warn too, but not after a `backward(inputs=[z])`."""
+    if not isinstance(z, DeferredLogits) or not z.step.call.is_passed_by:
+        return NotImplemented
+    warnings.warn(
+        f"the gradient in logits of head {z.step.call.log.name!r} is read, but their loss was "
+        "computed past them: call logits.retain_grad() before the loss, or swap(model, head=None)",
+        stacklevel=_user_frame()[0],
+    )
+    return None
+
+
 def _eager(func: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
     """Logits that the user takes out of the graph, to keep: the numbers of now."""
     if isinstance(z, DeferredLogits):
@@ -952,7 +964,9 @@ def _read(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 HOOKS = (Tensor.register_hook, Tensor.retain_grad)
 MEANS = (torch.mean, Tensor.mean)
-READ_GRAD_FN, READ_DATA = (getattr(Tensor, name).__get__ for name in ("grad_fn", "data"))
+READ_GRAD_FN, READ_GRAD, READ_DATA = (
+    getattr(Tensor, name).__get__ for name in ("grad_fn", "grad", "data")
+)
 
 FUNCTIONS: dict[Any, Any] = {
     theirs.cross_entropy: _cross_entropy,
@@ -962,6 +976,7 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys([torch.sum, Tensor.sum, *MEANS], _summed),
     **dict.fromkeys([*HOOKS, READ_GRAD_FN], _watched),
     torch.autograd.grad: _gradient,
+    READ_GRAD: _grad,
     **dict.fromkeys([Tensor.detach, torch.detach, READ_DATA], _eager),
     getattr(Tensor, "data").__set__: _refused,  # noqa: B009 (mypy knows no descriptor)
     **{
