@@ -738,7 +738,7 @@ def test_a_declared_output_that_is_no_linear_leaves_the_model_without_head():
     model.both = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 9))
     report = swap(model)
     assert heads(report) == []
-    assert report.left == {"both": "Sequential is no torch.nn.Linear"}
+    assert report.left == {"both": "torch.nn.modules.container.Sequential is no torch.nn.Linear"}
 
 
 def is_deferred(z):
@@ -790,7 +790,7 @@ def test_a_layer_of_ours_that_the_user_made_can_be_the_head_and_stays_ours():
         ("3", ValueError, "no module named '3'"),
         ("lm_haed", ValueError, "near it are 'lm_head'"),
         ("body.1", ValueError, "must be a torch.nn.Linear"),
-        ("own", ValueError, "Own is a class of its own"),
+        ("own", ValueError, "test_swapping.Own is a class of its own"),
         ("patched", ValueError, "forward of its own"),
         (nn.Linear(2, 2), ValueError, "not in the model"),
         (False, TypeError, "a name, a module"),
@@ -811,7 +811,7 @@ def test_the_report_says_what_was_left_and_what_became_of_the_logits():
     model = nn.Sequential(Own(4, 4), patched(), nn.Linear(4, 7))
     report = swap(model)
     assert report.left == {
-        "0": "Own is a class of its own",
+        "0": "test_swapping.Own is a class of its own",
         "1": "its instance has a forward of its own",
     }
     x, target = torch.randn(3, 4), torch.tensor([0, 6, 2])
@@ -821,7 +821,7 @@ def test_the_report_says_what_was_left_and_what_became_of_the_logits():
     assert lines[:5] == [
         "2  torch.nn.Linear  ->  torch_nnmath.nn.Linear  head",
         "1 module changed",
-        "left as it was: 0: Own is a class of its own",
+        "left as it was: 0: test_swapping.Own is a class of its own",
         "left as it was: 1: its instance has a forward of its own",
         "head 2: 1 loss without logits so far",
     ]

@@ -71,7 +71,7 @@ class HeadLog:
         return "\n".join(lines)
 
     def note(self, why: str, *, is_training: bool = False) -> None:
-        if is_training and torch.is_grad_enabled() and not self.has_warned:
+        if is_training and not self.has_warned:
             self.has_warned = True
             warnings.warn(
                 f"the logits of head {self.name or '(root)'} were computed, and memory was not "
@@ -105,7 +105,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Any) -> T
         return ours.linear(input, weight, bias)
     log = module._nnmath_swapped
     if module._forward_hooks:
-        log.note("by forward hooks of the head", is_training=module.training)
+        is_training = module.training and torch.is_grad_enabled()
+        log.note("by forward hooks of the head", is_training=is_training)
         return ours.linear(input, weight, bias)
     x, W, b = for_product(input, weight, bias)  # the loss may stand outside of autocast's region
     if not _fit(x, W, b):
@@ -498,7 +499,7 @@ def _noted(func: Any, rule: Any, args: Any, kwargs: Any) -> Any:
     (place,) = places
     step = args[place].step
     call, form, its = step.call, step.form, step.layout
-    if call.is_computed or call.watched or _is_traced():
+    if call.is_computed or _is_traced():
         return None
     C, entries = its.shape[form.axis], math.prod(its.shape)
     tensors = [v for v in tree_leaves(args) if isinstance(v, Tensor)]

@@ -139,7 +139,7 @@ def swap(
     left = {name: why for module, name in chosen.items() if (why := _obstacle(module))}
     if head == "auto":
         others = [module for module in heads if not isinstance(module, torch.nn.Linear)]
-        left |= {named[m][0]: f"{type(m).__name__} is no torch.nn.Linear" for m in others}
+        left |= {named[m][0]: f"{_class(m)} is no torch.nn.Linear" for m in others}
         heads = [module for module in heads if module in chosen or _log(module) is not None]
     chosen |= {module: named[module][0] for module in heads if module not in chosen}
     changes = []  # made after the last predicate: one that raises leaves all as it was
@@ -150,7 +150,11 @@ def swap(
             module.__class__ = _OURS[type(module)]
             vars(module)[_MARK] = True
         _make_head(module, name, module in heads and isinstance(module, nn.Linear))
-    logs = {log.name: log for module in named if (log := _log(module)) is not None}
+    logs = {}
+    for module, names in named.items():
+        if (log := _log(module)) is not None:
+            log.name = chosen.get(module, names[0])  # of a copy, another than when it was made
+            logs[log.name] = log
     return Report(changes, logs, left)
 
 
@@ -202,7 +206,11 @@ def _obstacle(module: Module) -> str | None:
         return "its instance has a forward of its own"
     if type(module) in _OURS or isinstance(module, tuple(_THEIRS)):
         return None
-    return f"{type(module).__name__} is a class of its own"
+    return f"{_class(module)} is a class of its own"
+
+
+def _class(module: Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _heads(head: Any, named: dict[Module, list[str]]) -> list[Module]:
