@@ -242,7 +242,7 @@ def head_second(
             Q.scatter_add_(1, direction.y, -g * direction.p * slope_y)
         if wants[0]:
             of_rows = Q @ block.W
-            of_rows = of_rows if V is None else of_rows.addmm_(delta, V)
+            of_rows = of_rows if V is None else _add_product_(of_rows, delta, V)
             hx[rows] = block.kept_(of_rows)
         if wants[1]:
             hW.addmm_(Q.T, block.x, beta=block.beta)
@@ -363,7 +363,7 @@ class _Block:
     def logits_(self, classes: slice) -> Tensor:
         """z = W x + b, in this block's memory, or tanh(z / cap); of some classes."""
         z, W, b = self.z[:, classes], self.W[classes], None if self.b is None else self.b[classes]
-        if b is None or len(z) == 1:  # one row and a bias are refused by cuBLASLt
+        if b is None or len(z) == 1:  # see _add_product_
             torch.mm(self.x, W.T, out=z)
             z = z if b is None else z.add_(b)
         else:
@@ -658,8 +658,13 @@ def _direction_of_logits_(
     """W u + V x + s for a block, in r; 0 where nothing moves."""
     r.zero_() if u is None else torch.mm(u, W.T, out=r)
     if V is not None:
-        r.addmm_(x, V.T)
+        _add_product_(r, x, V.T)
     return r if s is None else r.add_(s)
+
+
+def _add_product_(r: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """r + A B, in r. Of one row, which is also a bias, cuBLASLt may refuse to do it in one call."""
+    return r.add_(A @ B) if len(r) == 1 else r.addmm_(A, B)
 
 
 def _put(result: Tensor, rows: Any, classes: slice, value: Tensor) -> None:
