@@ -32,6 +32,7 @@ def test_the_examples_of_use_run(capsys):
         exec(code, names)
     printed = capsys.readouterr().out
     assert "3 modules changed\nhead 2: 1 loss without logits" in printed
+    assert "second order" in printed  # the table of the checker
     assert names["HV"].shape == names["W"].shape
     assert abs(names["J"].sum()) < 1e-6
 
