@@ -419,7 +419,7 @@ def widened(z):
 TYPED: dict[str, Any] = {
     "as it is": lambda z, o: ce(z, o.y),
     "widened": lambda z, o: ce(widened(z), o.y),
-    "widened by type_as": lambda z, o: ce(z.to(dtype=torch.float32)[:, 1:], o.y[:, 1:]),
+    "at least float32": lambda z, o: ce(z.to(dtype=torch.float32)[:, 1:], o.y[:, 1:]),
     "widened, scaled": lambda z, o: ce(widened(z) * 0.7, o.y),
     "scaled": lambda z, o: ce(z / 3, o.y),
     "times a learnt number": lambda z, o: ce(z * o.s, o.y),
@@ -444,6 +444,8 @@ TYPED: dict[str, Any] = {
     "sum": lambda z, o: z.log_softmax(-1).sum(-1, dtype=torch.float32),
     "mean": lambda z, o: z.log_softmax(-1).mean(-1),
     "smoothed by trainer": smoothed_by_trainer,
+    "read": lambda z, o: (z / 9).exp().mean(),
+    "read, detached": lambda z, o: (z.detach() / 9).exp().mean() + (z / 9).exp().mean(),
 }
 TYPED_WITHOUT_BIAS: dict[str, Any] = {
     "temperatures": lambda z, o: ce(z / o.t, o.y),
@@ -454,7 +456,7 @@ TYPED_WITHOUT_BIAS: dict[str, Any] = {
 }
 
 
-KINDS = ["float32", "bfloat16", "float16", "inside", "outside"]
+KINDS = ["float32", "bfloat16", "float16", "inside", "outside", "before"]
 
 
 @pytest.mark.parametrize(
@@ -463,26 +465,24 @@ KINDS = ["float32", "bfloat16", "float16", "inside", "outside"]
 def test_types(kind, name):
     """No further off than the plain model but for a rounding of each loss; and of its types.
 
-    A loss inside of autocast's region, or outside where logits are made inside.
+    Logits and loss inside of autocast's region; the logits alone; the loss alone.
     """
     way = (TYPED | TYPED_WITHOUT_BIAS)[name]
-    dtype = torch.float32 if kind in ("inside", "outside") else getattr(torch, kind)
+    dtype = getattr(torch, kind, torch.float32)
     plain, swapped, log = pair(name in TYPED, dtype)
     exact = copy.deepcopy(plain).double()
 
-    def with_logits_of_autocast(model):
-        def f(x):
-            with torch.autocast("cpu", BF16):
+    def run(model):
+        def logits(x):
+            with torch.autocast("cpu", BF16, enabled=kind in ("inside", "outside")):
                 return model(x)
 
-        f.parameters = model.parameters
-        return f
+        def loss(z, o):
+            with torch.autocast("cpu", BF16, enabled=kind in ("inside", "before")):
+                return way(z, o)
 
-    def run(model):
-        if kind == "outside":
-            return results(with_logits_of_autocast(model), way, numbers(dtype))
-        with torch.autocast("cpu", BF16, enabled=kind == "inside"):
-            return results(model, way, numbers(dtype))
+        logits.parameters = model.parameters
+        return results(logits, loss, numbers(dtype))
 
     truth, theirs, mine = results(exact, way, numbers(dtype, exact=True)), run(plain), run(swapped)
     limit = roundings(BF16 if kind in ("inside", "outside") else dtype) * max(log.fused, 1)
@@ -492,7 +492,7 @@ def test_types(kind, name):
             assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
             scale = distance(true, 0.0)
             assert distance(found, true) <= distance(expected, true) + limit * scale
-    if (kind, name) != ("float32", "widened by type_as"):
+    if "read" not in name and (dtype, name) != (torch.float32, "at least float32"):
         is_fused(log)
 
 
@@ -926,6 +926,9 @@ PLAIN: dict[str, tuple[str, Any]] = {
     "a row times": ("mul", lambda z, o: ce(z * o.row, o.y)),
     "as many": ("add", lambda z, o: ce(z + o.probs, o.y)),
     "temperatures with a bias": ("div", lambda z, o: ce(z / o.t, o.y)),
+    "temperatures, a row; no bias": ("add", lambda z, o: ce(z / o.t + o.row, o.y)),
+    "temperatures, a cap; no bias": ("tanh", lambda z, o: ce((z / o.t).tanh(), o.y)),
+    "a row, temperatures; no bias": ("div", lambda z, o: ce((z + o.row) / o.t, o.y)),
     "number over": ("reciprocal", lambda z, o: ce(2 / z, o.y)),
     "power": ("pow", lambda z, o: ce(z**1, o.y)),
     "complex": ("mul", lambda z, o: ce((z[:, :7] * (2 + 0j)).real, o.y[:, :7])),
@@ -1016,7 +1019,7 @@ ALSO_FUSED = ["accuracy", "topk", "a second term", "logarithms scaled", "out", "
 def test_ways_that_need_logits(name):
     """Values and gradients are the plain model's; the report names the operation and this file."""
     operation, way = PLAIN[name]
-    plain, swapped, log = pair()
+    plain, swapped, log = pair(bias="no bias" not in name)
     found, truth = (seeded(results, model, way) for model in (swapped, plain))
     agree(found, truth)
     assert bool(log.fused) == (name in ALSO_FUSED)
@@ -2114,6 +2117,18 @@ def test_nothing_is_left_over(name, backward):
         assert [r() for r in references()] == [None] * 4
     finally:
         gc.enable()
+
+
+def test_numbers_keep_no_features():
+    _, swapped, _ = pair()
+    with torch.no_grad():
+        h = swapped.body(numbers().x).tanh()
+        z = swapped.lm_head(h)
+        z.exp()
+        features = weakref.ref(h)
+        del h
+    assert features() is None
+    assert z.isfinite().all()
 
 
 class Kernels:

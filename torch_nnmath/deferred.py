@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
 from torch_nnmath import functional as ours
-from torch_nnmath._precision import for_product, wide_type
+from torch_nnmath._precision import for_product, is_autocast, wide, wide_type, without_autocast
 from torch_nnmath.kernels.choice import PLAIN, is_transformed
 
 __all__ = ["DeferredLogits", "HeadLog", "MaterializedLogits", "linear"]
@@ -200,17 +200,13 @@ class _Call:
         why = f"{self.watched or operation} at {_user_frame()[1]}"
         self.log.note(why, is_training=self.is_training and self.node is not None)
         x, W, b = self.operands
-        with torch.inference_mode(False), torch.no_grad(), _without_autocast(x):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(x):
             for reference in self.steps:
                 step = reference()
                 if step is not None and step.numbers is None:
                     step.compute(x, W, b)
         self.is_computed = True
         self.operands, self.steps, self.versions = (), [], []
-
-
-def _without_autocast(x: Tensor) -> Any:
-    return torch.autocast(x.device.type, enabled=False)
 
 
 _CALLS: weakref.WeakSet[_Call] = weakref.WeakSet()
@@ -790,7 +786,9 @@ def _loss(rule: Callable[..., Any]) -> Callable[..., Any]:
     def loss(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(input, DeferredLogits):
             return NotImplemented
-        result = rule(func, input, *args, **kwargs)
+        is_wide = is_autocast(input)  # the loss; the product is what it was at the head
+        with without_autocast(input):
+            result = rule(func, input, is_wide, *args, **kwargs)
         if result is not NotImplemented:
             call = input.step.call
             call.log.fused += 1
@@ -804,6 +802,7 @@ def _loss(rule: Callable[..., Any]) -> Callable[..., Any]:
 def _cross_entropy(
     func: Any,
     input: DeferredLogits,
+    is_wide: bool,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -833,6 +832,9 @@ def _cross_entropy(
     rows = _rows(input, is_log, axis)
     if rows is NotImplemented:
         return NotImplemented
+    if is_wide:
+        rows = rows._replace(dtype=wide_type(rows.dtype))
+        target, weight = wide(target), None if weight is None else wide(weight)
     head = rows.head(
         target,
         weight=weight,
@@ -859,7 +861,9 @@ def _nll_loss(
 
 
 @_loss
-def _gather(func: Any, input: DeferredLogits, dim: Any, index: Any, **kwargs: Any) -> Any:
+def _gather(
+    func: Any, input: DeferredLogits, is_wide: bool, dim: Any, index: Any, **kwargs: Any
+) -> Any:
     """F22: one class of each row, of logarithms."""
     form, axis = input.step.form, input.step.form.axis
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or "out" in kwargs:
@@ -881,6 +885,7 @@ def _gather(func: Any, input: DeferredLogits, dim: Any, index: Any, **kwargs: An
 def _summed(
     func: Any,
     input: DeferredLogits,
+    is_wide: bool,
     dim: Any = None,
     keepdim: bool = False,
     *,
