@@ -201,6 +201,9 @@ FUSED: dict[str, Any] = {
     "shift, contiguous": lambda z, o: F.cross_entropy(
         z[..., :-1, :].contiguous().view(-1, C), o.y[..., 1:].contiguous().view(-1)
     ),
+    "shift, masked": lambda z, o: F.cross_entropy(
+        z[:, :-1][o.y[:, 1:] != IGNORED], o.y[:, 1:][o.y[:, 1:] != IGNORED]
+    ),
     "padded labels": lambda z, o: ce(z, F.pad(o.y, (0, 1), value=IGNORED)[..., 1:].contiguous()),
     "transpose": lambda z, o: F.cross_entropy(z.transpose(1, 2), o.y),
     "permute": lambda z, o: nn.CrossEntropyLoss(reduction="sum")(z.permute(0, 2, 1), o.y),

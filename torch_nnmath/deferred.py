@@ -547,9 +547,7 @@ def _moved(form: Form, its: Layout, origin: _Origin) -> Any:
     probes, axis = origin.on(form.probe), form.axis
     several = not isinstance(probes, Tensor)
     if origin.func in INDEXING:
-        if its._replace(offset=0) != _packed(its.shape, its.dtype):
-            return None  # a mask's numbers tell the shape, and strides are then another matter
-        width, layouts = 1, None
+        width, layouts = 1, None  # a mask's numbers tell the shape; the result is packed
     else:
         width, layouts = its.shape[axis] + 1, origin.layout() if several else [origin.layout()]
     shape = [width if d == axis else size for d, size in enumerate(form.probe.shape)]
