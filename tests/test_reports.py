@@ -1497,6 +1497,7 @@ HOOKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::torch_nnmath.deferred.MaterializedLogits")
 @pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize("kind", HOOKS)
 def test_r16_hooks_fire_once_and_can_be_removed(place, kind):
