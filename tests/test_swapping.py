@@ -741,6 +741,21 @@ def test_a_declared_output_that_is_no_linear_leaves_the_model_without_head():
     assert report.left == {"both": "torch.nn.modules.container.Sequential is no torch.nn.Linear"}
 
 
+@pytest.mark.parametrize("elsewhere", [nn.Linear(4, 9), nn.Sequential(nn.Linear(4, 9))])
+def test_a_declared_output_outside_of_the_model_is_none(elsewhere):
+    model = Declares()
+    model.get_output_embeddings = lambda: elsewhere
+    assert heads(swap(model)) == ["body"]
+
+
+def test_a_layer_of_ours_with_a_forward_of_its_own_is_no_head():
+    model = nn.Sequential(torch_nnmath.nn.Linear(4, 3))
+    model[0].forward = lambda input: input
+    report = swap(model)
+    assert heads(report) == []
+    assert report.left == {"0": "its instance has a forward of its own"}
+
+
 def is_deferred(z):
     return type(z).__name__ == "DeferredLogits"
 

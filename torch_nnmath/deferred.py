@@ -739,9 +739,8 @@ def _rows(z: DeferredLogits, is_log: bool, axis: int) -> Any:
     """The rows of a loss over the classes at `axis`, of logits or of their logarithms."""
     step, form = z.step, z.step.form
     call = step.call
-    if call.is_computed or bool(form.sign) != is_log or form.axis != axis % z.dim():
-        return NotImplemented
-    if _is_traced():
+    is_of_these = bool(form.sign) == is_log and form.axis == axis % z.dim()
+    if call.is_computed or _is_traced() or not is_of_these:
         return NotImplemented
     obstacle = _obstacle(z)
     if obstacle is not None:
@@ -842,20 +841,6 @@ def _cross_entropy(
     )
     reduction = check.reduction(reduction, size_average, reduce)
     return ours._loss_of_head(head, reduction, z_loss, return_stats)
-
-
-def _nll_loss(
-    func: Any,
-    input: DeferredLogits,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Any:
-    options = weight, size_average, ignore_index, reduce, reduction
-    return _cross_entropy(func, input, target, *options)
 
 
 @_loss
@@ -975,7 +960,7 @@ READ_GRAD_FN, READ_GRAD, READ_DATA = (
 FUNCTIONS: dict[Any, Any] = {
     theirs.cross_entropy: _cross_entropy,
     ours.cross_entropy: _cross_entropy,
-    theirs.nll_loss: _nll_loss,
+    theirs.nll_loss: _cross_entropy,  # whose arguments begin with these
     **dict.fromkeys([torch.gather, Tensor.gather], _gather),
     **dict.fromkeys([torch.sum, Tensor.sum, *MEANS], _summed),
     **dict.fromkeys([*HOOKS, READ_GRAD_FN], _watched),

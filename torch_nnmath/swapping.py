@@ -2,7 +2,7 @@
 
 Only a module's class changes: parameters, buffers, hooks and names stay the very same objects. A
 mark in its `__dict__`, which copies and pickles carry and a state dict does not, is for `unswap`;
-another, on the Linear that makes logits, keeps account of what became of them.
+that of a head, the Linear that makes logits, keeps account of what became of them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ _READERS: Any = (  # of a Linear's weight, which they do not call
     nn.Feedforward,
     torch.nn.MultiheadAttention,
 )
-_MARK = "_nnmath_swapped"
-_LOG = "head_log"  # of nn.Linear
+_MARK = "_nnmath_swapped"  # True, or a head's HeadLog, which nn.Linear reads
 
 
 class Change(NamedTuple):
@@ -149,7 +148,7 @@ def swap(
             changes.append(Change(name, *_titles(_OURS[type(module)])))
             module.__class__ = _OURS[type(module)]
             vars(module)[_MARK] = True
-        _make_head(module, name, module in heads and isinstance(module, nn.Linear))
+        _make_head(module, name, module in heads and name not in left)
     logs = {}
     for module, names in named.items():
         if (log := _log(module)) is not None:
@@ -249,7 +248,7 @@ def _declared(named: dict[Module, list[str]]) -> list[Module]:
             found.append(module.get_output_embeddings())  # type: ignore[operator]
         except (AttributeError, NotImplementedError, TypeError):  # has none, or asks for arguments
             continue
-    return [module for module in dict.fromkeys(found) if isinstance(module, Module)]
+    return [m for m in dict.fromkeys(found) if isinstance(m, Module) and m in named]
 
 
 def _last(named: dict[Module, list[str]]) -> list[Module]:
