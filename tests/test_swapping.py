@@ -748,6 +748,41 @@ def test_a_declared_output_outside_of_the_model_is_none(elsewhere):
     assert heads(swap(model)) == ["body"]
 
 
+class Agreeing(nn.Module):
+    """Whose == makes a module, as a torchmetrics.Metric's does: true of anything."""
+
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other):
+        return Agreeing()
+
+
+@pytest.mark.parametrize("head", ["auto", "body"])
+def test_a_module_that_is_equal_to_any_is_no_head(head):
+    def marked():
+        return [n for n, module in model.named_modules() if "_nnmath_swapped" in vars(module)]
+
+    model = nn.Sequential()
+    model.metric, model.body, model.after = Agreeing(), nn.Linear(4, 9), Agreeing()
+    for _ in range(2):  # the second finds what the first made
+        assert heads(swap(model, head=head)) == ["body"]
+        assert marked() == ["body"]
+    with pytest.raises(ValueError, match="must be a torch.nn.Linear"):
+        swap(model, head=model.metric)
+    unswap(model)
+    assert marked() == []
+
+
+def test_a_declared_output_of_another_kind_is_changed_but_no_head():
+    model = nn.Module()
+    model.act = model.out = nn.Tanh()
+    model.get_output_embeddings = lambda: model.act
+    report = swap(model, include="out")
+    assert heads(report) == [] and report.left == {}
+    assert type(model.act) is torch_nnmath.nn.Tanh
+    assert vars(model.act)["_nnmath_swapped"] is True
+
+
 def test_a_layer_of_ours_with_a_forward_of_its_own_is_no_head():
     model = nn.Sequential(torch_nnmath.nn.Linear(4, 3))
     model[0].forward = lambda input: input

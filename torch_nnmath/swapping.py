@@ -136,10 +136,11 @@ def swap(
                 chosen[module] = matching[0]
     heads = _heads(head, named)
     left = {name: why for module, name in chosen.items() if (why := _obstacle(module))}
-    if head == "auto":
-        others = [module for module in heads if not isinstance(module, torch.nn.Linear)]
+    if isinstance(head, str) and head == "auto":
+        linears = [module for module in heads if isinstance(module, torch.nn.Linear)]
+        others = [m for m in heads if not isinstance(m, torch.nn.Linear) and m not in chosen]
         left |= {named[m][0]: f"{_class(m)} is no torch.nn.Linear" for m in others}
-        heads = [module for module in heads if module in chosen or _log(module) is not None]
+        heads = [module for module in linears if module in chosen or _log(module) is not None]
     chosen |= {module: named[module][0] for module in heads if module not in chosen}
     changes = []  # made after the last predicate: one that raises leaves all as it was
     for module in named:
@@ -148,7 +149,8 @@ def swap(
             changes.append(Change(name, *_titles(_OURS[type(module)])))
             module.__class__ = _OURS[type(module)]
             vars(module)[_MARK] = True
-        _make_head(module, name, module in heads and name not in left)
+        is_head = any(module is each for each in heads)  # a module's own == may say anything
+        _make_head(module, name, is_head and name not in left)
     logs = {}
     for module, names in named.items():
         if (log := _log(module)) is not None:
