@@ -767,7 +767,7 @@ def test_a_module_that_is_equal_to_any_is_no_head(head):
     for _ in range(2):  # the second finds what the first made
         assert heads(swap(model, head=head)) == ["body"]
         assert marked() == ["body"]
-    with pytest.raises(ValueError, match="must be a torch.nn.Linear"):
+    with pytest.raises(ValueError, match="must be a torch"):
         swap(model, head=model.metric)
     unswap(model)
     assert marked() == []
@@ -778,7 +778,8 @@ def test_a_declared_output_of_another_kind_is_changed_but_no_head():
     model.act = model.out = nn.Tanh()
     model.get_output_embeddings = lambda: model.act
     report = swap(model, include="out")
-    assert heads(report) == [] and report.left == {}
+    assert heads(report) == []
+    assert report.left == {}
     assert type(model.act) is torch_nnmath.nn.Tanh
     assert vars(model.act)["_nnmath_swapped"] is True
 
