@@ -470,7 +470,8 @@ def table(results: Results) -> str:
     lines = [head, "-" * len(head)]
 
     def add(name: str, how: str, s: Spectrum) -> None:
-        rest = f"{s.smallest:z.6f}", f"{s.trace:.3f}", f"{s.products or ''}"
+        trace = f"≈ {s.trace:.0f}" if s.products else f"{s.trace:.3f}"  # of a few probes, or exact
+        rest = f"{s.smallest:z.6f}", trace, f"{s.products or ''}"
         lines.append(row(name, how, s.size, s.largest, *rest))
 
     for name, dense in results.dense.items():

@@ -1,23 +1,21 @@
 """The document with numbers: the columns agree, every formula and every slip stands there, and
 `--check` sees a bug wherever one is planted."""
 
-import importlib.util
 import itertools
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from scripts import EXAMPLES, ROOT, scripts
 
 from torch_nnmath import functional, reference
 from torch_nnmath.reference import Form, Forms
 
-ROOT = Path(__file__).parent.parent
-BY_HAND = ROOT / "examples" / "by_hand.py"
+BY_HAND = EXAMPLES / "by_hand.py"
 FORMULAS = {f"F{i}" for i in range(1, 18)}
 SLIPS = {f"E{i}" for i in range(1, 18)}
 SECTIONS = [
@@ -28,14 +26,8 @@ SECTIONS = [
 
 @pytest.fixture(scope="module")
 def by_hand():
-    spec = importlib.util.spec_from_file_location("by_hand", BY_HAND)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["by_hand"] = module  # where dataclasses look up the types of their fields
-    try:
-        spec.loader.exec_module(module)
+    with scripts("by_hand") as (module,):
         yield module
-    finally:
-        del sys.modules["by_hand"]
 
 
 @pytest.fixture(scope="module")

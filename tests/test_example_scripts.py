@@ -1,19 +1,15 @@
 """The examples that train language models: run small, they learn, agree, and resume."""
 
-import importlib.util
 import math
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from scripts import EXAMPLES, ROOT, scripts
 
-ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples"
 # The whole text, but a model that learns in seconds: of 600 tokens, with 30 000 weights.
 SMALL = [
     *("--vocabulary", "600", "--width", "32", "--layers", "1", "--heads", "2"),
@@ -23,27 +19,9 @@ SMALL = [
 PICTURE = "language_model.png"
 
 
-@contextmanager
-def script(name):
-    """The module of a script, which may import what lies beside it."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look up the types of their fields
-    sys.path.insert(0, str(EXAMPLES))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        torch.set_num_threads(threads)
-        sys.path.remove(str(EXAMPLES))
-        del sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def language_model():
-    with script("language_model") as module:
+    with scripts("language_model") as (module,):
         module.whole = module.corpus
         # A sixth of the text is enough for most tests, and takes a sixth of the time.
         training, validation = module.whole()
@@ -53,7 +31,7 @@ def language_model():
 
 @pytest.fixture(scope="module")
 def swap_transformers(language_model):
-    with script("swap_transformers") as module:
+    with scripts("swap_transformers") as (module,):
         yield module
 
 

@@ -1,37 +1,27 @@
 """The examples of second order and of per-sample gradients, run small, beside what is known."""
 
-import importlib
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import scripts
 
 pytest.importorskip("tokenizers")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 MODULES = "language_model", "curvature", "per_sample_gradients"
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """As `python examples/x.py` finds them, on one thread and on little text."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        found = {name: importlib.import_module(name) for name in MODULES}
+    """On little text."""
+    with scripts(*MODULES) as modules:
+        found = dict(zip(MODULES, modules, strict=True))
         texts = [text for _, text in sorted(found["language_model"].topics.items())]
         found["language_model"].corpus = lambda size: (texts[:60], texts[60:70])
         yield found
-    finally:
-        sys.path.remove(str(EXAMPLES))
-        for name in MODULES:
-            sys.modules.pop(name, None)
-        torch.set_num_threads(threads)
 
 
 # The Hessian

@@ -1,35 +1,24 @@
 """The examples do what they say: run small, they learn, agree with PyTorch and draw it."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from scripts import EXAMPLES, ROOT, scripts
 
-ROOT = Path(__file__).parent.parent
-DIGITS = ROOT / "examples" / "digits.py"
+DIGITS = EXAMPLES / "digits.py"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("digits", DIGITS)
-    digits = importlib.util.module_from_spec(spec)
-    sys.modules["digits"] = digits  # where dataclasses look up the types of their fields
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        spec.loader.exec_module(digits)
+    with scripts("digits") as (digits,):
         out = tmp_path_factory.mktemp("digits")
         # Small batches make many steps of few digits.
         small = ["--epochs", "6", "--batch-size", "4", "--limit", "400", "--accelerator", "cpu"]
         yield digits.main([*small, "--out", str(out)])
-    finally:
-        torch.set_num_threads(threads)
-        del sys.modules["digits"]
 
 
 @pytest.mark.parametrize("section", ["5.1", "5.2"])
