@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from language_model import Transformer, blocks, tokens
+from language_model import Transformer, bar, blocks, positive, tokens
 from matplotlib.figure import Figure  # without pyplot, a PNG is drawn by Agg and needs no display
 from matplotlib.ticker import MaxNLocator
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -109,18 +109,6 @@ def made(setting: Setting, seed: int) -> Transformer:
     torch.manual_seed(seed)
     s = setting
     return Transformer(s.vocabulary, s.width, s.layers, s.heads, s.context)
-
-
-def bar(title: str, total: int | None, unit: str) -> tqdm:
-    return tqdm(
-        desc=f"{title:34}",
-        total=total,
-        unit=unit,
-        file=sys.stdout,
-        dynamic_ncols=True,
-        # A terminal draws over the line; a file keeps every state of it, so it gets few.
-        mininterval=0.1 if sys.stdout.isatty() else 60,
-    )
 
 
 def trained(setting: Setting, ids: Tensor, seed: int, device: str, title: str) -> Transformer:
@@ -563,12 +551,6 @@ def draw(results: Results, path: Path) -> None:
 
 
 # The command
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import lightning as L
 import torch
@@ -53,11 +54,11 @@ END = "<|end|>"  # of a text
 SIZES = {  # of --size; each can be given by itself
     "small": {
         "vocabulary": 8192, "width": 192, "layers": 4, "heads": 4, "context": 128,
-        "batch_size": 8, "steps": 300, "every": 60, "lr": 1e-3,
+        "batch_size": 8, "steps": 300, "lr": 1e-3, "every": 60,
     },
     "large": {
         "vocabulary": 32768, "width": 512, "layers": 8, "heads": 8, "context": 512,
-        "batch_size": 32, "steps": 1000, "every": 100, "lr": 1e-3,
+        "batch_size": 32, "steps": 1000, "lr": 1e-3, "every": 100,
     },
 }  # fmt: skip
 
@@ -345,18 +346,17 @@ class LanguageModel(L.LightningModule):
         self.account = checkpoint["account"]
 
 
-def bar(title: str, total: int, initial: int = 0, disable: bool = False) -> tqdm:
-    """Of steps: one line, also where output is a file."""
+def bar(title: str, total: int | None, unit: str = "step", **options: Any) -> tqdm:
+    """One line, also where output is a file."""
     return tqdm(
-        desc=title,
+        desc=f"{title:32}",
         total=total,
-        initial=initial,
-        disable=disable,
-        unit="step",
+        unit=unit,
         file=sys.stdout,
         dynamic_ncols=True,
         # A terminal draws over the line; a file keeps every state of it, so it gets few.
-        mininterval=0.1 if sys.stdout.isatty() else 30,
+        mininterval=0.1 if sys.stdout.isatty() else 60,
+        **options,
     )
 
 
@@ -372,7 +372,7 @@ class StepBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         total, done = pl_module.args.steps, trainer.global_step
-        self.bar = bar(self.title, total, done, disable=not trainer.is_global_zero)
+        self.bar = bar(self.title, total, initial=done, disable=not trainer.is_global_zero)
 
     def on_train_batch_end(self, *args: object) -> None:
         self.bar.update()
@@ -555,17 +555,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a small language model twice, with the fused head and with the plain "
-        "one, and compare losses, speed and memory.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def add_sizes(parser: argparse.ArgumentParser, sizes: dict) -> None:
     parser.add_argument(
         "--size",
-        choices=SIZES,
+        choices=sizes,
         default="small",
-        help="sets the defaults of the options up to --lr, here those of small; large is for a "
+        help="sets the defaults of sizes, --steps and --lr, here those of small; large is for a "
         "GPU, and its text has the docstrings of installed packages too",
     )
     parser.add_argument("--vocabulary", type=positive, help="of byte pairs, trained on the text")
@@ -575,10 +570,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=positive, help="tokens of a block")
     parser.add_argument("--batch-size", type=positive, help="blocks of a step, of all devices")
     parser.add_argument("--steps", type=positive, help="of a training")
-    parser.add_argument("--every", type=positive, help="validate and keep a checkpoint: steps")
     parser.add_argument("--lr", type=float, help="largest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and sample")
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+
+
+def parse_sized(
+    parser: argparse.ArgumentParser, sizes: dict, argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """With the defaults of the size that is asked for."""
+    parser.set_defaults(**sizes["small"])
+    parser.set_defaults(**sizes[parser.parse_known_args(argv)[0].size])
+    args = parser.parse_args(argv)
+    if args.vocabulary < 257:
+        parser.error("--vocabulary must be at least 257: every byte, and the end of a text")
+    if args.width % args.heads:
+        parser.error("--width must be a multiple of --heads")
+    return args
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a small language model twice, with the fused head and with the plain "
+        "one, and compare losses, speed and memory.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_sizes(parser, SIZES)
+    parser.add_argument("--every", type=positive, help="validate and keep a checkpoint: steps")
     parser.add_argument(
         "--devices", type=positive, default=1, help="processes, which share a batch"
     )
@@ -590,13 +608,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("language_model_out"), help="for checkpoints and picture"
     )
-    parser.set_defaults(**SIZES["small"])
-    parser.set_defaults(**SIZES[parser.parse_known_args(argv)[0].size])
-    args = parser.parse_args(argv)
-    if args.vocabulary < 257:
-        parser.error("--vocabulary must be at least 257: every byte, and the end of a text")
-    if args.width % args.heads:
-        parser.error("--width must be a multiple of --heads")
+    args = parse_sized(parser, SIZES, argv)
     if args.batch_size % args.devices:
         parser.error("--batch-size must be a multiple of --devices")
     return args

@@ -32,8 +32,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from curvature import SIZES, LossOf, bar, device_of, one_thread, positive, trained
-from language_model import blocks, tokens
+from curvature import SIZES, LossOf, device_of, one_thread, trained
+from language_model import bar, blocks, positive, tokens
 from matplotlib.figure import Figure  # without pyplot, a PNG is drawn by Agg and needs no display
 from matplotlib.ticker import LogLocator, MaxNLocator
 from sklearn.datasets import load_digits

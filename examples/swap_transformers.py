@@ -34,7 +34,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
-from language_model import bar, blocks, memory, mib, positive, tokens  # beside this file
+from language_model import (  # beside this file
+    add_sizes,
+    bar,
+    blocks,
+    memory,
+    mib,
+    parse_sized,
+    tokens,
+)
 from matplotlib.figure import Figure  # without pyplot, a PNG is drawn by Agg and needs no display
 from torch import Tensor
 
@@ -241,35 +249,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "and compare losses, gradients, time and memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--size",
-        choices=SIZES,
-        default="small",
-        help="sets the defaults of the options up to --lr, here those of small; large is for a "
-        "GPU, and its text has the docstrings of installed packages too",
-    )
-    parser.add_argument("--vocabulary", type=positive, help="of byte pairs, trained on the text")
-    parser.add_argument("--width", type=positive, help="of the features")
-    parser.add_argument("--layers", type=positive, help="of attention and perceptron")
-    parser.add_argument("--heads", type=positive, help="of attention in a layer")
-    parser.add_argument("--context", type=positive, help="tokens of a block")
-    parser.add_argument("--batch-size", type=positive, help="blocks of a step, on each device")
-    parser.add_argument("--steps", type=positive, help="of a training")
-    parser.add_argument("--lr", type=float, help="largest learning rate")
+    add_sizes(parser, SIZES)
     parser.add_argument(
         "--model", default="llama", help="an architecture of transformers, as mistral or gemma2"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order")
-    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument(
         "--out", type=Path, default=Path("swap_transformers_out"), help="the picture's folder"
     )
-    parser.set_defaults(**SIZES["small"])
-    parser.set_defaults(**SIZES[parser.parse_known_args(argv)[0].size])
-    args = parser.parse_args(argv)
-    if args.vocabulary < 257:
-        parser.error("--vocabulary must be at least 257: every byte, and the end of a text")
-    if args.width % args.heads or args.width // args.heads % 2:
+    args = parse_sized(parser, SIZES, argv)
+    if args.width // args.heads % 2:
         parser.error("--width must be an even multiple of --heads")
     if args.accelerator == "gpu" and not torch.cuda.is_available():
         parser.error("--accelerator gpu: PyTorch sees none")
