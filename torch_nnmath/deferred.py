@@ -75,8 +75,8 @@ class HeadLog:
             self.has_warned = True
             warnings.warn(
                 f"the logits of head {self.name or '(root)'} were computed, and memory was not "
-                f"saved: {why}. The report of swap() counts how often; swap(model, head=None) "
-                "leaves all logits plain",
+                f"saved: {why}. The report of swap() counts how often. If another Linear makes the "
+                "logits, swap(model, head=NAME) names it; swap(model, head=None) leaves all plain",
                 MaterializedLogits,
                 stacklevel=_user_frame()[0],
             )
