@@ -24,6 +24,7 @@ from torch.func import grad, jvp, vmap
 
 import torch_nnmath.functional as ours
 from torch_nnmath import kernels, nn
+from torch_nnmath.formulas import LinearCrossEntropy
 from torch_nnmath.kernels import blocked, choice
 
 F64 = torch.float64
@@ -600,3 +601,62 @@ def test_the_page_prints_what_it_says(code, printed, capsys):
 
 def test_the_page_has_a_policy_gradient_and_a_distillation():
     assert ["linear_log_probs" in code for code, _ in EXAMPLES] == [True, False]
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("keep", [None, [True, False, True, True]])
+@pytest.mark.parametrize("scale", [1, 300])  # with e^v as it is, and less the row's maximum
+def test_a_weight_without_class_is_that_of_lse(cap, has_bias, keep, scale):
+    """F14 for p without y is p lse(v), in all derivatives to the third order and in p."""
+    keep = None if keep is None else torch.tensor(keep)
+    random = torch.Generator().manual_seed(0)
+
+    def made(*shape, times=1.0):
+        return (times * torch.randn(shape, generator=random, dtype=F64)).requires_grad_()
+
+    x, W, p, b = made(4, D, times=scale), made(C, D), made(4), made(C)
+    inputs = (x, W, p, b) if has_bias else (x, W, p)
+
+    def of_formula(x, W, p, b=None):
+        return LinearCrossEntropy.of(x, W, b, p, None, None, keep, 2, cap, (False,) * 3)[0]
+
+    def written_out(x, W, p, b=None):
+        v = capped(F.linear(x, W, b), 1, cap)
+        m = v.detach().amax(1)
+        c = p * (m + (v - m[:, None]).exp().sum(1).log()) / math.log(2)
+        return c if keep is None else torch.where(keep, c, 0)
+
+    def orders(f):
+        c = f(*inputs)
+        found = [c]
+        for _ in range(3):
+            weights = [torch.randn(v.shape, generator=random, dtype=F64) for v in found[-1:]]
+            (c,) = found[-1:]
+            g = torch.autograd.grad(c, inputs, weights, create_graph=True)
+            found += [*g, sum(v.square().sum() for v in g)]
+        return found
+
+    def pushed(f):
+        ones = tuple(torch.ones_like(v).cumsum(0) for v in inputs)
+        gradient = grad(lambda *v: f(*v).square().sum(), tuple(range(len(inputs))))
+        return [jvp(f, inputs, ones)[1], *jvp(gradient, inputs, ones)[1]]
+
+    for results in (orders, pushed):
+        random.manual_seed(1)
+        expected = results(written_out)
+        random.manual_seed(1)
+        for found, true in zip(results(of_formula), expected, strict=True):
+            torch.testing.assert_close(
+                found, true, rtol=1e-8, atol=1e-8 * (1 + true.abs().max().item())
+            )
+
+
+def test_a_weight_without_class_compiled():
+    x, W, p = torch.randn(5, D), torch.randn(C, D), torch.rand(5)
+
+    def f(x, W):
+        return LinearCrossEntropy.of(x, W, None, p, None, None, None, math.e, None, (False,) * 3)[0]
+
+    compiled = torch.compile(lambda x, W: grad(lambda x: f(x, W).sum())(x), fullgraph=True)
+    torch.testing.assert_close(compiled(x, W), p[:, None] * F.linear(x, W).softmax(1) @ W)

@@ -698,6 +698,11 @@ class _Rows(NamedTuple):
     row: Any  # that is added to each
     row_scale: Tensor | None  # a factor of each
 
+    def any_class(self) -> Tensor:
+        """A target of each row, where it does not matter which."""
+        shape = self.features.shape[:-1]
+        return torch.zeros(shape, dtype=torch.int64, device=self.features.device)
+
     def head(
         self,
         target: Tensor,
@@ -847,21 +852,24 @@ def _cross_entropy(
 def _gather(
     func: Any, input: DeferredLogits, is_wide: bool, dim: Any, index: Any, **kwargs: Any
 ) -> Any:
-    """F22: one class of each row, of logarithms."""
+    """One class of each row: of logarithms F22, of logits F1."""
     form, axis = input.step.form, input.step.form.axis
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or "out" in kwargs:
         return NotImplemented
     if [*index.shape] != [1 if d == axis else size for d, size in enumerate(input.shape)]:
         return NotImplemented
-    rows = _rows(input, True, dim)
+    rows = _rows(input, bool(form.sign), dim)
     if rows is NotImplemented:
         return NotImplemented
     try:
         head = rows.head(index.squeeze(axis), ignore_index=torch.iinfo(torch.int64).min)
     except IndexError:  # `gather` has a RuntimeError of its own
         return NotImplemented
-    log_probs = ours._log_probs_of_head(head, False).to(input.dtype)
-    return (form.sign * log_probs).unsqueeze(axis)
+    if form.sign:
+        result = form.sign * ours._log_probs_of_head(head, False)
+    else:
+        result = ours._logits_of_head(head)
+    return result.to(input.dtype).unsqueeze(axis)
 
 
 @_loss
@@ -883,10 +891,25 @@ def _summed(
     rows = _rows(input, True, axis)
     if rows is NotImplemented:
         return NotImplemented
-    any_class = torch.zeros(form.shape_of_rows(), dtype=torch.int64, device=input.device)
-    head = rows._replace(dtype=dtype).head(any_class, label_smoothing=1.0)
+    head = rows._replace(dtype=dtype).head(rows.any_class(), label_smoothing=1.0)
     factor = -form.sign * (1 if func in MEANS else input.shape[form.axis])
     result = factor * ours._loss_of_head(head, "none", 0.0, False).to(dtype)
+    return result.unsqueeze(form.axis) if keepdim else result
+
+
+@_loss
+def _log_sum_exp(
+    func: Any, input: DeferredLogits, is_wide: bool, dim: Any, keepdim: bool = False, **kwargs: Any
+) -> Any:
+    """F7's denominator: the cross entropy without a class."""
+    form = input.step.form
+    (axis,) = dim if isinstance(dim, list | tuple) and len(dim) == 1 else (dim,)
+    if kwargs or not isinstance(axis, int) or (is_wide and input.dtype.itemsize < 4):
+        return NotImplemented  # of half precision autocast makes another type on some devices
+    rows = _rows(input, False, axis)
+    if rows is NotImplemented:
+        return NotImplemented
+    result = ours._log_sum_exp_of_head(rows.head(rows.any_class())).to(input.dtype)
     return result.unsqueeze(form.axis) if keepdim else result
 
 
@@ -963,6 +986,7 @@ FUNCTIONS: dict[Any, Any] = {
     theirs.nll_loss: _cross_entropy,  # whose arguments begin with these
     **dict.fromkeys([torch.gather, Tensor.gather], _gather),
     **dict.fromkeys([torch.sum, Tensor.sum, *MEANS], _summed),
+    **dict.fromkeys([torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp], _log_sum_exp),
     **dict.fromkeys([*HOOKS, READ_GRAD_FN], _watched),
     torch.autograd.grad: _gradient,
     READ_GRAD: _grad,

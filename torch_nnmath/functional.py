@@ -591,6 +591,25 @@ def _log_probs_of_head(head: _Head, return_entropy: bool) -> Any:
     return log_probs, head.stacked([h for _, _, h, *_ in each]).to(head.dtype)
 
 
+def _log_sum_exp_of_head(head: _Head) -> Tensor:
+    """ln Σ e^v of each row, whatever its target is: F14 without a class."""
+    asks, each = (False, False, False), []
+    for x, W, b, p, _, _, keep, _, cap in head.inputs:
+        c, *_ = formulas.LinearCrossEntropy.of(x, W, b, p, None, None, keep, math.e, cap, asks)
+        each.append(c)
+    return head.stacked(each).to(head.dtype)
+
+
+def _logits_of_head(head: _Head) -> Tensor:
+    """v_y of each row."""
+    each = []
+    for x, W, b, _, _, y, _, _, cap in head.inputs:
+        z = (wide(x) * wide(W)[y]).sum(1)  # widened first: many a row's gradient goes to one class
+        z = z if b is None else z + wide(b)[y]
+        each.append(z if cap is None else formulas.SoftCap.of(z, cap))
+    return head.stacked(each).to(head.dtype)
+
+
 class _Head(NamedTuple):
     """What the head computes: `inputs` of F14 for each position, and what is made of the losses."""
 

@@ -30,7 +30,8 @@ class LinearCrossEntropy(KernelFormula):
 
     For t = e_y c is -F22. Beside it there may be q = F20(v) and h = F21(v), for which δ has
     2 lse(v) a and -(1/ln β) a ∘ (l - a·l) more (F23). Without derivative there are lse(v), the
-    class of the largest v, and sums (N, 3) that the backward need not compute again.
+    class of the largest v, and sums (N, 3) that the backward need not compute again. Without y
+    p is in T alone: for p = 1, t = 0, c is (1/ln β) lse(v).
 
     x (N, D), W (C, D), b (C) -> c, q, h, lse, class, (N) each, and the sums; of q, h and class
     those that `asks` does not name are None. The target of a row is `p e_y + t`: y, p (N) a class
@@ -77,6 +78,10 @@ class LinearCrossEntropy(KernelFormula):
         z = kept(rows, torch.nn.functional.linear(x, W, b))
         v = z if cap is None else SoftCap.in_the_open(z, cap)
         c = CrossEntropy.in_the_open(v, p, t, y, rows, 1, base).squeeze(1)
+        if y is None and p is not None:
+            c = c + kept(
+                keep, exact(p.squeeze(1), LogSumExp.in_the_open(v, 1).squeeze(1)) / math.log(base)
+            )
         q = kept(keep, ZLoss.in_the_open(v, 1).squeeze(1)) if asks[0] else None
         h = kept(keep, Entropy.in_the_open(v, 1, base).squeeze(1)) if asks[1] else None
         seen = v.detach()
@@ -293,7 +298,10 @@ class InTheOpen:
         ar = (a * r).sum(1, keepdim=True)
         T, dT = sum_of(p, t, 1), sum_of(π, τ, 1)
         δ = less_target(T * a, p, t, y, 1)
-        ρc = kept(keep, k * ((δ * r).sum(1, keepdim=True) - dot(l, π, τ, y, 1)))
+        ρc = (δ * r).sum(1, keepdim=True) - dot(l, π, τ, y, 1)
+        if y is None and π is not None:
+            ρc = ρc + exact(π, lse)
+        ρc = kept(keep, k * ρc)
         ρq, ρh = kept(keep, 2 * lse * ar), None
         aB, D = (g * T + 2 * ω * lse) * a, g * dT + 2 * ω * ar
         change = (r - ar) * aB
@@ -316,6 +324,6 @@ class InTheOpen:
             (Q @ W + Δ @ V).to(x_dtype),
             (Q.T @ x + Δ.T @ u).to(W_dtype),
             Q.sum(0).to(b_dtype),
-            None if p is None else ht.gather(1, y).squeeze(1),
+            None if p is None else (g * ar if y is None else ht.gather(1, y)).squeeze(1),
             None if t is None else ht.sum_to_size(t.shape),
         )

@@ -4,7 +4,8 @@ Shapes: x (N, D), W (C, D), b (C). The logits z = W x + b may be capped to v = c
 Of each row there are the cross entropy c, lse = ln Σ e^v, its square q and the entropy h of the
 softmax a; γ, ω, η, each (N), or () one for all, or None, are the coefficients of c, q and h.
 The target of a row is `p e_y + t`: y, p (N) a class and its weight, t (N, C), or (1, C) for all
-rows; each may be None. u, V, s, π, τ are a direction in which x, W, b, p, t move; each may be None.
+rows; each may be None, and p without y is in T = p + Σ t alone. u, V, s, π, τ are a direction in
+which x, W, b, p, t move; each may be None.
 keep (N) is False for the rows that are ignored: they are taken out of every product, on the CPU by
 gathering the others, elsewhere, where counting them would wait for the device, by masks.
 Where x is half, coefficients, p, t and what is computed of a row are float32, and so is all
@@ -83,8 +84,8 @@ def head(
             loss -= target.dot(v, classes)
         if target.t is not None:
             loss += target.sum_of_t() * block.s.log()
-        if block.l_y is not None and target.p is not None:
-            loss -= exact(target.p, block.l_y)
+        if target.p is not None:
+            loss -= exact(target.p, block.of_p())
         sums_[rows] = torch.cat((block.m + torch.zeros_like(block.s), block.s, block.av), 1)
         c[rows] = block.kept(loss).squeeze(1) / ln
         lse[rows] = lse_rows = block.kept(block.lse()).squeeze(1)
@@ -103,8 +104,8 @@ def head(
             block.come_again_(sums[rows])
         if g is None:
             return
-        if wants[3] and block.l_y is not None:
-            dp[rows] = (-g * block.l_y).squeeze(1)
+        if wants[3]:
+            dp[rows] = (-g * block.of_p()).squeeze(1)
         if wants[4]:
             for classes, v in block.shifted():
                 _put(dt, rows, classes, v.sub_(block.s.log()).mul_(-g))
@@ -195,8 +196,8 @@ def head_second(
             rho_c += direction.sum_of_t() * block.s.log()
         if r_y is not None and target.p is not None:
             rho_c -= exact(target.p, r_y)
-        if block.l_y is not None and direction.p is not None:
-            rho_c -= exact(direction.p, block.l_y)
+        if direction.p is not None:
+            rho_c -= exact(direction.p, block.of_p())
         rho_q = 2 * block.lse() * ar
         for result, of_rows in zip(rho, (rho_c / ln, rho_q), strict=True):
             result[rows] = block.kept(of_rows).squeeze(1)
@@ -207,8 +208,8 @@ def head_second(
             D = D - n * of_h
         if o is not None:
             D = D + 2 * o * ar
-        if wants[3] and r_y is not None:
-            hp[rows] = (g * (ar - r_y)).squeeze(1)
+        if wants[3]:
+            hp[rows] = (g * (ar if r_y is None else ar - r_y)).squeeze(1)
         if wants[4]:
             for classes, rc in block.slices(r):
                 _put(ht, rows, classes, g * (ar - rc))
@@ -399,7 +400,9 @@ class _Block:
             for shown in self._less_their_maximum_(has_h, has_top):
                 if is_shown:
                     yield shown
-        if self.l_y is None and self.z_y is not None:
+        if y is None:
+            self.l_y = None
+        elif self.l_y is None and self.z_y is not None:
             self.l_y = self.value(self.z_y).sub(self.m).sub_(self.s.log())
 
     def _unshifted_(self, y: Tensor | None) -> bool:
@@ -499,6 +502,10 @@ class _Block:
         """ln Σ e^v of each row."""
         return self.s.log() + self.m
 
+    def of_p(self) -> Tensor:
+        """-dc/dp of each row: l_y or, without y, -ln Σ e^v."""
+        return -self.lse() if self.l_y is None else self.l_y
+
     def entropy(self) -> Tensor:
         """-Σ a ln a of each row; its terms are of one sign."""
         return self.s.log() - self.av / self.s
@@ -537,7 +544,9 @@ def _delta_(block: _Block, g: Tensor, o: Tensor | None, n: Tensor | None) -> Ten
     def slope_y() -> Any:  # of the true class, known when it has come
         return 1.0 if block.cap is None or block.z_y is None else _slope(block.z_y)
 
-    if not block.stays and target.t is None and has_y:
+    if not block.stays and target.t is None:
+        if not has_y:
+            return _weight_of_a(block, g, o, None) / s
         if o is None:
             k, at_y = g * p / s, -s * slope_y()
         else:
