@@ -536,9 +536,23 @@ def test_types(kind, name):
             assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
             scale = distance(true, 0.0)
             assert distance(found, true) <= distance(expected, true) + limit * scale
-    is_read = "read" in name or (dtype, name) == (torch.float32, "at least float32")
-    if not is_read and (kind, name) != ("inside", "logsumexp"):  # its type is the device's own
+    if (kind, name) == ("inside", "logsumexp"):  # its type is the device's own
+        assert not log.fused
+    elif "read" not in name and (dtype, name) != (torch.float32, "at least float32"):
         is_fused(log)
+
+
+def test_a_class_that_many_rows_choose():
+    """Its row of the weight's gradient is a long sum, in float32."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(4096, 8, generator=random).to(BF16)
+    head = nn.Sequential(nn.Linear(8, 30)).to(BF16)
+    swap(head)
+    chosen = head(x).gather(1, torch.full((4096, 1), 3))
+    dW, db = torch.autograd.grad(chosen.sum(), [*head.parameters()])
+    torch.testing.assert_close(dW[3], x.double().sum(0).to(BF16), rtol=2**-8, atol=0)
+    assert db[3] == 4096
+    assert not dW[4:].any()
 
 
 # Chains of steps at random

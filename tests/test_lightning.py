@@ -530,10 +530,57 @@ def test_a_formula_that_is_wrong_is_caught_by_pytorch(monkeypatch):
     with pytest.raises(GradientError, match="PyTorch's own operations give") as caught:
         trainer(SwapFormulas(), GradientCheck(1, entries=0)).fit(Classifier(body=body), data())
     assert caught.value.found == pytest.approx(-caught.value.expected, rel=1e-4)
+    # of both comparisons the one is named that is farther beyond its tolerance
+    with pytest.raises(GradientError, match="numerical differentiation gives"):
+        trainer(SwapFormulas(), GradientCheck(1, entries=8)).fit(Classifier(body=body), data())
     # also where the module is ours to begin with
     body = torch.nn.Sequential(torch.nn.Linear(12, 16), nn.Tanh())
     with pytest.raises(GradientError, match="PyTorch's own operations give"):
         trainer(GradientCheck(1, entries=0)).fit(Classifier(body=body), data())
+
+
+def test_a_formula_of_another_function_is_caught(monkeypatch):
+    """Its backward is that of its forward, which PyTorch's module does not compute."""
+    monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: torch.tanh(1.5 * x))
+    body = torch.nn.Sequential(torch.nn.Linear(12, 16), nn.Tanh())
+    check = GradientCheck(4, parameters=2, entries=8, on_error="warn")
+    with pytest.warns(UserWarning, match="relative error"):
+        trainer(check).fit(Classifier(body=body), data())
+    assert min(check.errors[f"gradient_error/{k}"] for k in ("pytorch", "numerical")) > 1e-2
+
+    class WithLoss(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.criterion = nn.CrossEntropyLoss()
+
+        def loss(self, batch):
+            return self.criterion(self.head(self.body(batch[0])), batch[1])
+
+    def wrong(self, z, t):
+        return 1.5 * theirs.cross_entropy(z, t)
+
+    trainer(GradientCheck(1)).fit(WithLoss(), data())
+    monkeypatch.setattr(nn.CrossEntropyLoss, "forward", wrong)
+    with pytest.raises(GradientError, match="PyTorch's own operations give"):
+        trainer(GradientCheck(1, entries=0)).fit(WithLoss(), data())
+
+
+def test_a_gradient_of_zeros_is_right_or_wrong(monkeypatch):
+    class Idle(Classifier):
+        def loss(self, batch):
+            return 0 * super().loss(batch)
+
+    def fit(**options):
+        body = torch.nn.Sequential(torch.nn.Linear(12, 16), nn.Tanh())
+        check = GradientCheck(1, parameters=9, **options)
+        trainer(check).fit(Idle(body=body), data())
+        return check.errors
+
+    assert fit()["gradient_error/pytorch"] == fit()["gradient_error/numerical"] == 0
+    ones = staticmethod(lambda ctx, da: torch.ones_like(da))
+    monkeypatch.setattr(formulas.Tanh, "backward", ones)
+    with pytest.raises(GradientError, match="relative error is inf"):
+        fit(entries=0)
 
 
 def test_a_class_made_from_ours_is_compared_with_pytorchs(monkeypatch):
@@ -683,6 +730,14 @@ def test_what_cannot_be_checked():
     with pytest.raises(RuntimeError, match="entries=0 leaves"):
         trainer(GradientCheck()).fit(Classifier(body=body), data())
     trainer(GradientCheck(entries=0)).fit(Classifier(body=body), data())
+
+    class Fussy(Classifier):  # has no loss in float64
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if loss.dtype == torch.float64 else loss
+
+    trainer(check := GradientCheck()).fit(Fussy(), data())
+    assert check.errors["gradient_error/numerical"] == 0
 
 
 # PeakMemory

@@ -801,6 +801,7 @@ def test_a_head_by_name_or_module_and_none(small):
     assert heads(swap(small, head="0")) == ["0"]
     assert is_deferred(small[0](x))
     assert heads(swap(small)) == ["0"], "a head that there is stays"
+    assert heads(swap(small, include="2")) == ["0"], "also where it is not included"
     report = swap(small, head=small[2])
     assert heads(report) == ["2"]
     assert str(report) == "no modules changed\nhead 2: no losses without logits so far"

@@ -136,7 +136,7 @@ def swap(
                 chosen[module] = matching[0]
     heads = _heads(head, named)
     left = {name: why for module, name in chosen.items() if (why := _obstacle(module))}
-    if isinstance(head, str) and head == "auto":
+    if head == "auto":
         linears = [module for module in heads if isinstance(module, torch.nn.Linear)]
         others = [m for m in heads if not isinstance(m, torch.nn.Linear) and m not in chosen]
         left |= {named[m][0]: f"{_class(m)} is no torch.nn.Linear" for m in others}
@@ -250,7 +250,7 @@ def _declared(named: dict[Module, list[str]]) -> list[Module]:
             found.append(module.get_output_embeddings())  # type: ignore[operator]
         except (AttributeError, NotImplementedError, TypeError):  # has none, or asks for arguments
             continue
-    return [m for m in dict.fromkeys(found) if isinstance(m, Module) and m in named]
+    return [module for module in dict.fromkeys(found) if module in named]
 
 
 def _last(named: dict[Module, list[str]]) -> list[Module]:
