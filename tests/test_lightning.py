@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,14 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import MeanMetric
 
-from torch_nnmath.lightning import GradientCheck, GradientError, PeakMemory, SwapFormulas
+from torch_nnmath.lightning import (
+    Finding,
+    GradientCheck,
+    GradientError,
+    PeakMemory,
+    SwapFormulas,
+    _tolerance,
+)
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -372,6 +380,32 @@ def test_metrics(tmp_path):
     assert 50 < peak.peaks["memory/peak_MiB"] < 1e5
 
 
+def test_counts_are_logged_with_the_epochs_own_metrics(tmp_path):
+    """And not at each validation in fit, which they count too, nor twice."""
+    swap = SwapFormulas()
+    run = trainer(swap, logger=CSVLogger(tmp_path, "", ""), max_epochs=2, val_check_interval=0.5)
+    run.fit(Classifier(), data(), data())
+    (path,) = tmp_path.rglob("metrics.csv")
+    rows = [*csv.DictReader(path.read_text().splitlines())]
+    counts = [(row["step"], row["head/fused_losses"]) for row in rows if row["head/fused_losses"]]
+    ends = [row["step"] for row in rows if row["mean_epoch"]]
+    assert [step for step, _ in counts] == ends == ["3", "7"]
+    sanity, training, validation = 2, 4, 8
+    assert [float(count) for _, count in counts] == [
+        sanity + (training + validation) * epoch for epoch in (1, 2)
+    ]
+
+
+def test_a_callback_serves_again():
+    callback = SwapFormulas(head="head")
+    for _ in range(2):
+        model = Classifier()
+        trainer(callback, max_steps=2).fit(model, data())
+        assert [change.name for change in callback.report] == ["body.0", "body.2", "head"]
+        assert callback.report.heads["head"].fused == 2
+        assert not is_marked(model)
+
+
 class Noisy(Classifier):
     """Reads random numbers of several kinds, changes its batch, writes to the trainer's logger."""
 
@@ -434,6 +468,18 @@ def test_tolerance_is_for_the_precision():
     run = trainer(SwapFormulas(), GradientCheck(1, tolerance=1e-6), precision="bf16-mixed")
     with pytest.raises(GradientError, match="PyTorch's own operations give"):
         run.fit(Classifier(), data())
+    half = torch.nn.Linear(2, 2).bfloat16()
+    for precision, module, tolerance in [
+        ("32-true", torch.nn.Linear(2, 2), 1e-3),
+        ("64-true", torch.nn.Linear(2, 2).double(), 1e-5),
+        ("bf16-true", half, 1e-1),
+        ("bf16-mixed", torch.nn.Linear(2, 2), 1e-1),
+        ("transformer-engine", torch.nn.Linear(2, 2), 1e-1),
+        ("32-true", half, 1e-1),
+        ("32-true", torch.nn.ReLU(), 1e-5),  # without parameters there is nothing to round
+    ]:
+        trainer_ = SimpleNamespace(precision=precision)
+        assert _tolerance(trainer_, [*module.parameters()])[0] == tolerance
 
 
 def test_gradient_accumulation():
@@ -500,6 +546,57 @@ def test_a_wrong_backward_is_caught_by_numbers(swapped, precision):
     assert str(error).startswith(said)
     assert "numerical differentiation gives" in str(error)
     assert not is_marked(model)
+
+
+class OneWrongEntry(torch.autograd.Function):
+    """x Wᵀ, with the wrong sign in one entry of the weight's gradient, or in one of the input's."""
+
+    @staticmethod
+    def forward(ctx, x, W, of_weight):
+        ctx.save_for_backward(x, W)
+        ctx.of_weight = of_weight
+        return x @ W.T
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, W = ctx.saved_tensors
+        dx, dW = dz @ W, dz.T @ x
+        if ctx.of_weight:
+            dW[5, 7] *= -1
+        else:
+            dx[3, 4] *= -1
+        return dx, dW, None
+
+
+@pytest.mark.parametrize("of_weight", [True, False])
+def test_one_wrong_entry_of_all_is_caught_and_found(of_weight):
+    class Product(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(16, 12))
+
+        def forward(self, x):
+            return OneWrongEntry.apply(x, self.weight, of_weight)
+
+    body = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Tanh(), Product())
+    check = GradientCheck(1, parameters=1, entries=1)
+    with pytest.raises(GradientError, match="numerical differentiation gives") as caught:
+        trainer(check).fit(Classifier(body=body), data())
+    error = caught.value
+    if of_weight:
+        assert (error.parameter, error.entry) == ("body.2.weight", (5, 7))
+        assert error.found == pytest.approx(-error.expected)
+    else:
+        assert error.parameter in ("body.0.weight", "body.0.bias")
+        assert error.entry[0] == 4
+    assert error.error > 1e-5
+
+
+def test_what_is_wrong_in_no_entry_by_itself_is_wrong_as_a_whole():
+    said = str(Finding("numerical", "", (), 1.5, 1.0, 0.5, 1e-5))
+    assert said.startswith("the derivative along a random direction in all parameters is 1.5, ")
+    error = GradientError(said, 3, Finding("numerical", "", (), 1.5, 1.0, 0.5, 1e-5))
+    assert (error.step, error.parameter, error.entry, error.expected) == (3, "", (), 1.0)
 
 
 def test_a_gradient_that_is_not_finite_is_caught(monkeypatch):
@@ -670,7 +767,8 @@ def test_what_is_looked_at_is_drawn_anew_and_the_same_each_time():
         return drawn
 
     first = looked_at(0)
-    assert [f[:2] for f in first if f[0] == 0] == [(0, "pytorch")] * 2 + [(0, "numerical")] * 3
+    kinds = [f[1] for f in first if f[0] == 0]
+    assert kinds == ["pytorch"] * 2 + ["numerical"] * 4  # three entries, and all in one direction
     assert {f[2] for f in first if f[0] == 0} != {f[2] for f in first if f[0] == 2}
     assert looked_at(0) == first
     assert looked_at(1) != first

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import functools
 import inspect
 import math
 import random
@@ -62,8 +61,9 @@ class SwapFormulas(Callback):
         head/fused_losses        losses so far that were computed without logits
         head/materialized_logits times so far that logits were computed
 
-    of all heads and processes. The Trainer evaluates in inference mode, where all logits are plain
-    and neither is counted; `Trainer(inference_mode=False)` keeps the head.
+    of all heads and processes. Validation within fit counts too. The Trainer's validate, test and
+    predict run in inference mode, where all logits are plain and neither is counted;
+    `Trainer(inference_mode=False)` keeps the head.
 
     A net that `configure_model` builds is met. A Linear that it builds and wraps by itself, as by
     FSDP2's `fully_shard(self.head)`, has a class of its own by then and is left, unless `swap` is
@@ -118,7 +118,7 @@ class SwapFormulas(Callback):
         self._log(trainer)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.validating:  # and not fitting
+        if trainer.state.fn == "validate":  # and not fit
             self._log(trainer)
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -154,7 +154,8 @@ class SwapFormulas(Callback):
                 "head/fused_losses": sum(log.fused for log in heads),
                 "head/materialized_logits": sum(log.materialized.total() for log in heads),
             }
-            _logged(trainer, counts, reduce_op="sum")
+            last = trainer.state.fn == "fit"  # of the epoch's steps, as for `self.log`
+            _logged(trainer, counts, reduce_op="sum", earlier=int(last))
 
 
 class GradientError(AssertionError):
@@ -162,7 +163,7 @@ class GradientError(AssertionError):
 
     Attributes:
         step: the optimizer's steps before it.
-        parameter: the parameter's name in the LightningModule.
+        parameter: the parameter's name in the LightningModule; "" for the gradient as a whole.
         entry: its indices.
         found, expected: the two numbers.
         error: how far they are apart, relative to the gradient.
@@ -187,28 +188,34 @@ class GradientCheck(Callback):
       gradients in a few parameters are compared entry by entry.
     - by a copy as it is and one of PyTorch's modules, in float64. A few entries of the gradients
       are compared with (c(w + h) - c(w - h)) / 2h, h = 1e-5 max(1, |w|), which shows what is wrong
-      in a backward of the module's own too. By how much the difference with 2h is another, and by
-      its rounding, it may be wrong.
+      in a backward of the module's own too; and so is the gradient as a whole, all parameters
+      moving at random, h = 1e-7 for each: one wrong entry among many shows in it, and is then
+      looked for by halves. By how much the difference with 2h is another, and by its rounding, it
+      may be wrong.
 
     An error is relative to the parameter's largest entry of the gradient that is expected, or to a
-    thousandth (in half precision a tenth) of all parameters' largest, if this is more. The largest
-    are logged at each check, over all processes, as
+    thousandth (in half precision a tenth) of all parameters' largest, if this is more; for the
+    gradient as a whole to its norm. The largest are logged at each check, over all processes, as
 
         gradient_error/pytorch      of the first comparison
         gradient_error/numerical    of the second, beyond what the difference may be wrong by
         gradient_error/uncertainty  what it may be wrong by
 
+    The gradient is that of the loss that `training_step` returns: what hooks of parameters,
+    `on_after_backward`, clipping or a `backward` of the module's own do to it is not looked at.
+
     The module's weights, gradients, buffers, metrics, random numbers and optimizers stay as they
-    are: training goes on as without the check. What the copies log goes nowhere, and what they
-    write to the Trainer stays theirs. A check costs two steps in the training's precision, one in
-    float64 and 4 · entries forward passes in float64, and the memory of a module and a step in
+    are: training goes on as without the check, but what `training_step` does elsewhere, as to a
+    global counter, is done by the copies too. What they log goes nowhere, and what they write to
+    the Trainer stays theirs. A check costs two steps in the training's precision, one in float64
+    and 4 · (entries + 1) forward passes in float64, and the memory of two modules and a step in
     float64 beside what there is. A batch without a loss, or with one that is not finite, is passed
     over. Under gradient accumulation a step's first batch is taken.
 
     Args:
         every_n_steps: how many steps of the optimizer from one check to the next, the first before
             the first step.
-        parameters: how many parameters, other ones at each check.
+        parameters: of how many parameters entries are compared, other ones at each check.
         entries: how many entries, of these in turn: the largest of the gradient or any, by chance.
             0 leaves the second comparison out, as for a module that cannot compute in float64.
         tolerance: the largest error of the first comparison. None is 1e-5 for float64, 1e-3 for
@@ -304,12 +311,12 @@ class GradientCheck(Callback):
     def _findings(self, run: _Run, step: int) -> Iterator[Finding]:
         draw = random.Random(f"{self.seed} {step}")
         named = dict(run.pl_module.named_parameters())
-        names = [
+        checked = [
             name
             for name, p in named.items()
             if p.requires_grad and p.numel() and p.is_floating_point()
         ]
-        names = draw.sample(names, min(self.parameters, len(names)))
+        names = draw.sample(checked, min(self.parameters, len(checked)))
         ours = run.gradients(names)
         if ours is None:
             return
@@ -320,9 +327,9 @@ class GradientCheck(Callback):
             tolerance = self.tolerance
         for name in names:
             yield _compared(name, ours.of[name], pytorchs, least, tolerance)
-        if self.entries:
+        if self.entries and names:
             try:
-                yield from self._numerical_findings(run, names, draw)
+                yield from self._numerical_findings(run, checked, names, draw)
             except Exception as error:  # whatever a training step raises
                 raise RuntimeError(
                     "GradientCheck could not compute the loss of a copy of the module in float64: "
@@ -330,24 +337,50 @@ class GradientCheck(Callback):
                 ) from error
 
     def _numerical_findings(
-        self, run: _Run, names: list[str], draw: random.Random
+        self, run: _Run, checked: list[str], names: list[str], draw: random.Random
     ) -> Iterator[Finding]:
-        ours = run.gradients(names, double=True)
+        ours = run.gradients(checked, double=True)
         if ours is None:
             return
+        loss, limit = run.loss_along(), self.numerical_tolerance
         named = dict(run.pl_module.named_parameters())
-        loss = run.loss_of_entry()
-        for i in range(self.entries if names else 0):
-            name = names[i % len(names)]
+
+        def of_entry(part: _Part) -> Finding:
+            name, i, _ = part
             g = ours.of[name]
-            flat = int(g.abs().argmax()) if draw.random() < 0.5 else draw.randrange(g.numel())
-            entry = _entry(flat, g.shape)
-            difference = _difference(
-                functools.partial(loss, name, entry), named[name][entry].item()
-            )
+            entry, one = _entry(i, g.shape), torch.ones(1, dtype=g.dtype, device=g.device)
+            h = 1e-5 * max(1.0, abs(named[name][entry].item()))
+            difference = _difference(lambda times: loss([(part, one)], times), h)
             scale = max(_largest(g), 1e-3 * ours.largest)
-            limit = self.numerical_tolerance
-            yield _beside_difference(name, entry, g[entry].item(), *difference, scale, limit)
+            return _beside_difference(name, entry, g[entry].item(), *difference, scale, limit)
+
+        for k in range(self.entries):
+            name = names[k % len(names)]
+            g = ours.of[name]
+            i = int(g.abs().argmax()) if draw.random() < 0.5 else draw.randrange(g.numel())
+            yield of_entry(_Part(name, i, i + 1))
+
+        generator = torch.Generator().manual_seed(draw.getrandbits(63))
+        direction = {
+            name: torch.randn(g.numel(), generator=generator, dtype=g.dtype).to(g.device)
+            for name, g in ours.of.items()
+        }
+        norm = math.hypot(*(g.norm().nan_to_num(0, 0).item() for g in ours.of.values()))
+
+        def of_whole(parts: list[_Part]) -> Finding:
+            moved = [(part, direction[part.parameter][part.start : part.stop]) for part in parts]
+            found = sum((ours.of[p.parameter].flatten()[p.start : p.stop] @ v) for p, v in moved)
+            difference = _difference(lambda times: loss(moved, times), 1e-7)
+            return _beside_difference("", (), float(found), *difference, norm, limit)
+
+        parts = [_Part(name, 0, g.numel()) for name, g in ours.of.items()]
+        whole = of_whole(parts)
+        if whole.error > limit:
+            while halves := _halves(parts):
+                parts = max(halves, key=lambda half: of_whole(half).error)
+            entry = of_entry(*parts)
+            whole = entry if entry.error > limit else whole
+        yield whole
 
 
 LIMITED = {
@@ -370,11 +403,30 @@ class Finding(NamedTuple):
     uncertainty: float = 0.0
 
     def __str__(self) -> str:
+        where = f"gradient in {self.parameter}{list(self.entry)}"
+        if not self.parameter:
+            where = "derivative along a random direction in all parameters"
         return (
-            f"the gradient in {self.parameter}{list(self.entry)} is {self.found:.6g}, "
+            f"the {where} is {self.found:.6g}, "
             f"{LIMITED[self.kind]} {self.expected:.6g}: the relative error is {self.error:.2g}, "
             f"{self.limit:.2g} is allowed"
         )
+
+
+class _Part(NamedTuple):
+    """Entries of a parameter, in the order of its indices."""
+
+    parameter: str
+    start: int
+    stop: int
+
+
+def _halves(parts: list[_Part]) -> list[list[_Part]]:
+    """Of several parts, or of the entries of one; none of an entry."""
+    if len(parts) > 1:
+        return [parts[: len(parts) // 2], parts[len(parts) // 2 :]]
+    (name, start, stop), middle = parts[0], (parts[0].start + parts[0].stop) // 2
+    return [[_Part(name, start, middle)], [_Part(name, middle, stop)]] if middle > start else []
 
 
 class _Gradients(NamedTuple):
@@ -405,21 +457,25 @@ class _Run:
         largest = max((_largest(g) for g in gradients.values() if g.numel()), default=0.0)
         return _Gradients({n: gradients.get(n, torch.zeros_like(named[n])) for n in names}, largest)
 
-    def loss_of_entry(self) -> Callable[[str, tuple[int, ...], float], float]:
-        """The loss in float64 by PyTorch, as a function of an entry of a parameter."""
+    def loss_along(self) -> Callable[[list[tuple[_Part, Tensor]], float], float]:
+        """The loss in float64 by PyTorch, of parameters parts of which move along vectors."""
         twin = self.twin(plain=True, double=True)
-        named = dict(twin.named_parameters())
+        for p in twin.parameters():
+            p.data = p.data.contiguous()
+        flat = {name: p.detach().view(-1) for name, p in twin.named_parameters()}
         buffers = [(m._buffers, _copied(m._buffers)) for m in twin.modules() if m._buffers]
 
-        def loss(name: str, entry: tuple[int, ...], w: float) -> float:
+        def loss(moved: list[tuple[_Part, Tensor]], times: float) -> float:
             for there, before in buffers:
                 there.update(_copied(before))
-            p = named[name].detach()
-            before_it = p[entry].item()
-            p[entry] = w
+            there = [flat[part.parameter][part.start : part.stop] for part, _ in moved]
+            before = [w.clone() for w in there]
+            for w, (_, v) in zip(there, moved, strict=True):
+                w.add_(v, alpha=times)
             with isolate_rng():
                 c = self.loss(twin, double=True).item()
-            p[entry] = before_it
+            for w, w_before in zip(there, before, strict=True):
+                w.copy_(w_before)
             return c
 
         return loss
@@ -581,10 +637,9 @@ def _beside_difference(
     return Finding("numerical", name, entry, found, expected, error, limit, uncertainty)
 
 
-def _difference(loss: Callable[[float], float], w: float) -> tuple[float, float]:
-    """The derivative at w by a central difference, and how wrong it may be."""
-    h = 1e-5 * max(1.0, abs(w))
-    c = {times: loss(w + times * h) for times in (-2, -1, 1, 2)}
+def _difference(loss: Callable[[float], float], h: float) -> tuple[float, float]:
+    """The derivative at 0 by a central difference, and how wrong it may be."""
+    c = {times: loss(times * h) for times in (-2, -1, 1, 2)}
     near, far = (c[1] - c[-1]) / (2 * h), (c[2] - c[-2]) / (4 * h)
     rounding = 64 * torch.finfo(torch.float64).eps * max(map(abs, c.values())) / h
     return near, abs(near - far) + rounding
@@ -682,14 +737,17 @@ def _peak(device: torch.device) -> int:
 
 
 def _logged(
-    trainer: Any, metrics: Mapping[str, float], reduce_op: Literal["max", "sum"] = "max"
+    trainer: Any,
+    metrics: Mapping[str, float],
+    reduce_op: Literal["max", "sum"] = "max",
+    earlier: int = 0,
 ) -> dict[str, float]:
     """Metrics of all processes, as they went to the loggers."""
     device = trainer.strategy.root_device
     values = torch.tensor([*map(float, metrics.values())], device=device, dtype=torch.float32)
     values = trainer.strategy.reduce(values, reduce_op=reduce_op)
     named = dict(zip(metrics, values.tolist(), strict=True))
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as for all other metrics
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped - earlier  # as all other metrics
     for logger in trainer.loggers:
         logger.log_metrics(named, step=step)
     return named
