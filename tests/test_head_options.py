@@ -589,7 +589,8 @@ def test_memory_is_flat_at_second_order(of):
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "head.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python\n(import.*?)^```\n\n```text\n(.*?)^```", PAGE, re.S | re.M)
+BLOCKS = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", PAGE, re.S | re.M)
+EXAMPLES = [(code, printed) for code, printed in BLOCKS if printed]
 
 
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES)
@@ -597,6 +598,17 @@ def test_the_page_prints_what_it_says(code, printed, capsys):
     exec(code, {})
     assert capsys.readouterr().out == printed
     assert "within a millionth: True" in printed
+
+
+def test_the_page_begins_with_what_runs():
+    names: dict = {}
+    exec(BLOCKS[0][0], names)
+    loss, features, weight = (names[name] for name in ("loss", "features", "weight"))
+    v = capped(F.linear(features, weight), 1 / 0.7, 30.0)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(v, names["target"]) + 1e-4 * v.logsumexp(1).square().mean()
+    )
+    assert names["log_probs"].shape == names["entropy"].shape == (6,)
 
 
 def test_the_page_has_a_policy_gradient_and_a_distillation():

@@ -699,10 +699,11 @@ def chunked_head():
     """The example of docs/checking.md, run as it stands there; and what it prints there."""
     page = (Path(__file__).parents[1] / "docs" / "checking.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", page, re.S | re.M)
-    (code,) = (block for kind, block in blocks if kind == "python" and "chunked" in block)
+    code, ours = (b for kind, b in blocks if kind == "python" and "linear_cross_entropy" in b)
     (printed,) = (block for kind, block in blocks if kind == "text" and "chunked" in block)
     names = {}
     exec(code.replace("print(report)", ""), names)
+    exec(ours, names)  # this library's head, which has no fault
     return names["report"], printed
 
 
