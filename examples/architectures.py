@@ -46,16 +46,20 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm  # which transformers brings
-from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 import torch_nnmath
+
+try:
+    import transformers
+    from tqdm import tqdm  # which transformers brings
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+except ModuleNotFoundError as error:
+    raise SystemExit('this example needs transformers: pip install ".[transformers]"') from error
 
 Swap = Callable[[Module], Any]
 
@@ -521,8 +525,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
     return int(text)
 
 

@@ -47,6 +47,14 @@ COLUMNS = ("element", "matrix", "library", "numerical")
 TOLERANCE = {"element": 1e-12, "matrix": 1e-12, "library": 1e-12, "numerical": 1e-8}
 
 
+LEGEND = """\
+Columns: `element` is the formula with indices and sums, `matrix` the same with matrices,
+`library` what torch_nnmath gives, `numerical` a difference, (f(x + h) − f(x − h)) / 2h.
+F1 to F17 are the document's formulas. E1 to E17 are its slips (docs/slips.md): what it prints,
+what is true, what the printed one gives here, and what comes of it. A relative error is the
+largest difference over the largest true entry."""
+
+
 # What stands on the page
 
 
@@ -117,7 +125,7 @@ class Slip:
     def misfit(self) -> str:
         gives, truth = np.shape(self.gives), np.shape(self.truth)
         fits = gives == truth
-        return self.shapes or ("" if fits else f"{gives} for {truth or 'one number'}")
+        return self.shapes or ("" if fits else f"of shape {gives} for {truth or 'one number'}")
 
     @property
     def error(self) -> float:
@@ -730,7 +738,7 @@ def sigmoid_element_form(n: Network) -> Iterator[Item]:
         printed[:, :2],
         truth,
         "no shape for W^{{L−1}}; shown are its first two columns, with E1 mended",
-        shapes=f"{printed.shape} for {truth.shape}",
+        shapes=f"of shape {printed.shape} for {truth.shape}",
     )
 
 
@@ -886,7 +894,7 @@ def softmax_derivation(n: Network) -> Iterator[Item]:
         truth.T,
         truth,
         "shown for the first two hidden nodes. Softmax's own Jacobian is symmetric and hides it",
-        shapes=f"{n.W2.T.shape} for {n.W2.shape}",
+        shapes=f"of shape {n.W2.T.shape} for {n.W2.shape}",
     )
     yield "Total derivative"
     yield Slip(
@@ -1013,7 +1021,7 @@ class Paper:
         what = f"{slip.name} = {gives}, but it is {truth}"
         yield from wrapped(f"           gives    {what}; relative error {slip.error:.2g}")
         costs = [slip.misfit, slip.cost.format(*map(self.short, slip.numbers))]
-        yield from wrapped(f"           cost     {'; '.join(filter(None, costs))}")
+        yield from wrapped(f"           effect   {'; '.join(filter(None, costs))}")
 
     def item(self, item: Item) -> Iterator[str]:
         if isinstance(item, Row):
@@ -1025,6 +1033,7 @@ class Paper:
         return iter([f"  {item}"])
 
     def page(self, pages: Pages) -> Iterator[str]:
+        yield LEGEND
         for part, items in pages:
             yield ""
             title = f"{part.number} {part.title}"
@@ -1035,7 +1044,7 @@ class Paper:
 
     def slips(self, pages: Pages) -> Iterator[str]:
         head = f"{'slip':5}{'where':7}{'of':20}{'printed':>10}{'true':>10}{'rel. error':>12}  "
-        yield head + "as printed"
+        yield f"{LEGEND}\n\n{head}as printed"
         yield "─" * 110
         slips = [(item, part.number) for part, items in pages for item in items]
         slips = [(item, number) for item, number in slips if isinstance(item, Slip)]
@@ -1160,13 +1169,15 @@ def beside(paper: Paper, z: Array, b: Array, d: Array) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Neural Network Mathematics with numbers: every formula worked out by hand.",
+        description="Neural Network Mathematics with numbers: every formula worked out by hand, "
+        "for a network of 2, 3 and 2 nodes and one example.",
+        epilog=LEGEND.replace("`", "").replace("\n", " "),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--section", metavar="N", help="print one part, such as 2, 5.1, 5.1.2, A")
     parser.add_argument("--slips", action="store_true", help="print the slips alone, as a table")
     parser.add_argument("--check", action="store_true", help="say whether all columns agree")
-    parser.add_argument("--digits", type=int, default=4, help="after the point")
+    parser.add_argument("--digits", type=int, default=4, help="shown after the point, 1 to 15")
     parser.add_argument(
         "--out", type=Path, default=Path("by_hand_out"), help="the picture's folder"
     )

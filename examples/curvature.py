@@ -43,7 +43,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from language_model import Transformer, bar, blocks, positive, tokens
+from language_model import (
+    Transformer,
+    add_accelerator,
+    bar,
+    blocks,
+    device_of,
+    positive,
+    tokens,
+)
 from matplotlib.figure import Figure  # without pyplot, a PNG is drawn by Agg and needs no display
 from matplotlib.ticker import MaxNLocator
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -559,7 +567,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "products with it, held to the matrix where there is one, and the memory of a product.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+    add_accelerator(parser)
     parser.add_argument("--size", choices=SIZES, default="small", help="large is for a GPU")
     parser.add_argument("--probes", type=positive, default=1, help="random vectors of the density")
     parser.add_argument(
@@ -568,12 +576,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and probes")
     parser.add_argument("--out", type=Path, default=Path("curvature_out"), help="picture's folder")
     return parser.parse_args(argv)
-
-
-def device_of(accelerator: str) -> str:
-    if accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return {"cpu": "cpu", "gpu": "cuda"}[accelerator]
 
 
 @contextmanager
@@ -629,7 +631,7 @@ def of_larger_model(args: argparse.Namespace, device: str) -> Spectra:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     args = parse(argv)
-    device = device_of(args.accelerator)
+    device = device_of(args.accelerator).type
     with one_thread():  # matrices as small as these only lose by sharing the work
         dense, tiny, packages = of_tiny_model(args, device)
     larger = of_larger_model(args, device)

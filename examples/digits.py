@@ -282,8 +282,8 @@ def quiet() -> Iterator[None]:
 
 
 def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
     return int(text)
 
 
@@ -292,11 +292,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Train on handwritten digits with torch_nnmath and with PyTorch, and compare.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
-    parser.add_argument("--epochs", type=positive, default=40)
-    parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument(
-        "--hidden", type=positive, nargs="*", default=[64], help="of the hidden layers"
+        "--accelerator",
+        choices=("auto", "cpu", "gpu"),
+        default="auto",
+        help="where to compute; auto takes a GPU where there is one",
+    )
+    parser.add_argument("--epochs", type=positive, default=40, help="passes over the digits")
+    parser.add_argument("--batch-size", type=positive, default=16, help="digits of a step")
+    parser.add_argument(
+        "--hidden",
+        type=positive,
+        nargs="*",
+        default=[64],
+        help="nodes of each hidden layer, such as 64 32; without numbers there is none",
     )
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and order")
     parser.add_argument("--limit", type=int, help="use only so many of the 1797 digits")
@@ -304,6 +313,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 100:
         parser.error("--limit must be at least 100, so that the test set has every digit")
+    if args.accelerator == "gpu" and not torch.cuda.is_available():
+        parser.error("--accelerator gpu: PyTorch sees none")
     return args
 
 

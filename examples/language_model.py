@@ -431,7 +431,7 @@ def train(
         saved = torch.load(checkpoint, weights_only=True, map_location="cpu")["settings"]
         if saved != settings(args):
             raise SystemExit(f"--resume: {checkpoint} was trained with other options: {saved}")
-    on_gpu = args.accelerator != "cpu" and torch.cuda.is_available()
+    on_gpu = device_of(args.accelerator).type == "cuda"
     trainer = L.Trainer(
         accelerator=args.accelerator,
         devices=args.devices,
@@ -550,9 +550,26 @@ def quiet() -> Iterator[None]:
 
 
 def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
     return int(text)
+
+
+def device_of(accelerator: str) -> torch.device:
+    """Of `--accelerator`."""
+    is_there = torch.cuda.is_available()
+    if accelerator == "gpu" and not is_there:
+        raise SystemExit("--accelerator gpu: PyTorch sees none")
+    return torch.device("cuda" if is_there and accelerator != "cpu" else "cpu")
+
+
+def add_accelerator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accelerator",
+        choices=("auto", "cpu", "gpu"),
+        default="auto",
+        help="where to compute; auto takes a GPU where there is one",
+    )
 
 
 def add_sizes(parser: argparse.ArgumentParser, sizes: dict) -> None:
@@ -563,16 +580,18 @@ def add_sizes(parser: argparse.ArgumentParser, sizes: dict) -> None:
         help="sets the defaults of sizes, --steps and --lr, here those of small; large is for a "
         "GPU, and its text has the docstrings of installed packages too",
     )
-    parser.add_argument("--vocabulary", type=positive, help="of byte pairs, trained on the text")
-    parser.add_argument("--width", type=positive, help="of the features")
-    parser.add_argument("--layers", type=positive, help="of attention and perceptron")
-    parser.add_argument("--heads", type=positive, help="of attention in a layer")
+    parser.add_argument(
+        "--vocabulary", type=positive, help="how many byte pairs, trained on the text"
+    )
+    parser.add_argument("--width", type=positive, help="features of a token")
+    parser.add_argument("--layers", type=positive, help="pairs of attention and perceptron")
+    parser.add_argument("--heads", type=positive, help="heads of attention in a layer")
     parser.add_argument("--context", type=positive, help="tokens of a block")
-    parser.add_argument("--batch-size", type=positive, help="blocks of a step, of all devices")
-    parser.add_argument("--steps", type=positive, help="of a training")
-    parser.add_argument("--lr", type=float, help="largest learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and sample")
-    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+    parser.add_argument("--batch-size", type=positive, help="blocks of a step")
+    parser.add_argument("--steps", type=positive, help="steps of a training")
+    parser.add_argument("--lr", type=float, help="largest learning rate, above 0")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    add_accelerator(parser)
 
 
 def parse_sized(
@@ -586,6 +605,8 @@ def parse_sized(
         parser.error("--vocabulary must be at least 257: every byte, and the end of a text")
     if args.width % args.heads:
         parser.error("--width must be a multiple of --heads")
+    if not args.lr > 0:
+        parser.error("--lr must be above 0")
     return args
 
 
@@ -596,12 +617,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_sizes(parser, SIZES)
-    parser.add_argument("--every", type=positive, help="validate and keep a checkpoint: steps")
     parser.add_argument(
-        "--devices", type=positive, default=1, help="processes, which share a batch"
+        "--every", type=positive, help="steps between validations, each with a checkpoint"
     )
     parser.add_argument(
-        "--precision", help="as Lightning's; None is bf16-mixed on a GPU and 32-true on a CPU"
+        "--devices", type=positive, default=1, help="processes, which share a step's blocks"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"),
+        help="as Lightning's; None is bf16-mixed on a GPU and 32-true on a CPU",
     )
     parser.add_argument("--prompt", default="Return the", help="what the sample begins with")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints")
@@ -616,6 +641,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     args = parse(argv)
+    device_of(args.accelerator)  # that there is one
+    if args.resume and not any(args.out.glob("*.ckpt")):
+        raise SystemExit(f"--resume: there is no checkpoint in {args.out}")
     tokenizer, *data = tokens(args.size, args.vocabulary)
     args.vocabulary = tokenizer.get_vocab_size()  # a short text has fewer pairs
     args.out.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from curvature import SIZES, LossOf, device_of, one_thread, trained
-from language_model import bar, blocks, positive, tokens
+from curvature import SIZES, LossOf, one_thread, trained
+from language_model import add_accelerator, bar, blocks, device_of, positive, tokens
 from matplotlib.figure import Figure  # without pyplot, a PNG is drawn by Agg and needs no display
 from matplotlib.ticker import LogLocator, MaxNLocator
 from sklearn.datasets import load_digits
@@ -286,13 +286,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "the examples that are hardest by them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+    add_accelerator(parser)
     parser.add_argument(
         "--size", choices=SIZES, default="small", help="of the language model; large is for a GPU"
     )
-    parser.add_argument("--epochs", type=positive, default=40, help="of training on digits")
-    parser.add_argument("--steps", type=positive, help="of training on text, not the size's own")
-    parser.add_argument("--sequences", type=positive, default=256, help="of text")
+    parser.add_argument(
+        "--epochs", type=positive, default=40, help="passes of training over the digits"
+    )
+    parser.add_argument(
+        "--steps", type=positive, help="steps of training on text; None is the size's own"
+    )
+    parser.add_argument("--sequences", type=positive, default=256, help="sequences of text")
     parser.add_argument(
         "--chunk", type=positive, default=8, help="sequences whose gradients are in memory at once"
     )
@@ -305,7 +309,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     args = parse(argv)
-    device = device_of(args.accelerator)
+    device = device_of(args.accelerator).type
     args.out.mkdir(parents=True, exist_ok=True)
     with one_thread():  # matrices as small as these only lose by sharing the work
         of_digits = digits(args.epochs, args.seed, device)

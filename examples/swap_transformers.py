@@ -33,11 +33,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import transformers
 from language_model import (  # beside this file
     add_sizes,
     bar,
     blocks,
+    device_of,
     memory,
     mib,
     parse_sized,
@@ -47,6 +47,11 @@ from matplotlib.figure import Figure  # without pyplot, a PNG is drawn by Agg an
 from torch import Tensor
 
 import torch_nnmath
+
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    raise SystemExit('this example needs transformers: pip install ".[transformers]"') from error
 
 SIZES = {  # of --size; each can be given by itself
     "small": {
@@ -259,10 +264,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parse_sized(parser, SIZES, argv)
     if args.width // args.heads % 2:
         parser.error("--width must be an even multiple of --heads")
-    if args.accelerator == "gpu" and not torch.cuda.is_available():
-        parser.error("--accelerator gpu: PyTorch sees none")
-    on_gpu = args.accelerator != "cpu" and torch.cuda.is_available()
-    args.device = torch.device("cuda" if on_gpu else "cpu")
+    if args.model not in transformers.CONFIG_MAPPING:
+        parser.error(f"--model: transformers has no {args.model}")
+    args.device = device_of(args.accelerator)
     return args
 
 

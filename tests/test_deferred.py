@@ -941,6 +941,7 @@ PLAIN: dict[str, tuple[str, Any]] = {
     "stack": ("stack|cat|unsqueeze", lambda z, o: torch.stack([z, 2 * z]).square().mean(-1)),
     "sum of logits": ("sum", lambda z, o: z.sum(-1)),
     "mean of all": ("mean", lambda z, o: z.log_softmax(-1).mean()),
+    "sum over rows and classes": ("sum", lambda z, o: z.log_softmax(-1).sum((1, 2))),
     "sum over rows": ("sum", lambda z, o: z.log_softmax(-1).sum(1)),
     "sum by axis": ("sum", lambda z, o: z.log_softmax(-1).sum(axis=-1)),
     "a product": ("expand", lambda z, o: z @ z.mT),
@@ -1217,6 +1218,18 @@ def test_the_storage_offset_is_known_before(name):
     plain, swapped, _ = pair()
     found, truth = (DESCRIBED[name](model(numbers().x)) for model in (swapped, plain))
     assert found.storage_offset() == truth.storage_offset()
+    assert (2 * found).storage_offset() == 0
+
+
+def test_an_error_of_the_head_is_raised_at_once():
+    head = nn.Sequential(nn.Linear(4, C, dtype=F64))
+    swap(head)
+    x = torch.randn(3, 4, dtype=F64)
+    for bad in (x.float(), x[..., 1:], x[0, 0]):
+        with pytest.raises(RuntimeError) as expected:
+            ours.linear(bad, head[0].weight, head[0].bias)
+        with pytest.raises(RuntimeError, match=f"^{re.escape(str(expected.value))}$"):
+            head(bad)
 
 
 def test_a_complex_factor_is_not_remembered_as_the_real_one():

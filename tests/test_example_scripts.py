@@ -283,6 +283,25 @@ def test_help(name, language_model, swap_transformers, capsys):
     assert str(module.SIZES["small"]["vocabulary"]) in said
     large = module.parse(["--size", "large", "--width", "96"])
     assert (large.vocabulary, large.width) == (module.SIZES["large"]["vocabulary"], 96)
+    for bad, said in [
+        (["--vocabulary", "10"], "at least 257"),
+        (["--steps", "0"], "must be a whole number from 1 on, got '0'"),
+        (["--width", "97"], "must be a"),
+        (["--lr", "-1"], "must be above 0"),
+    ]:
+        with pytest.raises(SystemExit) as done:
+            module.main(bad)
+        assert done.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_is_not_there(language_model, swap_transformers, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="there is no checkpoint in"):
+        language_model.main([*SMALL, "2", "--resume", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
-        module.main(["--vocabulary", "10"])
-    assert "at least 257" in capsys.readouterr().err
+        swap_transformers.main(["--model", "nope"])
+    assert "transformers has no nope" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module in (language_model, swap_transformers):
+        with pytest.raises(SystemExit, match="PyTorch sees none"):
+            module.main(["--accelerator", "gpu"])

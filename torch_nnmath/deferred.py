@@ -75,8 +75,9 @@ class HeadLog:
             self.has_warned = True
             warnings.warn(
                 f"the logits of head {self.name or '(root)'} were computed, and memory was not "
-                f"saved: {why}. The report of swap() counts how often. If another Linear makes the "
-                "logits, swap(model, head=NAME) names it; swap(model, head=None) leaves all plain",
+                f"saved: {why}. What to do is in docs/swapping.md; the report of swap() counts how "
+                "often. If another Linear makes the logits, swap(model, head=NAME) names it; "
+                "swap(model, head=None) leaves all plain",
                 MaterializedLogits,
                 stacklevel=_user_frame()[0],
             )
