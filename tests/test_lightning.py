@@ -31,6 +31,7 @@ from torch_nnmath.lightning import (
     GradientError,
     PeakMemory,
     SwapFormulas,
+    _is_as_pytorchs,
     _tolerance,
 )
 
@@ -295,10 +296,11 @@ def test_what_was_swapped_before_stays_so():
 
 
 def test_it_says_what_it_did(caplog):
-    trainer(SwapFormulas(), max_steps=2).fit(Classifier(), data())
+    trainer(SwapFormulas(), max_steps=2).fit(Classifier(), data(), data())
     text = "\n".join(record.getMessage() for record in caplog.records)
     assert "head    torch.nn.Linear  ->  torch_nnmath.nn.Linear  head\n3 modules changed" in text
-    assert "head head: 2 losses without logits so far" in text
+    assert "head head: 4 losses without logits so far" in text  # two of validation before
+    assert text.count("modules changed") == 1
 
 
 # Checkpoints
@@ -480,6 +482,13 @@ def test_tolerance_is_for_the_precision():
     ]:
         trainer_ = SimpleNamespace(precision=precision)
         assert _tolerance(trainer_, [*module.parameters()])[0] == tolerance
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        full = SimpleNamespace(precision="32-true")
+        assert _tolerance(full, [*torch.nn.Linear(2, 2).parameters()])[0] == 1e-2
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_gradient_accumulation():
@@ -707,6 +716,17 @@ def test_own_options_are_kept():
 
     trainer(check := GradientCheck(1, parameters=9)).fit(Own(), data())
     assert check.errors["gradient_error/pytorch"] < 1e-3
+    learnt = torch.nn.Parameter(torch.tensor(1.0))
+    for module, is_as_pytorchs in [
+        (nn.Tanh(), True),
+        (nn.CrossEntropyLoss(), True),
+        (nn.CrossEntropyLoss(base=2), False),
+        (nn.CrossEntropyLoss(softcap=3.0), False),
+        (nn.LinearCrossEntropyLoss(2, 3), True),
+        (nn.LinearCrossEntropyLoss(2, 3, logit_scale=0.5), False),
+        (nn.LinearCrossEntropyLoss(2, 3, logit_scale=learnt), False),
+    ]:
+        assert _is_as_pytorchs(module) == is_as_pytorchs
 
 
 class Narrowing(torch.nn.Module):
