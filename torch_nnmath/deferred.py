@@ -873,6 +873,11 @@ def _gather(
     return result.to(input.dtype).unsqueeze(axis)
 
 
+def _only_axis(dim: Any) -> int | None:
+    axes = dim if isinstance(dim, list | tuple) else [dim]
+    return axes[0] if len(axes) == 1 and isinstance(axes[0], int) else None
+
+
 @_loss
 def _summed(
     func: Any,
@@ -885,9 +890,8 @@ def _summed(
     **kwargs: Any,
 ) -> Any:
     """The sum or mean over the classes, of logarithms: a cross entropy with every class alike."""
-    form, dtype = input.step.form, dtype or input.dtype
-    (axis,) = dim if isinstance(dim, list | tuple) and len(dim) == 1 else (dim,)
-    if kwargs or not isinstance(axis, int) or torch.promote_types(dtype, input.dtype) != dtype:
+    form, axis, dtype = input.step.form, _only_axis(dim), dtype or input.dtype
+    if kwargs or axis is None or torch.promote_types(dtype, input.dtype) != dtype:
         return NotImplemented
     rows = _rows(input, True, axis)
     if rows is NotImplemented:
@@ -903,9 +907,8 @@ def _log_sum_exp(
     func: Any, input: DeferredLogits, is_wide: bool, dim: Any, keepdim: bool = False, **kwargs: Any
 ) -> Any:
     """F7's denominator: the cross entropy without a class."""
-    form = input.step.form
-    (axis,) = dim if isinstance(dim, list | tuple) and len(dim) == 1 else (dim,)
-    if kwargs or not isinstance(axis, int) or (is_wide and input.dtype.itemsize < 4):
+    form, axis = input.step.form, _only_axis(dim)
+    if kwargs or axis is None or (is_wide and input.dtype.itemsize < 4):
         return NotImplemented  # of half precision autocast makes another type on some devices
     rows = _rows(input, False, axis)
     if rows is NotImplemented:
