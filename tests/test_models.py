@@ -933,10 +933,14 @@ def test_functional_call_with_other_parameters():
         (lambda z, y: sum(F.cross_entropy(a, b) for a, b in zip(z, y, strict=True)), 2, None),
         (lambda z, y: F.cross_entropy(z[y != -100], y[y != -100]), 1, None),
         (lambda z, y: loss_outside(5 * torch.tanh(z / 2) / 1.5, y), 1, None),
-        (lambda z, y: torch.stack([a.logsumexp(-1) for a in z]).mean(), 0, "logsumexp"),
+        (lambda z, y: torch.stack([a.logsumexp(-1) for a in z]).mean(), 2, None),
+        (lambda z, y: torch.stack([a.logcumsumexp(-1) for a in z]).mean(), 0, "logcumsumexp"),
         (lambda z, y: loss_outside(z, y) + z.softmax(-1)[..., 3].mean(), 1, "softmax"),
     ],
-    ids=["module", "ours", "log-probability", "sequences", "masked", "capped", "logsumexp", "two"],
+    ids=[
+        *("module", "ours", "log-probability", "sequences", "masked", "capped", "logsumexp"),
+        *("sums of exponentials", "two"),
+    ],
 )
 def test_losses_outside_the_model(loss_of, fused, computed):
     """As users of `model(...).logits` write them."""
