@@ -593,11 +593,11 @@ def _log_probs_of_head(head: _Head, return_entropy: bool) -> Any:
 
 def _log_sum_exp_of_head(head: _Head) -> Tensor:
     """ln Σ e^v of each row, whatever its target is: F14 without a class."""
-    asks, each = (False, False, False), []
-    for x, W, b, p, _, _, keep, _, cap in head.inputs:
-        c, *_ = formulas.LinearCrossEntropy.of(x, W, b, p, None, None, keep, math.e, cap, asks)
-        each.append(c)
-    return head.stacked(each).to(head.dtype)
+    each = [
+        formulas.LinearCrossEntropy.of(x, W, b, p, None, None, keep, math.e, cap, (False,) * 3)
+        for x, W, b, p, _, _, keep, _, cap in head.inputs
+    ]
+    return head.stacked([c for c, *_ in each]).to(head.dtype)
 
 
 def _logits_of_head(head: _Head) -> Tensor:

@@ -154,8 +154,8 @@ class SwapFormulas(Callback):
                 "head/fused_losses": sum(log.fused for log in heads),
                 "head/materialized_logits": sum(log.materialized.total() for log in heads),
             }
-            last = trainer.state.fn == "fit"  # of the epoch's steps, as for `self.log`
-            _logged(trainer, counts, reduce_op="sum", earlier=int(last))
+            is_fit = trainer.state.fn == "fit"  # whose epoch's metrics are at its last step
+            _logged(trainer, counts, reduce_op="sum", earlier=int(is_fit))
 
 
 class GradientError(AssertionError):

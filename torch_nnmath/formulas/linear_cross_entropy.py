@@ -79,9 +79,8 @@ class LinearCrossEntropy(KernelFormula):
         v = z if cap is None else SoftCap.in_the_open(z, cap)
         c = CrossEntropy.in_the_open(v, p, t, y, rows, 1, base).squeeze(1)
         if y is None and p is not None:
-            c = c + kept(
-                keep, exact(p.squeeze(1), LogSumExp.in_the_open(v, 1).squeeze(1)) / math.log(base)
-            )
+            p_lse = kept(rows, exact(p, LogSumExp.in_the_open(v, 1)))
+            c = c + p_lse.squeeze(1) / math.log(base)
         q = kept(keep, ZLoss.in_the_open(v, 1).squeeze(1)) if asks[0] else None
         h = kept(keep, Entropy.in_the_open(v, 1, base).squeeze(1)) if asks[1] else None
         seen = v.detach()
