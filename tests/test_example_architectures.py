@@ -51,6 +51,14 @@ def test_a_swap_that_does_nothing_is_not_fused(architectures, llama):
     assert set(outcome.sizes.values()) == {0.0}
 
 
+def test_what_sees_no_logits_is_itself_wrong(architectures, llama, monkeypatch):
+    monkeypatch.setattr(architectures.Shapes, "logits", lambda self, classes, tokens: [])
+    outcome = architectures.compare(llama[0], architectures.nothing, llama[1])
+    assert outcome.kind == "WRONG"
+    assert "the logits of the model as it is were not seen" in outcome.reason
+    assert "neither logits were seen nor a fused loss reported" in outcome.reason
+
+
 def wrong_gradient(model):
     model.get_output_embeddings().weight.register_hook(lambda gradient: 1.001 * gradient)
 
