@@ -1,0 +1,138 @@
+"""Every private API of PyTorch that this library uses, one function for each.
+
+Each docstring gives the reason and the public replacement, if one exists in a later release.
+`tests/test_torch.py` tests each function by name, so that a PyTorch upgrade that breaks one says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch._guards import CompileContext
+from torch.autograd import Function, forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+# Which transforms, modes and tracers are active
+
+
+def is_transformed() -> bool:
+    """Whether a `torch.func` transform or a level of forward mode is active.
+
+    `Function.apply` asks the first question itself; no public function answers either.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_dynamo_tracing() -> bool:
+    """Whether Dynamo traces, also in Dynamo's own Python code.
+
+    There `torch.compiler.is_compiling()` is False up to PyTorch 2.12.
+    """
+    return CompileContext.try_get() is not None
+
+
+def is_jit_tracing() -> bool:
+    """Whether `torch.jit.trace` records. `torch.jit.is_tracing()` is for scripted code."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_fx_tracing() -> bool:
+    """Whether `make_fx` or an export records."""
+    return get_proxy_mode() is not None
+
+
+def has_dispatch_mode() -> bool:
+    """Whether a `TorchDispatchMode` is active. No public function tells."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_legacy_batch(x: Tensor) -> bool:
+    """Whether autograd's `is_grads_batched` or `vectorize` batches x. No public function tells."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(x))
+
+
+# autograd.Function and forward mode
+
+
+def apply_without_signature(function: type[Function], inputs: Any) -> Any:
+    """`function.apply(*inputs)` outside of transforms, without its 10 µs of `inspect.signature`."""
+    apply: Any = super(Function, function).apply  # type: ignore[misc]  # untyped
+    return apply(*unwrap_dead_wrappers(inputs))
+
+
+def enable_forward_mode() -> AbstractContextManager[Any]:
+    """Turns forward mode on inside a `jvp` rule, for which PyTorch turns it off at every level."""
+    return forward_ad._set_fwd_grad_enabled(True)
+
+
+def drop_tangent(x: Tensor) -> Tensor:
+    """x without its tangent. The public `unpack_dual` does not take a vmap batch."""
+    functorch = torch._C._functorch
+    if not functorch.is_batchedtensor(x):
+        return forward_ad.unpack_dual(x).primal
+    dim, level = functorch.maybe_get_bdim(x), functorch.maybe_get_level(x)
+    return functorch._add_batch_dim(drop_tangent(functorch.get_unwrapped(x)), dim, level)
+
+
+# Tensors
+
+
+def own_storage(x: Tensor) -> Tensor:
+    """x as no view: a view that a Function returns could not be changed in place."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
+
+
+def base(x: Tensor) -> Tensor | None:
+    """The tensor that x is a view of."""
+    return x._base
+
+
+def version(x: Tensor) -> int:
+    """How often x was changed in place."""
+    return x._version
+
+
+def storage_id(x: Tensor) -> int:
+    """An id of x's memory, also on the meta device, where `data_ptr` is 0."""
+    return x.untyped_storage()._cdata
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Asserts on the device without a synchronisation. `torch._assert_async` is documented only
+    as private."""
+    torch._assert_async(condition, message)
+
+
+def make_wrapper(cls: type[Tensor], shape: torch.Size, **options: Any) -> Any:
+    """A tensor subclass's instance without memory."""
+    return Tensor._make_wrapper_subclass(cls, shape, **options)  # type: ignore[attr-defined]
+
+
+# Torch functions and dispatch
+
+
+def disable_torch_function() -> AbstractContextManager[Any]:
+    """Calls inside skip `__torch_function__` of subclasses, but not of modes."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def disable_dispatch_modes() -> AbstractContextManager[Any]:
+    """Operations inside skip every active `TorchDispatchMode`."""
+    return _disable_current_modes()
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves of nested lists, tuples and dicts."""
+    return _pytree.tree_leaves(tree)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`function` of every leaf, in the same nesting."""
+    return _pytree.tree_map(function, tree)
