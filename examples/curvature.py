@@ -60,9 +60,8 @@ from torch.func import functional_call, grad, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm  # which Lightning brings
 
-from torch_nnmath._memory import MIB
-from torch_nnmath.bench.measure import measure_peak as peak
-from torch_nnmath.bench.work import Problem
+from torch_nnmath.bench.measure import MIB, peak
+from torch_nnmath.bench.works import Problem
 from torch_nnmath.functional import linear_cross_entropy
 
 LARGEST = 5  # eigenvalues that are printed
