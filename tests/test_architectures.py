@@ -1,30 +1,26 @@
-"""The example that swaps every architecture, on some: each outcome that it tells apart comes up."""
-
-import os
-import subprocess
-import sys
+"""tools/architectures.py on a few architectures, with every outcome that it distinguishes."""
 
 import pytest
-from scripts import EXAMPLES, ROOT, scripts
+from scripts import TOOLS, import_scripts, run_script
 
 import torch_nnmath
 
 pytest.importorskip("transformers")
 
-# The example says in its table what this warns of.
+# The table shows what this warning says.
 pytestmark = pytest.mark.filterwarnings("ignore::torch_nnmath.deferred.MaterializedLogits")
 
 
 @pytest.fixture(scope="module")
 def architectures():
-    with scripts("architectures") as (module,):
+    with import_scripts("architectures", folder=TOOLS) as (module,):
         yield module
 
 
 @pytest.fixture(scope="module")
 def llama(architectures):
     model, _ = architectures.build("llama")
-    return model, architectures.reference(model)
+    return model, architectures.run_reference(model)
 
 
 @pytest.mark.parametrize(
@@ -33,69 +29,71 @@ def llama(architectures):
         ("gemma2", "fused", ""),
         ("gpt2", "fused", ""),
         ("mamba", "fused", ""),
-        ("blt", "right, not fused", "patcher"),
+        ("blt", "correct, not fused", "patcher"),
         ("musicgen", "no head", "no torch.nn.Linear"),
     ],
 )
-def test_outcomes(architectures, name, kind, reason):
+def test_outcome_of_architecture(architectures, name, kind, reason):
     outcome = architectures.compare(architectures.build(name)[0])
     assert outcome.kind == kind
     assert reason in outcome.reason
     assert all(size < 1e-5 for size in outcome.sizes.values())
 
 
-def test_a_swap_that_does_nothing_is_not_fused(architectures, llama):
-    model, theirs = llama
-    outcome = architectures.compare(model, architectures.nothing, theirs)
+def test_empty_swap_is_not_fused(architectures, llama):
+    model, reference = llama
+    outcome = architectures.compare(model, architectures.swap_nothing, reference)
     assert outcome.kind == "no head"
     assert set(outcome.sizes.values()) == {0.0}
 
 
-def test_what_sees_no_logits_is_itself_wrong(architectures, llama, monkeypatch):
-    monkeypatch.setattr(architectures.Shapes, "logits", lambda self, classes, tokens: [])
-    outcome = architectures.compare(llama[0], architectures.nothing, llama[1])
+def test_recorder_without_logits_is_wrong(architectures, llama, monkeypatch):
+    monkeypatch.setattr(
+        architectures.ShapeRecorder, "find_logits", lambda self, classes, tokens: []
+    )
+    outcome = architectures.compare(llama[0], architectures.swap_nothing, llama[1])
     assert outcome.kind == "WRONG"
-    assert "the logits of the model as it is were not seen" in outcome.reason
-    assert "neither logits were seen nor a fused loss reported" in outcome.reason
+    assert "no logits were recorded in the unswapped model" in outcome.reason
+    assert "neither logits were recorded nor a fused loss reported" in outcome.reason
 
 
-def wrong_gradient(model):
+def scale_gradient(model):
     model.get_output_embeddings().weight.register_hook(lambda gradient: 1.001 * gradient)
 
 
-def wrong_value(model):
+def scale_logits(model):
     model.get_output_embeddings().register_forward_hook(lambda module, x, z: 1.001 * z)
 
 
-def wrong_at_generation(model):
-    def to_last(module, x, z):
+def flip_logits_in_eval(model):
+    def flip(module, x, z):
         return z if module.training else z.flip(-1)
 
-    model.get_output_embeddings().register_forward_hook(to_last)
+    model.get_output_embeddings().register_forward_hook(flip)
 
 
-def no_gradient(model):
+def freeze_weight(model):
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
 
 
-def raising(model):
+def raise_error(model):
     raise RuntimeError("planted")
 
 
 @pytest.mark.parametrize(
-    ("then", "reason"),
+    ("break_model", "reason"),
     [
-        (wrong_gradient, "gradients lm_head.weight by"),
-        (wrong_value, "loss by"),
-        (wrong_at_generation, "generated tokens"),
-        (no_gradient, "gradients model.layers.0.mlp.up_proj.weight"),
-        (raising, "RuntimeError: planted"),
+        (scale_gradient, "gradients lm_head.weight by"),
+        (scale_logits, "loss by"),
+        (flip_logits_in_eval, "generated tokens"),
+        (freeze_weight, "gradients model.layers.0.mlp.up_proj.weight"),
+        (raise_error, "RuntimeError: planted"),
     ],
 )
-def test_what_is_wrong_is_seen(architectures, llama, then, reason):
+def test_broken_swap_is_wrong(architectures, llama, break_model, reason):
     def swap(model):
         report = torch_nnmath.swap(model)
-        then(model)
+        break_model(model)
         return report
 
     outcome = architectures.compare(llama[0], swap, llama[1])
@@ -103,20 +101,12 @@ def test_what_is_wrong_is_seen(architectures, llama, then, reason):
     assert reason in outcome.reason
 
 
-def test_as_a_command(tmp_path):
+def test_command_prints_and_writes_table(tmp_path):
     table = tmp_path / "table.txt"
-    names = ["llama", "blt"]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "architectures.py"), *names, "--output", str(table)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    script = TOOLS / "architectures.py"
+    done = run_script(script, "llama", "blt", "--output", str(table), folder=tmp_path)
     assert done.stdout == table.read_text()
     rows = [line.split() for line in done.stdout.splitlines()]
     assert ["llama", "fused"] in [row[:2] for row in rows]
-    assert ["blt", "right,", "not", "fused"] in [row[:4] for row in rows]
-    assert "built 2 of 2: 1 fused, 1 right, not fused, 0 no head, 0 WRONG" in done.stdout
+    assert ["blt", "correct,", "not", "fused"] in [row[:4] for row in rows]
+    assert "built 2 of 2: 1 fused, 1 correct, not fused, 0 no head, 0 WRONG" in done.stdout

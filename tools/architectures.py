@@ -1,24 +1,25 @@
-"""Every causal language model of `transformers`, built small, swapped, and held to itself.
+"""Builds every causal language model of `transformers` small, swaps it, and compares both.
 
-Of each architecture that the installed `transformers` knows, a model of a few layers is made from
-its own configuration, with random weights; nothing is downloaded. One copy stays as it is, another
-goes through `torch_nnmath.swap(model)`, and both do what people do with such a model: a training
-step, `model(input_ids=..., labels=...).loss.backward()` (with `F.cross_entropy` of the logits where
-`forward` takes no labels), a forward without labels, and greedy generation with a cache. Outcomes:
+For each architecture in the installed `transformers`, a model of a few layers with random weights
+is made from its own configuration; nothing is downloaded. One copy is left as it is, another goes
+through `torch_nnmath.swap(model)`. Both run a training step,
+`model(input_ids=..., labels=...).loss.backward()` (with `F.cross_entropy` of the logits where
+`forward` takes no labels), a forward pass without labels, and greedy generation with a cache. The
+outcomes:
 
-    fused              loss, gradients of all parameters, logits and generated tokens are the same,
-                       and no operation of the swapped training step made a tensor of logits
-    right, not fused   the same too, but logits were made: by this operation, there
-    no head            `swap` found no last layer that it could take for the head
-    WRONG              this differs by more than rounding, or this was raised
-    cannot be built    by this script; or the model as it comes fails at a training step
+    fused               loss, gradients of all parameters, logits and generated tokens agree, and
+                        no operation of the swapped training step materialised the logits
+    correct, not fused  all of these agree, but the named operation materialised the logits
+    no head             all of these agree, but `swap` found no last layer to use as the head
+    WRONG               a result differs by more than rounding, or an exception was raised
+    cannot be built     this script cannot build the model, or the model itself fails to train
 
-    python examples/architectures.py
-    python examples/architectures.py llama gemma2 mamba --trace
-    python examples/architectures.py --empty     # a swap that does nothing: nothing is fused
+    python tools/architectures.py
+    python tools/architectures.py llama gemma2 mamba --trace
+    python tools/architectures.py --empty     # control: a swap that does nothing fuses nothing
 
-It needs `pip install transformers`, and takes under a minute on two cores. The exit status is 1 if
-an outcome is WRONG.
+It needs `pip install ".[transformers]"`, and takes under a minute on two cores. The exit status is
+1 if an outcome is WRONG.
 """
 
 from __future__ import annotations
@@ -55,22 +56,22 @@ import torch_nnmath
 
 try:
     import transformers
-    from tqdm import tqdm  # which transformers brings
+    from tqdm import tqdm  # a dependency of transformers
     from transformers import CONFIG_MAPPING, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 except ModuleNotFoundError as error:
-    raise SystemExit('this example needs transformers: pip install ".[transformers]"') from error
+    raise SystemExit('this script needs transformers: pip install ".[transformers]"') from error
 
 Swap = Callable[[Module], Any]
 
-# A prime number of classes, and no layer whose width is a multiple of the number of tokens: by
-# its shape, nothing else can be taken for logits, such as a weight's gradient.
+# The number of classes is prime, and no layer's width is a multiple of the number of tokens, so
+# that logits can be told from any other tensor (a weight's gradient, say) by shape.
 VOCAB, BATCH, LENGTH, HIDDEN = 211, 2, 23, 64
-# Over the largest gradient (loss, logit) of the model: float32's rounding, through a few layers.
+# Relative to the largest loss, gradient or logit: float32 rounding through a few layers.
 TOLERANCE = 2e-5
 
-# What a number in a configuration becomes, by the first pattern that its name fits. What is smaller
-# already stays, as does 0, which mostly means "without".
+# Small values of configuration fields, by the first pattern that matches the field's name. Smaller
+# defaults are kept, as is 0, which mostly disables a feature.
 SIZES = {
     r".*(drop|jitter).*": 0,
     r"unpadded_vocab_size": VOCAB - 12,
@@ -92,8 +93,8 @@ SIZES = {
     r"adapter_\w+_(dim|size)|.*(hidden_size.*|d_model|n_embd|emb\w*_(dim|size))": HIDDEN,
     r".*(lru_width|proj_dim|d_ssm)": HIDDEN,
 }
-# What a number becomes that the default leaves to a checkpoint, or whose default 1.0 says nothing.
-UNSET = {
+# Values of fields whose default is None, or 1.0, which would hide a missing factor.
+VALUES_IF_UNSET = {
     "head_dim": 16,
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
@@ -103,12 +104,12 @@ UNSET = {
     "logits_scaling": 2.0,
     "lm_head_multiplier": 0.5,
 }
-# One kind for each layer. Each kind that the default has comes once.
-LAYERS = "layer_types", "mlp_layer_types", "layers_block_type"
+# Fields with one entry per layer. Each distinct entry of the default is used once.
+LAYER_FIELDS = "layer_types", "mlp_layer_types", "layers_block_type"
 
-# By `model_type`, of a configuration or of one inside it: what the patterns cannot know.
-FIXES: dict[str, dict[str, Any]] = {
-    # sizes that others prescribe
+# Overrides by `model_type`, also of nested configurations.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    # sizes that depend on each other
     "dory": {"num_hidden_layers": 6, "sliding_window": 64},
     "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, 4]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
@@ -124,13 +125,13 @@ FIXES: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 16,
     },
-    "reformer": {  # which trains on whole chunks
+    "reformer": {  # trains on whole chunks only
         "axial_pos_embds": False,
         "num_buckets": 2,
         "local_attn_chunk_length": LENGTH,
         "lsh_attn_chunk_length": LENGTH,
     },
-    # an attention among the layers, which a cache needs
+    # a cache needs at least one attention layer
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
@@ -139,7 +140,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
-    # defaults that do not work as they are
+    # defaults that do not work
     "blt": {"num_hidden_layers": 2},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -161,24 +162,24 @@ FIXES: dict[str, dict[str, Any]] = {
 
 
 def shrink(cls: type[PreTrainedConfig], **overrides: Any) -> PreTrainedConfig:
-    """A configuration of the class with every size small, but for what `overrides` say."""
-    given = FIXES.get(cls.model_type, {}) | overrides
-    default = vars(cls(**given))  # what follows from a size is there, too
-    sizes = dict(given)
-    last = VOCAB  # the special tokens that are beyond the vocabulary come at its end
+    """Makes a configuration with small sizes, except for `overrides`."""
+    fixed = OVERRIDES.get(cls.model_type, {}) | overrides
+    default = vars(cls(**fixed))  # includes values derived from sizes
+    sizes = dict(fixed)
+    next_token = VOCAB  # special tokens beyond the vocabulary move to its end
     for field in dataclasses.fields(cls):
         name, value = field.name, default.get(field.name)
         if isinstance(value, PreTrainedConfig):
-            sizes[name] = shrink(type(value), **given.get(name, {}))
-        elif name in given:
+            sizes[name] = shrink(type(value), **fixed.get(name, {}))
+        elif name in fixed:
             continue
         elif re.fullmatch(r".*token_(id|index)", name):
             if isinstance(value, int) and value >= VOCAB:
-                sizes[name] = last = last - 1
+                sizes[name] = next_token = next_token - 1
         elif name == "is_decoder":
             sizes[name] = True
-        elif name in UNSET and (value is None or repr(value) == "1.0"):
-            sizes[name] = UNSET[name]
+        elif name in VALUES_IF_UNSET and (value is None or repr(value) == "1.0"):
+            sizes[name] = VALUES_IF_UNSET[name]
         elif type(field.default) in (int, float):
             small = next((s for pattern, s in SIZES.items() if re.fullmatch(pattern, name)), None)
             if small is not None and field.default > small:
@@ -187,123 +188,128 @@ def shrink(cls: type[PreTrainedConfig], **overrides: Any) -> PreTrainedConfig:
         sizes["num_key_value_heads"] = sizes.get("num_attention_heads")
     kinds = {
         name: list(dict.fromkeys(default[name]))
-        for name in LAYERS
-        if isinstance(default.get(name), list) and name not in given
+        for name in LAYER_FIELDS
+        if isinstance(default.get(name), list) and name not in fixed
     }
     depth = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in sizes), None)
     count = max([sizes.get(depth, 2), *map(len, kinds.values())])
-    sizes |= {name: (its * count)[:count] for name, its in kinds.items()}
+    sizes |= {name: (values * count)[:count] for name, values in kinds.items()}
     return cls(**sizes | ({depth: count} if depth else {}))
 
 
 def build(model_type: str, **overrides: Any) -> tuple[Module, PreTrainedConfig]:
-    """A small model with random weights and no dropout; `overrides` go to its configuration."""
+    """Builds a small model with random weights and no dropout, and its configuration."""
     torch.manual_seed(0)
     config = shrink(CONFIG_MAPPING[model_type], **overrides)
     cls = getattr(transformers, CLASSES[model_type])
-    if not isinstance(config, cls.config_class):  # then its language model's is inside of it
+    if not isinstance(config, cls.config_class):  # then the language model's is nested
         config = next((v for v in vars(config).values() if isinstance(v, cls.config_class)), config)
     model = cls(config).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    sharpen(model)
+    scale_logits(model)
     return model, config
 
 
 @torch.no_grad()
-def sharpen(model: Module) -> None:
-    """Makes logits as large as after training and biases other than 0, lest a cap or a bias that
-    is forgotten go unnoticed.
-    """
+def scale_logits(model: Module) -> None:
+    """Scales logits to their size after training and makes biases non-zero, so that a missing cap
+    or bias changes the results."""
     head = model.get_output_embeddings()
     if isinstance(head, torch.nn.Linear):
-        head.weight *= 3 / copy.deepcopy(model)(**batch(model)[0]).logits.std()
+        head.weight *= 3 / copy.deepcopy(model)(**make_batch(model)[0]).logits.std()
         for x in [*model.parameters(), *model.buffers()]:
             if x.is_floating_point() and x.numel() == head.out_features:
                 x += torch.randn(x.shape)
 
 
-def batch(model: Module) -> tuple[dict[str, Any], Tensor]:
-    """Tokens and what else the model's forward needs, and labels, which are not the tokens: many a
-    model would know those already, and a loss near 0 is hardly more than rounding.
+def make_batch(model: Module) -> tuple[dict[str, Any], Tensor]:
+    """Returns the inputs of the model's forward, and labels.
+
+    The labels are not the tokens: many untrained models predict those, and a loss near 0 is mostly
+    rounding.
     """
     config = model.config
     torch.manual_seed(1)
-    ids = torch.randint(10, VOCAB - 20, (BATCH, LENGTH))  # no special ones
+    ids = torch.randint(10, VOCAB - 20, (BATCH, LENGTH))  # no special tokens
     labels = torch.randint(10, VOCAB - 20, (BATCH, LENGTH))
     labels[0, :5] = labels[1, -3:] = -100
     inputs: dict[str, Any] = {"input_ids": ids}
-    if config.model_type == "xlstm":  # its cache cannot be differentiated
+    if config.model_type == "xlstm":  # its cache is not differentiable
         inputs["use_cache"] = False
-    elif config.model_type == "git":  # it finds the text behind the image
+    elif config.model_type == "git":  # expects an image before the text
         size = config.vision_config.image_size
         inputs["pixel_values"] = torch.randn(BATCH, 3, size, size)
-    elif config.model_type.startswith("musicgen"):  # a row of tokens for each codebook
+    elif config.model_type.startswith("musicgen"):  # one row of tokens per codebook
         inputs["input_ids"] = ids.repeat(config.num_codebooks, 1)
         labels = labels[..., None].expand(-1, -1, config.num_codebooks)
-    elif config.model_type.endswith("_assistant"):  # it reads keys and values of a larger model
+    elif config.model_type.endswith("_assistant"):  # attends to keys and values of a larger model
         text, shared = config.get_text_config(), {}
         for layer, kind in zip(model.model.layers, text.layer_types, strict=True):
             shape = BATCH, text.num_key_value_heads, LENGTH, layer.self_attn.head_dim
             shared[kind] = torch.randn(shape), torch.randn(shape)
         embeddings = torch.randn(BATCH, LENGTH, 2 * config.backbone_hidden_size)
         inputs = {"inputs_embeds": embeddings, "shared_kv_states": shared}
-        inputs["output_hidden_states"] = True  # else gemma4's takes a shortcut that raises
+        inputs["output_hidden_states"] = True  # the default path of gemma4's raises
     return inputs, labels
 
 
-class Shapes(TorchDispatchMode):
-    """Notes every plain tensor of floating point that an operation makes: which, and its shape."""
+class ShapeRecorder(TorchDispatchMode):
+    """Counts the plain floating-point tensors that operations return, by operation and shape."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self.counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if {*types} - {Tensor, Parameter}:  # a subclass has its say first; what it calls is seen
+        if {*types} - {
+            Tensor,
+            Parameter,
+        }:  # subclasses dispatch first; the operations they call are recorded
             return NotImplemented
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if type(x) is Tensor and x.is_floating_point() and x.device.type != "meta":
                 is_expanded = x.untyped_storage().nbytes() < x.numel() * x.element_size()
-                self.made[str(func), tuple(x.shape)] += not is_expanded
+                self.counts[str(func), tuple(x.shape)] += not is_expanded
         return out
 
-    def logits(self, classes: set[int], tokens: set[int]) -> list[str]:
-        """Who made logits of so many classes and tokens, or multiples of them."""
+    def find_logits(self, classes: set[int], tokens: set[int]) -> list[str]:
+        """Lists operations that returned logits: one axis in `classes`, the others a multiple of
+        a number in `tokens`."""
         return [
             f"{func} of {shape}"
-            for (func, shape), times in self.made.items()
+            for (func, shape), count in self.counts.items()
             for c in classes.intersection(shape)
-            if times and any(math.prod(shape) // c % n == 0 for n in tokens)
+            if count and any(math.prod(shape) // c % n == 0 for n in tokens)
         ]
 
 
 @dataclasses.dataclass
 class Run:
-    """What a model did. All but the last three are of the training step."""
+    """The results of a model: a training step, then logits, then generated tokens."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
-    shapes: Shapes
-    fused: int  # the losses without logits that the report counts
-    computed: list[str]  # and why logits had to be computed
+    shapes: ShapeRecorder
+    fused: int  # number of fused losses in the report
+    materialized: list[str]  # operations that materialised the logits, by head
     heads: list[str]
-    left: list[str]
+    skipped: list[str]  # Linear layers that swap left, with reasons
     logits: Tensor
-    tokens: Tensor | None = None  # None if it cannot generate
-    trace: str = ""  # and why
+    tokens: Tensor | None = None  # None if generation fails
+    trace: str = ""  # of that failure
 
 
 def run(model: Module, swap: Swap | None = None) -> Run:
-    """A training step, a forward and a generation, by a copy of the model after `swap`."""
+    """Runs a training step, a forward pass and generation on a copy of the model after `swap`."""
     model = copy.deepcopy(model)
     report = swap(model) if swap else None
-    heads, left = getattr(report, "heads", {}), getattr(report, "left", {})
-    inputs, labels = batch(model)
+    heads, skipped = getattr(report, "heads", {}), getattr(report, "left", {})
+    inputs, labels = make_batch(model)
     torch.manual_seed(2)
-    with Shapes() as shapes:
+    with ShapeRecorder() as shapes:
         if "labels" in inspect.signature(model.forward).parameters:
             loss = model(**inputs, labels=labels).loss
         else:
@@ -311,66 +317,70 @@ def run(model: Module, swap: Swap | None = None) -> Run:
             loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
         loss.backward()
     torch.manual_seed(2)
-    done = Run(
+    result = Run(
         loss.detach(),
         {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
         shapes,
         sum(log.fused for log in heads.values()),
-        [f"{name}: {why}" for name, log in heads.items() for why in log.materialized],
+        [f"{name}: {reason}" for name, log in heads.items() for reason in log.materialized],
         [*heads],
-        [f"{name}: {why}" for name, why in left.items()],
+        [f"{name}: {reason}" for name, reason in skipped.items()],
         torch.no_grad()(model)(**inputs).logits,
     )
     options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
     torch.manual_seed(2)
     try:
-        done.tokens = model.eval().generate(**inputs | options)
-    except Exception:  # a few do not, each in its own way
-        done.trace = traceback.format_exc()
-    return done
+        result.tokens = model.eval().generate(**inputs | options)
+    except Exception:  # some architectures cannot, for various reasons
+        result.trace = traceback.format_exc()
+    return result
 
 
-def differences(theirs: Run, ours: Run) -> tuple[dict[str, float], list[str]]:
-    """Of loss, gradients and logits, over the largest of each. In words, those beyond rounding."""
-    names = dict.fromkeys([*theirs.gradients, *ours.gradients])
+def find_differences(reference: Run, swapped: Run) -> tuple[dict[str, float], list[str]]:
+    """Returns the relative differences of loss, gradients and logits, and describes those beyond
+    rounding."""
+    names = dict.fromkeys([*reference.gradients, *swapped.gradients])
     pairs: dict[str, dict[str, Any]] = {
-        "loss": {"": (theirs.loss, ours.loss)},
-        "gradients": {n: (theirs.gradients.get(n), ours.gradients.get(n)) for n in names},
-        "logits": {"": (theirs.logits, ours.logits)},
+        "loss": {"": (reference.loss, swapped.loss)},
+        "gradients": {n: (reference.gradients.get(n), swapped.gradients.get(n)) for n in names},
+        "logits": {"": (reference.logits, swapped.logits)},
     }
-    sizes, wrong = {}, []
-    for what, of_name in pairs.items():
-        largest = max(float(x.abs().max()) for x, _ in of_name.values() if x is not None)
-        sizes[what] = 0.0
-        for name, (x, y) in of_name.items():
+    sizes, errors = {}, []
+    for quantity, tensors in pairs.items():
+        largest = max(float(x.abs().max()) for x, _ in tensors.values() if x is not None)
+        sizes[quantity] = 0.0
+        for name, (x, y) in tensors.items():
             kinds = [None if v is None else (v.dtype, *v.shape) for v in (x, y)]
             size = math.nan
             if None not in kinds and kinds[0] == kinds[1]:
                 size = float((x - y).abs().max()) / largest
-                sizes[what] = max(sizes[what], size)
+                sizes[quantity] = max(sizes[quantity], size)
             if not size <= TOLERANCE:
-                how = f"by {size:.0e}" if kinds[0] == kinds[1] else f"{kinds[0]} -> {kinds[1]}"
-                wrong.append(f"{what} {name} {how}".replace("  ", " "))
-    if theirs.tokens is not None and (ours.tokens is None or not theirs.tokens.equal(ours.tokens)):
-        wrong.append("generated tokens")
-    return sizes, wrong
+                difference = (
+                    f"by {size:.0e}" if kinds[0] == kinds[1] else f"{kinds[0]} -> {kinds[1]}"
+                )
+                errors.append(f"{quantity} {name} {difference}".replace("  ", " "))
+    tokens = reference.tokens
+    if tokens is not None and (swapped.tokens is None or not tokens.equal(swapped.tokens)):
+        errors.append("generated tokens")
+    return sizes, errors
 
 
-def reference(model: Module) -> Run:
-    """What the model does as it is. If chance has a part in its training, in eval mode."""
+def run_reference(model: Module) -> Run:
+    """Runs the unswapped model; in eval mode if its training is not deterministic."""
     for mode in (True, False):
-        done = run(model.train(mode))
-        if not torch.isfinite(done.loss):
-            raise ValueError(f"the loss is {done.loss}")
-        wrong = differences(done, run(model))[1]
-        if not wrong:
-            return done
-    raise ValueError(f"not the same twice: {wrong[0]}")
+        result = run(model.train(mode))
+        if not torch.isfinite(result.loss):
+            raise ValueError(f"the loss is {result.loss}")
+        errors = find_differences(result, run(model))[1]
+        if not errors:
+            return result
+    raise ValueError(f"two runs differ: {errors[0]}")
 
 
 @dataclasses.dataclass
 class Outcome:
-    """Of an architecture: one of KINDS, why, how large differences are, and what was raised."""
+    """An architecture's outcome: one of KINDS, the reason, relative differences, a traceback."""
 
     architecture: str
     kind: str
@@ -380,59 +390,63 @@ class Outcome:
     trace: str = ""
 
     @classmethod
-    def of_error(cls, architecture: str, kind: str, error: Exception) -> Outcome:
-        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return cls(architecture, kind, words, trace=traceback.format_exc())
+    def from_error(cls, architecture: str, kind: str, error: Exception) -> Outcome:
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return cls(architecture, kind, message, trace=traceback.format_exc())
 
 
-KINDS = "fused", "right, not fused", "no head", "WRONG", "cannot be built"
+KINDS = "fused", "correct, not fused", "no head", "WRONG", "cannot be built"
 
 
-def compare(model: Module, swap: Swap = torch_nnmath.swap, theirs: Run | None = None) -> Outcome:
-    """The model after `swap`, held to itself: to `theirs`, which is `reference(model)`."""
+def compare(model: Module, swap: Swap = torch_nnmath.swap, reference: Run | None = None) -> Outcome:
+    """Compares the model after `swap` with `reference`, by default `run_reference(model)`."""
     config, name = model.config, model.config.model_type
-    theirs = theirs or reference(model)
+    reference = reference or run_reference(model)
     try:
-        ours = run(model, swap)
+        swapped = run(model, swap)
     except Exception as error:
-        return Outcome.of_error(name, "WRONG", error)
-    sizes, wrong = differences(theirs, ours)
-    classes = {theirs.logits.shape[-1], getattr(config.get_text_config(), "vocab_size", 0)}
-    tokens = {BATCH * LENGTH, BATCH * (LENGTH - 1), BATCH * theirs.logits.shape[1]}
-    made = ours.shapes.logits(classes, tokens)
-    if not theirs.shapes.logits(classes, tokens):
-        wrong.append("nothing, but the logits of the model as it is were not seen")
-    if not made and not ours.fused:
-        wrong.append("nothing, but neither logits were seen nor a fused loss reported")
-    generated = "same" if theirs.tokens is not None else "-"
-    if wrong:
-        generated = "differ" if "generated tokens" in wrong else generated
-        more = [f"and {len(wrong) - 3} more"] * (len(wrong) > 3)
-        kind, reason = "WRONG", ", ".join([*wrong[:3], *more])
-    elif not made and not ours.computed:
+        return Outcome.from_error(name, "WRONG", error)
+    sizes, errors = find_differences(reference, swapped)
+    classes = {reference.logits.shape[-1], getattr(config.get_text_config(), "vocab_size", 0)}
+    tokens = {BATCH * LENGTH, BATCH * (LENGTH - 1), BATCH * reference.logits.shape[1]}
+    logits = swapped.shapes.find_logits(classes, tokens)
+    if not reference.shapes.find_logits(classes, tokens):
+        errors.append("no logits were recorded in the unswapped model")
+    if not logits and not swapped.fused:
+        errors.append("neither logits were recorded nor a fused loss reported")
+    generated = "same" if reference.tokens is not None else "-"
+    if errors:
+        generated = "differ" if "generated tokens" in errors else generated
+        omitted = [f"and {len(errors) - 3} more"] * (len(errors) > 3)
+        kind, reason = "WRONG", ", ".join([*errors[:3], *omitted])
+    elif not logits and not swapped.materialized:
         kind, reason = "fused", ""
-    elif ours.heads:
-        kind, reason = "right, not fused", "; ".join(ours.computed or made)
+    elif swapped.heads:
+        kind, reason = "correct, not fused", "; ".join(swapped.materialized or logits)
     else:
         embeddings = type(model.get_output_embeddings()).__name__
-        kind, reason = "no head", "; ".join(ours.left) or f"the output embeddings are {embeddings}"
-    return Outcome(name, kind, reason, sizes, generated, ours.trace or theirs.trace)
+        kind = "no head"
+        reason = "; ".join(swapped.skipped) or f"the output embeddings are {embeddings}"
+    return Outcome(name, kind, reason, sizes, generated, swapped.trace or reference.trace)
 
 
-def nothing(model: Module) -> None:
+def swap_nothing(model: Module) -> None:
     """A swap that does nothing."""
 
 
 def silence() -> None:
-    """Keeps back what transformers has to say of such models, some of it by `print`."""
+    """Suppresses the messages of transformers, some of which it prints."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, the process's own till its end
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open until the process ends
 
 
-def work(pipe: Any, swap: Swap, memory: int) -> None:
-    """A process: a name comes, "built" goes when its model is and works, then the outcome."""
+def serve(pipe: Any, swap: Swap, memory: int) -> None:
+    """Runs in a worker process: receives names, and sends for each the outcome.
+
+    Before the outcome it sends "built", once the model is built and works without `swap`.
+    """
     resource.setrlimit(resource.RLIMIT_DATA, (memory << 30, memory << 30))
     torch.set_num_threads(1)
     silence()
@@ -440,24 +454,25 @@ def work(pipe: Any, swap: Swap, memory: int) -> None:
         name = pipe.recv()
         try:
             model, _ = build(name)
-            theirs = reference(model)
+            reference = run_reference(model)
         except Exception as error:
-            pipe.send(Outcome.of_error(name, "cannot be built", error))
+            pipe.send(Outcome.from_error(name, "cannot be built", error))
             continue
         pipe.send("built")
-        pipe.send(dataclasses.replace(compare(model, swap, theirs), architecture=name))
+        pipe.send(dataclasses.replace(compare(model, swap, reference), architecture=name))
 
 
 class Worker:
-    """A process that does one architecture after the other."""
+    """A process that handles one architecture after the other."""
 
     def __init__(self, args: argparse.Namespace):
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        swap = nothing if args.empty else torch_nnmath.swap
-        self.process = context.Process(target=work, args=(theirs, swap, args.memory), daemon=True)
+        self.pipe, child_end = context.Pipe()
+        swap = swap_nothing if args.empty else torch_nnmath.swap
+        child_args = child_end, swap, args.memory
+        self.process = context.Process(target=serve, args=child_args, daemon=True)
         self.process.start()
-        theirs.close()  # here, so that it is closed when the process ends
+        child_end.close()  # so that the pipe reports the end of the process
         self.timeout, self.name = args.timeout, ""
 
     def start(self, name: str) -> None:
@@ -465,15 +480,16 @@ class Worker:
         self.deadline = time.monotonic() + self.timeout
         self.pipe.send(name)
 
-    def outcome(self) -> Outcome | None:
-        """None if there is none yet. One that says that the process ended, or ends it as too slow,
-        leaves a dead process.
+    def poll_outcome(self) -> Outcome | None:
+        """Returns the outcome, or None if there is none yet.
+
+        If the process died or took too long, it is dead afterwards.
         """
         try:
             if self.pipe.poll():
-                said = self.pipe.recv()
-                if isinstance(said, Outcome):
-                    return said
+                message = self.pipe.recv()
+                if isinstance(message, Outcome):
+                    return message
                 self.failure = "WRONG"
         except EOFError:
             self.process.join()
@@ -482,22 +498,22 @@ class Worker:
             return None
         self.process.kill()
         self.process.join()
-        return Outcome(self.name, self.failure, f"not done after {self.timeout:g} s")
+        return Outcome(self.name, self.failure, f"timeout after {self.timeout:g} s")
 
 
 def sweep(names: Sequence[str], args: argparse.Namespace) -> Iterator[Outcome]:
-    """The outcomes as they come, from `args.jobs` processes."""
-    waiting = [*reversed(names)]
+    """Yields outcomes in the order of completion, from `args.jobs` processes."""
+    queue = [*reversed(names)]
     busy: list[Worker] = []
     idle = [Worker(args) for _ in range(min(args.jobs, len(names)))]
-    while waiting or busy:
-        while waiting and idle:
+    while queue or busy:
+        while queue and idle:
             busy.append(idle.pop())
-            busy[-1].start(waiting.pop())
-        left = min(worker.deadline for worker in busy) - time.monotonic()
-        wait([worker.pipe for worker in busy], max(left, 0))
+            busy[-1].start(queue.pop())
+        seconds = min(worker.deadline for worker in busy) - time.monotonic()
+        wait([worker.pipe for worker in busy], max(seconds, 0))
         for worker in [*busy]:
-            outcome = worker.outcome()
+            outcome = worker.poll_outcome()
             if outcome is not None:
                 busy.remove(worker)
                 idle.append(worker if worker.process.is_alive() else Worker(args))
@@ -506,51 +522,55 @@ def sweep(names: Sequence[str], args: argparse.Namespace) -> Iterator[Outcome]:
         worker.process.kill()
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def format_table(outcomes: Sequence[Outcome]) -> str:
     lines = [
-        f"{'':44}{'largest difference of':^28}",
-        f"{'architecture':26}{'outcome':18}{'loss':>8}{'gradients':>11}{'logits':>9}  tokens",
-        "-" * 80,
+        f"{'':46}{'largest relative difference':^28}",
+        f"{'architecture':26}{'outcome':20}{'loss':>8}{'gradients':>11}{'logits':>9}  tokens",
+        "-" * 82,
     ]
     for o in outcomes:
         numbers = (f"{o.sizes[k]:.0e}" if o.sizes else "-" for k in ("loss", "gradients", "logits"))
         sizes = "{:>8}{:>11}{:>9}".format(*numbers)
-        reason = re.sub(r"/\S*/", "", o.reason)  # a file's name says enough
+        reason = re.sub(r"/\S*/", "", o.reason)  # file names without folders
         reason = reason if len(reason) < 120 else reason[:117] + "..."
-        lines.append(f"{o.architecture:26}{o.kind:18}{sizes}  {o.tokens:8}{reason}".rstrip())
+        lines.append(f"{o.architecture:26}{o.kind:20}{sizes}  {o.tokens:8}{reason}".rstrip())
     count = Counter(o.kind for o in outcomes)
     total = ", ".join(f"{count[kind]} {kind}" for kind in KINDS[:4])
     built = len(outcomes) - count["cannot be built"]
+    lines = [line.rstrip() for line in lines]
     return "\n".join([*lines, "", f"built {built} of {len(outcomes)}: {total}"])
 
 
-def positive(text: str) -> int:
+def parse_positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Swap every causal language model of transformers, and hold each to itself.",
+        description="Swap every causal language model of transformers, and compare each with its "
+        "unswapped copy.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", help="of architectures, such as llama; none means all")
-    parser.add_argument("--jobs", type=positive, default=2, help="processes")
-    parser.add_argument("--timeout", type=float, default=120, help="of an architecture, in seconds")
-    parser.add_argument("--memory", type=positive, default=6, help="of a process at most, in GiB")
-    parser.add_argument("--output", type=Path, help="a file for the table")
-    parser.add_argument("--trace", action="store_true", help="show what was raised, and where")
-    parser.add_argument("--empty", action="store_true", help="swap nothing: then nothing is fused")
+    parser.add_argument("names", nargs="*", help="architectures, such as llama (default: all)")
+    parser.add_argument("--jobs", type=parse_positive, default=2, help="number of processes")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds per architecture")
+    parser.add_argument(
+        "--memory", type=parse_positive, default=6, help="memory limit of a process, in GiB"
+    )
+    parser.add_argument("--output", type=Path, help="file for the table")
+    parser.add_argument("--trace", action="store_true", help="print tracebacks")
+    parser.add_argument("--empty", action="store_true", help="control: swap nothing")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in CLASSES]
     if unknown:
-        parser.error(f"no causal language model of transformers: {', '.join(unknown)}")
+        parser.error(f"not a causal language model of transformers: {', '.join(unknown)}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+    args = parse_arguments(argv)
     names = list(dict.fromkeys(args.names)) or [*CLASSES]
     outcomes = {}
     interval = 0.1 if sys.stderr.isatty() else 30
@@ -559,13 +579,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes[outcome.architecture] = outcome
             bar.set_postfix_str(outcome.architecture, refresh=False)
             bar.update()
-    found = [outcomes[name] for name in names]
+    in_order = [outcomes[name] for name in names]
     if args.trace:
-        print(*(f"{o.architecture}: {o.trace}" for o in found if o.trace), sep="\n")
-    print(table(found))
+        print(*(f"{o.architecture}: {o.trace}" for o in in_order if o.trace), sep="\n")
+    table = format_table(in_order)
+    print(table)
     if args.output:
-        args.output.write_text(table(found) + "\n")
-    return int(any(o.kind == "WRONG" for o in found))
+        args.output.write_text(table + "\n")
+    return int(any(o.kind == "WRONG" for o in in_order))
 
 
 if __name__ == "__main__":
