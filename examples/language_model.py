@@ -321,7 +321,7 @@ def format_table(results: Results) -> str:
     lines += [
         "",
         f"unigram model: perplexity {unigram_perplexity:.1f}, loss {results.unigram_loss:.4f}",
-        f"largest difference between the training losses at a step {results.difference:.1e}",
+        f"largest difference between the training losses at a step  {results.difference:.1e}",
     ]
     return "\n".join(lines)
 

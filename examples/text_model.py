@@ -11,7 +11,7 @@ import math
 import sysconfig
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -109,7 +109,7 @@ def encode_corpus(size: str = "small", vocabulary: int = 8192) -> tuple[Tokenize
 def split_blocks(ids: Tensor, context: int) -> Tensor:
     """Returns blocks (n, context + 1): inputs are `[:, :-1]`, targets `[:, 1:]`.
 
-    Every token but the first is the target of one block.
+    Consecutive blocks overlap by one token, so that no token is a target twice.
     """
     return ids.unfold(0, context + 1, context)
 
@@ -186,7 +186,7 @@ class NextTokenLoss(nn.Module):
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of a model, of its training, and of the batch that is examined afterwards."""
+    """Sizes of a model, of its training, and of the batch that is examined after training."""
 
     vocabulary: int
     width: int
@@ -196,6 +196,15 @@ class Setting:
     sequences: int  # in the examined batch, and in a training step
     steps: int
     lr: float = 3e-3
+
+
+TINY = Setting(272, 6, 1, 2, context=16, sequences=16, steps=400, lr=1e-2)
+SIZES = {  # by --size: a tiny model, whose Hessian fits in memory, and a larger one
+    "quick": (replace(TINY, vocabulary=264, width=4, sequences=8, steps=20),
+              Setting(1024, 32, 1, 2, context=32, sequences=8, steps=2)),
+    "small": (TINY, Setting(4096, 128, 2, 4, context=64, sequences=8, steps=150)),
+    "large": (TINY, Setting(32768, 512, 8, 8, context=256, sequences=16, steps=300, lr=1e-3)),
+}  # fmt: skip
 
 
 def build_transformer(setting: Setting, seed: int) -> Transformer:
