@@ -310,7 +310,7 @@ def format_table(results: Results) -> str:
         ("validation loss", *(f"{run.validation[-1]:.4f}" for run in runs)),
         ("validation perplexity", *(f"{run.perplexity:.1f}" for run in runs)),
         (
-            "  over the unigram model's",
+            "  of the unigram model's",
             *(f"{run.perplexity / unigram_perplexity:.0%}" for run in runs),
         ),
         ("training tokens per second", *(f"{run.tokens_per_second:,.0f}" for run in runs)),
@@ -321,7 +321,7 @@ def format_table(results: Results) -> str:
     lines += [
         "",
         f"unigram model: perplexity {unigram_perplexity:.1f}, loss {results.unigram_loss:.4f}",
-        f"largest difference between the training losses at a step  {results.difference:.1e}",
+        f"largest difference of the two training losses, any step  {results.difference:.1e}",
     ]
     return "\n".join(lines)
 
@@ -329,7 +329,7 @@ def format_table(results: Results) -> str:
 def draw(results: Results, path: Path) -> None:
     """Draws the losses of both trainings over the steps, and their peak memory."""
     figure = Figure(figsize=(11, 5.5), layout="constrained")
-    figure.suptitle("A language model of Python's documentation, with two heads", fontsize=15)
+    figure.suptitle("A language model of Python's documentation, by two heads", fontsize=15)
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     fused, plain = results.fused, results.plain
     steps = range(1, len(fused.training) + 1)
@@ -350,8 +350,8 @@ def draw(results: Results, path: Path) -> None:
         fused.validated, fused.validation, "o-", color=BLUE, markersize=6, label="fused: validation"
     )
     left.axhline(results.unigram_loss, color=RED, linestyle=":", label="unigram model: validation")
-    left.set(xlabel="step", ylabel="loss (nats per token)")
-    left.set_title(f"largest difference between the training losses {results.difference:.1e}")
+    left.set(xlabel="step", ylabel="loss of a token (nats)")
+    left.set_title(f"largest difference of the training losses {results.difference:.1e}")
     left.grid(alpha=0.25)
     left.legend()
     peaks = [run.peak / 2**20 for run in (fused, plain)]
@@ -359,7 +359,7 @@ def draw(results: Results, path: Path) -> None:
     right.bar_label(bars, fmt="{:,.0f}", padding=3)
     right.margins(y=0.12)
     right.set_title("peak memory of a step")
-    right.set_ylabel("MiB beyond weights and optimizer state")
+    right.set_ylabel("MiB above weights and optimizer")
     figure.savefig(path, dpi=110)
 
 

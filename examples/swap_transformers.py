@@ -192,7 +192,7 @@ def train(
 def format_table(results: Results) -> str:
     runs, gradients = (results.plain, results.swapped), results.gradient_difference
     rows = [
-        ("", "unchanged", "swapped"),
+        ("", "as it was", "swapped"),
         ("validation loss at the start", *(f"{run.first:.4f}" for run in runs)),
         ("validation loss at the end", *(f"{run.last:.4f}" for run in runs)),
         ("time of a step (median)", *(f"{1000 * run.seconds:,.0f} ms" for run in runs)),
@@ -202,8 +202,8 @@ def format_table(results: Results) -> str:
     lines.insert(1, "-" * 58)
     lines += [
         "",
-        f"largest difference between the training losses at a step  {results.difference:.1e}",
-        f"largest relative difference of a gradient, first batch    {gradients:.1e}",
+        f"largest difference of the training losses, any step      {results.difference:.1e}",
+        f"largest relative difference of a gradient, first batch   {gradients:.1e}",
     ]
     return "\n".join(lines)
 
@@ -216,7 +216,7 @@ def draw(results: Results, title: str, path: Path) -> None:
     steps = range(1, len(plain.training) + 1)
     # A thin dashed line over a thick pale one: both are visible where they coincide.
     left.plot(
-        steps, plain.training, color=ORANGE, linewidth=6, alpha=0.7, label="unchanged: training"
+        steps, plain.training, color=ORANGE, linewidth=6, alpha=0.7, label="as it was: training"
     )
     left.plot(
         steps, swapped.training, color=BLUE, linewidth=1.4, dashes=(4, 2), label="swapped: training"
@@ -228,7 +228,7 @@ def draw(results: Results, title: str, path: Path) -> None:
         "s",
         color=ORANGE,
         markersize=12,
-        label="unchanged: validation",
+        label="as it was: validation",
     )
     left.plot(
         ends,
@@ -238,15 +238,15 @@ def draw(results: Results, title: str, path: Path) -> None:
         markersize=6,
         label="swapped: validation",
     )
-    left.set(xlabel="step", ylabel="loss (nats per token)")
-    left.set_title(f"largest difference between the training losses {results.difference:.1e}")
+    left.set(xlabel="step", ylabel="loss of a token (nats)")
+    left.set_title(f"largest difference of the training losses {results.difference:.1e}")
     left.grid(alpha=0.25)
     left.legend(ncols=2)
     for axes, values, name, unit in (
         (middle, [1000 * run.seconds for run in (plain, swapped)], "time of a step", "ms"),
         (right, [run.peak / 2**20 for run in (plain, swapped)], "peak memory of a step", "MiB"),
     ):
-        bars = axes.bar(["unchanged", "swapped"], values, color=[ORANGE, BLUE], width=0.6)
+        bars = axes.bar(["as it was", "swapped"], values, color=[ORANGE, BLUE], width=0.6)
         axes.bar_label(bars, fmt="{:,.0f}", padding=3)
         axes.margins(y=0.12)
         axes.set(title=name, ylabel=unit)
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     difference = max(((after[n] - g).abs().max() / g.abs().max()).item() for n, g in before.items())
     del before, after
 
-    plain = train("unchanged", build(args), data, args)
+    plain = train("as it was", build(args), data, args)
     swapped = train("swapped", model, data, args)
 
     args.out.mkdir(parents=True, exist_ok=True)
