@@ -78,9 +78,6 @@ LARGEST = 5  # number of printed eigenvalues
 Params = dict[str, Tensor]
 
 
-# The functions
-
-
 def compute_plain_loss(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
     """The loss in plain PyTorch, which materialises all logits."""
     return F.cross_entropy(F.linear(x, W).flatten(0, -2), t.flatten())

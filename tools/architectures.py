@@ -50,7 +50,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import torch_nnmath
 
@@ -255,6 +254,15 @@ def make_batch(model: Module) -> tuple[dict[str, Any], Tensor]:
     return inputs, labels
 
 
+def flatten(value: Any) -> Iterator[Any]:
+    """Yields the items of nested lists and tuples."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from flatten(item)
+    else:
+        yield value
+
+
 class ShapeRecorder(TorchDispatchMode):
     """Counts the plain floating-point tensors that operations return, by operation and shape."""
 
@@ -269,7 +277,7 @@ class ShapeRecorder(TorchDispatchMode):
         }:  # subclasses dispatch first; the operations they call are recorded
             return NotImplemented
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
+        for x in flatten(out):
             if type(x) is Tensor and x.is_floating_point() and x.device.type != "meta":
                 is_expanded = x.untyped_storage().nbytes() < x.numel() * x.element_size()
                 self.counts[str(func), tuple(x.shape)] += not is_expanded
@@ -524,7 +532,7 @@ def sweep(names: Sequence[str], args: argparse.Namespace) -> Iterator[Outcome]:
 
 def format_table(outcomes: Sequence[Outcome]) -> str:
     lines = [
-        f"{'':46}{'largest relative difference':^28}",
+        f"{'':46}{'largest relative difference':>27}",
         f"{'architecture':26}{'outcome':20}{'loss':>8}{'gradients':>11}{'logits':>9}  tokens",
         "-" * 82,
     ]
@@ -537,7 +545,6 @@ def format_table(outcomes: Sequence[Outcome]) -> str:
     count = Counter(o.kind for o in outcomes)
     total = ", ".join(f"{count[kind]} {kind}" for kind in KINDS[:4])
     built = len(outcomes) - count["cannot be built"]
-    lines = [line.rstrip() for line in lines]
     return "\n".join([*lines, "", f"built {built} of {len(outcomes)}: {total}"])
 
 
