@@ -407,7 +407,7 @@ def compute_distance(a: Spectrum, b: Spectrum) -> float:
 
 def format_row(name: str, method: str, size: object, λ: Tensor, *rest: str) -> str:
     values = "".join(f"{x:11.6f}" for x in λ.tolist())
-    return f"{name:7}{method:22}{size!s:>9}  {values}" + "".join(f"{x:>12}" for x in rest)
+    return f"{name:7}{method:22}{size!s:>9}  {values}" + "".join(f"{x:>12}" for x in rest).rstrip()
 
 
 def format_table(results: Results) -> str:
