@@ -125,7 +125,7 @@ def _head(x: Tensor, W: Tensor, *rest: Tensor, **options: Any) -> Tensor:
 
 
 def _scale(x: Tensor, s: Tensor) -> Tensor:
-    return formulas.LogitScale.of(x, s.squeeze())
+    return formulas.LogitScale.evaluate(x, s.squeeze())
 
 
 def _log_probs(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def _module(kind: Callable[..., torch.nn.Module], *sizes: Any, **options: Any) -
 
 
 def _mean(c: Tensor) -> Tensor:
-    return formulas.Cost.of(c, torch.full((), c.shape[0], dtype=c.dtype, device=c.device))
+    return formulas.Cost.evaluate(c, torch.full((), c.shape[0], dtype=c.dtype, device=c.device))
 
 
 def _network(x: Tensor, *parameters: Tensor, **options: str) -> Tensor:
@@ -224,7 +224,7 @@ CATALOG: tuple[Row, ...] = (
         (
             Sample(_mean, {"c": Input((4,), shared=True)}),
             Sample(
-                formulas.Cost.of,
+                formulas.Cost.evaluate,
                 {"c": Input((4,), shared=True), "n": Input((), "positive", shared=True)},
                 "total weight",
             ),
@@ -428,7 +428,7 @@ CATALOG: tuple[Row, ...] = (
         reference.LOGIT_SCALE,
         (
             Sample(_scale, {"x": _vector(3), **_SCALE}),
-            Sample(lambda x: formulas.LogitScale.of(x, -0.7), {"x": _vector(3)}, "a number"),
+            Sample(lambda x: formulas.LogitScale.evaluate(x, -0.7), {"x": _vector(3)}, "a number"),
         ),
     ),
     Row(
@@ -437,7 +437,7 @@ CATALOG: tuple[Row, ...] = (
         "soft cap",
         formulas.SoftCap,
         reference.SOFTCAP,
-        (Sample(lambda z: formulas.SoftCap.of(z, 1.5), {"z": _vector(3)}),),
+        (Sample(lambda z: formulas.SoftCap.evaluate(z, 1.5), {"z": _vector(3)}),),
         options={"cap": 1.5},
     ),
     Row(
@@ -447,7 +447,7 @@ CATALOG: tuple[Row, ...] = (
         formulas.ZLoss,
         reference.Z_LOSS,
         (
-            Sample(lambda z: formulas.ZLoss.of(z, 1).squeeze(1), _LOGITS),
+            Sample(lambda z: formulas.ZLoss.evaluate(z, 1).squeeze(1), _LOGITS),
             Sample(_each(F.cross_entropy, z_loss=0.3), {**_LOGITS, **_LABELS}, "in cross entropy"),
         ),
     ),
@@ -458,7 +458,7 @@ CATALOG: tuple[Row, ...] = (
         formulas.Entropy,
         reference.ENTROPY,
         (
-            Sample(lambda z: formulas.Entropy.of(z, 1, 2).squeeze(1), _LOGITS),
+            Sample(lambda z: formulas.Entropy.evaluate(z, 1, 2).squeeze(1), _LOGITS),
             Sample(
                 lambda x, W, b, y: F.linear_log_probs(
                     x, W, y, linear_bias=b, softcap=1.5, return_entropy=True

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, save, summed, total
-from torch_nnmath.kernels.choice import Kernel, fast
+from torch_nnmath._precision import widen
+from torch_nnmath.formulas._formula import Formula, save, sum_last_axes, sum_present
+from torch_nnmath.kernels.dispatch import LossKernel, accelerated_by
 
 
 class SigmoidSquaredError(Formula):
@@ -19,12 +19,12 @@ class SigmoidSquaredError(Formula):
     z, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
-    kernel = Kernel(kernels.sigmoid_squared_error)
+    kernel = LossKernel(kernels.sigmoid_squared_error)
 
     @staticmethod
-    @fast(kernel.value)
+    @accelerated_by(kernel.value)
     def forward(z: Tensor, t: Tensor, axes: int) -> Tensor:
-        return summed((wide(t) - wide(z).sigmoid()).square(), axes) / 2
+        return sum_last_axes((widen(t) - widen(z).sigmoid()).square(), axes) / 2
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
@@ -34,32 +34,34 @@ class SigmoidSquaredError(Formula):
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> Any:
         saved = ctx.saved_tensors
-        z, t = map(wide, saved)
-        wants_z, wants_t, _ = ctx.needs_input_grad
-        dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes) if wants_z else None
-        dt = dc * (t - Sigmoids.of(z)[0]) if wants_t else None
+        z, t = map(widen, saved)
+        needs_z, needs_t, _ = ctx.needs_input_grad
+        dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes) if needs_z else None
+        dt = dc * (t - SigmoidPair.evaluate(z)[0]) if needs_t else None
         pairs = zip((dz, dt), saved, strict=True)
         return *(g if g is None else g.to(x.dtype) for g, x in pairs), None
 
     @staticmethod
-    @fast(kernel.gradient)
+    @accelerated_by(kernel.gradient)
     def gradient(dc: Tensor, z: Tensor, t: Tensor, axes: int) -> Tensor:
         """dc (a - t) a (1 - a)."""
-        a, rest = Sigmoids.of(wide(z))
-        return dc * (a - wide(t)) * a * rest
+        a, complement = SigmoidPair.evaluate(widen(z))
+        return dc * (a - widen(t)) * a * complement
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
-        z, t = map(wide, ctx.saved_tensors)
-        a, rest = Sigmoids.of(z)
-        change = total(None if dz is None else a * rest * dz, None if dt is None else -wide(dt))
-        return summed((a - t) * change, ctx.axes)
+        z, t = map(widen, ctx.saved_tensors)
+        a, complement = SigmoidPair.evaluate(z)
+        change = sum_present(
+            None if dz is None else a * complement * dz, None if dt is None else -widen(dt)
+        )
+        return sum_last_axes((a - t) * change, ctx.axes)
 
 
-class Sigmoids(Formula):
-    """F6 of z and of -z: a and 1 - a, which cancels at large z if it is subtracted.
+class SigmoidPair(Formula):
+    """F6 of z and of -z with one exponential: a and 1 - a, whose digits a subtraction would lose.
 
-    da/dz = a (1 - a), d(1 - a)/dz = -a (1 - a); with one exponential.
+    da/dz = a (1 - a), d(1 - a)/dz = -a (1 - a).
     """
 
     @staticmethod
@@ -74,12 +76,12 @@ class Sigmoids(Formula):
         save(ctx, *outputs)
 
     @staticmethod
-    def backward(ctx: Any, da: Tensor, d_rest: Tensor) -> Tensor:
-        a, rest = ctx.saved_tensors
-        return (da - d_rest) * a * rest
+    def backward(ctx: Any, da: Tensor, dcomplement: Tensor) -> Tensor:
+        a, complement = ctx.saved_tensors
+        return (da - dcomplement) * a * complement
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor]:
-        a, rest = ctx.saved_tensors
-        da = dz * a * rest
+        a, complement = ctx.saved_tensors
+        da = dz * a * complement
         return da, -da

@@ -6,17 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_nnmath._precision import wide
+from torch_nnmath._precision import widen
 from torch_nnmath.formulas._formula import Formula, save
 from torch_nnmath.formulas.tanh import Tanh
 
 
 class SoftCap(Formula):
-    r"""F19: v = κ tanh(z/κ),  dv/dz = 1 - (v/κ)².  z, v of any shape; v is not rounded."""
+    r"""F19: v = κ tanh(z/κ),  dv/dz = 1 - (v/κ)².
+
+    z, v of any shape; for a half z, v stays in float32.
+    """
 
     @staticmethod
     def forward(z: Tensor, cap: float) -> Tensor:
-        return cap * (wide(z) / cap).tanh()
+        return cap * (widen(z) / cap).tanh()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, v: Tensor) -> None:
@@ -26,9 +29,9 @@ class SoftCap(Formula):
     @staticmethod
     def backward(ctx: Any, dv: Tensor) -> Any:
         (z,) = ctx.saved_tensors
-        return Tanh.product(Tanh.of(wide(z) / ctx.cap), dv).to(z.dtype), None
+        return Tanh.product(Tanh.evaluate(widen(z) / ctx.cap), dv).to(z.dtype), None
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
         (z,) = ctx.saved_tensors
-        return Tanh.product(Tanh.of(wide(z) / ctx.cap), wide(dz))  # the Jacobian is symmetric
+        return Tanh.product(Tanh.evaluate(widen(z) / ctx.cap), widen(dz))
