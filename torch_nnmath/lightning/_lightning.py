@@ -1,4 +1,4 @@
-"""What the callbacks need of Lightning, under either name of its package, and metrics."""
+"""Imports from Lightning, under either name of its package, and the logging of metrics."""
 
 from __future__ import annotations
 

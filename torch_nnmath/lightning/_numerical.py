@@ -42,8 +42,8 @@ class NumericalCheck:
     def compare_direction(self, seed: int) -> Comparison:
         """Compares the derivative along a random direction in all parameters.
 
-        If it is wrong, bisects the parameters and their entries, and returns the comparison of the
-        entry found if that is wrong too.
+        If it is wrong, bisection over the parameters' entries looks for a wrong one, whose
+        comparison is returned instead.
         """
         gradients = self.gradients.by_name
         generator = torch.Generator().manual_seed(seed)

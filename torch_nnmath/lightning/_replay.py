@@ -33,7 +33,7 @@ class Gradients(NamedTuple):
     """Gradients by the parameter's name."""
 
     by_name: dict[str, Tensor]
-    largest: float  # magnitude of any entry, also in parameters that are not in by_name
+    largest: float  # magnitude of an entry, over all parameters, also those not in by_name
 
 
 class LossReplay:
@@ -46,10 +46,10 @@ class LossReplay:
     def compute_gradients(
         self, names: list[str], *, is_pytorch: bool = False, is_double: bool = False
     ) -> Gradients | None:
-        """Returns the gradients in some parameters; None without a loss or with one not finite.
+        """Returns the loss's gradients, or None if the batch has no finite loss.
 
         Args:
-            names: the parameters.
+            names: the parameters to return gradients of.
             is_pytorch: whether PyTorch's modules stand in for this library's.
             is_double: whether to compute in float64 rather than in the training's precision.
         """
@@ -67,7 +67,7 @@ class LossReplay:
         return Gradients(by_name, largest)
 
     def make_displaced_loss(self) -> Callable[[Displacement, float], float]:
-        """Returns c(w + h v) as a function of (w, v) pairs and h, in float64 by PyTorch."""
+        """Returns a function that computes c(w + h v) in float64 by PyTorch, from v and h."""
         module = self._copy_module(is_pytorch=True, is_double=True)
         for p in module.parameters():
             p.data = p.data.contiguous()
@@ -91,7 +91,7 @@ class LossReplay:
         return displaced_loss
 
     def _copy_module(self, is_pytorch: bool, is_double: bool) -> Any:
-        """Copies the module, so that the copy logs nothing."""
+        """Returns a copy of the module whose logging is discarded."""
         attributes = [vars(module) for module in self.pl_module.modules()]
         module_copy = _copy_deeply(self.pl_module, attributes)
         if getattr(module_copy, "_compiler_ctx", None):  # its methods are bound to the original
