@@ -179,11 +179,11 @@ def test_has_own_options(module, expected):
 
 
 class Float32Norm(torch.nn.Module):
-    """Computes in float32 explicitly, as the norms and rotations of language models do."""
+    """Names float32 and uses the default type, as norms and rotations of language models do."""
 
     def forward(self, x):
         angles = torch.arange(16, dtype=torch.float32)[None]
-        wide = x.to(torch.float32) + angles.cos() * x.float()
+        wide = x.to(torch.float32) @ torch.eye(16) + angles.cos() * x.float()
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True))).to(x.dtype)
 
 
@@ -194,7 +194,7 @@ class Float32Loss(Classifier):
 
 
 @pytest.mark.filterwarnings("ignore::torch_nnmath.deferred.MaterializedLogits")
-def test_explicit_float32_is_replaced_by_float64():
+def test_explicit_and_default_float32_are_replaced_by_float64():
     body = torch.nn.Sequential(torch.nn.Linear(12, 16), Float32Norm())
     callbacks = [SwapFormulas(), check := GradientCheck(1, parameters=9, entries=9)]
     make_trainer(*callbacks).fit(Float32Loss(body=body), make_loader())

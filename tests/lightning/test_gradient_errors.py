@@ -19,6 +19,8 @@ from torch_nnmath import formulas, nn
 pytest.importorskip("lightning.pytorch")
 from torch_nnmath.lightning import GradientCheck, GradientError, SwapFormulas
 from torch_nnmath.lightning._comparison import Comparison
+from torch_nnmath.lightning._numerical import bisect_segments
+from torch_nnmath.lightning._replay import Segment
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -90,6 +92,16 @@ def test_one_wrong_entry_is_located_by_bisection(is_in_weight):
         assert error.parameter in ("body.0.weight", "body.0.bias")
         assert error.entry[0] == 4
     assert error.error > 1e-5
+
+
+def test_bisection_reaches_every_entry_once():
+    def reach(segments):
+        halves = bisect_segments(segments)
+        return [leaf for half in halves for leaf in reach(half)] if halves else [*segments]
+
+    segments = [Segment("a", 0, 5), Segment("b", 2, 4), Segment("c", 0, 1)]
+    entries = [Segment(s.parameter, i, i + 1) for s in segments for i in range(s.start, s.stop)]
+    assert reach(segments) == entries
 
 
 def test_error_of_a_direction_names_no_parameter():
