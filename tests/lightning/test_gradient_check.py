@@ -202,6 +202,18 @@ def test_explicit_and_default_float32_are_replaced_by_float64():
     assert check.errors["gradient_error/uncertainty"] < 1e-4
 
 
+def test_inaccurate_differences_are_uncertain_and_no_error():
+    class RoughLoss(Classifier):
+        """Its differences with the step 1e-5 are wrong by a factor of sin(1)."""
+
+        def loss(self, batch):
+            return super().loss(batch) + 1e-5 * torch.sin(1e5 * self.head.bias).sum()
+
+    make_trainer(check := GradientCheck(1, parameters=9, entries=9)).fit(RoughLoss(), make_loader())
+    assert check.errors["gradient_error/numerical"] < 1e-5
+    assert check.errors["gradient_error/uncertainty"] > 1e-1
+
+
 class ForwardCounter(torch.nn.Module):
     """A buffer that each forward changes and the loss depends on."""
 
