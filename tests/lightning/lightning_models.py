@@ -12,22 +12,23 @@ pytest.importorskip("lightning.pytorch")  # not "lightning", a name that this fo
 import lightning as L
 from torchmetrics import MeanMetric
 
-LIGHTNING_WARNINGS = [
-    pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in (
-        ".*LeafSpec:FutureWarning",  # Lightning's use of PyTorch's trees
-        ".*LeafSpec:DeprecationWarning",
-        ".*does not have many workers",
-        ".*smaller than the logging interval",
-        ".*Checkpoint directory .* exists",
-        "You defined a `validation_step`",
-        "You defined a `training_step`",
-        ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`",
-        ".*you are using `.*num_workers",
-        ".*callbacks used to create the checkpoint need to be provided",
-        "`training_step` returned `None`",
-        "You are using the `dataloader_iter` step flavor",
-    )
+LIGHTNING_WARNINGS = (
+    ".*LeafSpec:FutureWarning",  # Lightning's use of PyTorch's trees
+    ".*LeafSpec:DeprecationWarning",
+    ".*does not have many workers",
+    ".*smaller than the logging interval",
+    ".*Checkpoint directory .* exists",
+    "You defined a `validation_step`",
+    "You defined a `training_step`",
+    ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`",
+    ".*you are using `.*num_workers",
+    ".*callbacks used to create the checkpoint need to be provided",
+    "`training_step` returned `None`",
+    "You are using the `dataloader_iter` step flavor",
+)
+LIGHTNING_MARKS = [
+    pytest.mark.usefixtures("one_thread"),
+    *(pytest.mark.filterwarnings(f"ignore:{message}") for message in LIGHTNING_WARNINGS),
 ]
 CLASSES = 40
 

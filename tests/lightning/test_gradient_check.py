@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning_models import (
-    LIGHTNING_WARNINGS,
+    LIGHTNING_MARKS,
     Classifier,
     copy_weights,
     make_loader,
@@ -23,7 +23,7 @@ from torch_nnmath.lightning import GradientCheck, GradientError, SwapFormulas
 from torch_nnmath.lightning._comparison import choose_limits
 from torch_nnmath.lightning._swap_state import has_own_options
 
-pytestmark = LIGHTNING_WARNINGS
+pytestmark = LIGHTNING_MARKS
 
 
 class SideEffects(Classifier):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning_models import (
-    LIGHTNING_WARNINGS,
+    LIGHTNING_MARKS,
     Classifier,
     WrongIdentity,
     is_marked,
@@ -22,7 +22,7 @@ from torch_nnmath.lightning._comparison import Comparison
 from torch_nnmath.lightning._numerical import bisect_segments
 from torch_nnmath.lightning._replay import Segment
 
-pytestmark = LIGHTNING_WARNINGS
+pytestmark = LIGHTNING_MARKS
 
 
 def make_body(activation):
@@ -135,7 +135,7 @@ def test_on_error_warn_warns_and_training_continues():
 
 def test_wrong_backward_of_a_formula_raises(monkeypatch):
     right = formulas.Tanh.backward
-    monkeypatch.setattr(formulas.Tanh, "backward", staticmethod(lambda ctx, da: -right(ctx, da)))
+    monkeypatch.setattr(formulas.Tanh, "backward", staticmethod(lambda ctx, da: right(ctx, -da)))
     model = Classifier(body=make_body(torch.nn.Tanh()))
     with pytest.raises(GradientError, match="PyTorch's own operations give") as caught:
         make_trainer(SwapFormulas(), GradientCheck(1, entries=0)).fit(model, make_loader())

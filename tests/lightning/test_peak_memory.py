@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
-from lightning_models import LIGHTNING_WARNINGS, Classifier, make_loader, make_trainer
+from lightning_models import LIGHTNING_MARKS, Classifier, make_loader, make_trainer
 
 pytest.importorskip("lightning.pytorch")
 from torch_nnmath.lightning import PeakMemory, SwapFormulas
 
-pytestmark = LIGHTNING_WARNINGS
+pytestmark = LIGHTNING_MARKS
 
 
 class LargeHead(Classifier):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning_models import (
     CLASSES,
-    LIGHTNING_WARNINGS,
+    LIGHTNING_MARKS,
     Classifier,
     copy_weights,
     is_marked,
@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from torch_nnmath.lightning import SwapFormulas
 
-pytestmark = LIGHTNING_WARNINGS
+pytestmark = LIGHTNING_MARKS
 
 
 @pytest.mark.filterwarnings("ignore::torch_nnmath.deferred.MaterializedLogits")
