@@ -233,6 +233,7 @@ def test_sigmoid_squared_error_keeps_slope_where_sigmoid_rounds_to_one(small_blo
         pytest.param([300.0] * C, 1, id="sums overflow"),
         pytest.param([-300.0] * C, 1, id="sums underflow"),
         pytest.param([85.0] * C, 1e-5, id="inverse sums underflow"),
+        pytest.param([-95.0] * C, 1e-5, id="sums are denormal"),
         pytest.param([*[0.0] * (C - 1), -150.0], 1, id="target is far below"),
         pytest.param([40.0, *[30.0] * (C - 1)], 0, id="small loss of large logits"),
         pytest.param([0.0] * C, 1000, id="logits are far apart"),

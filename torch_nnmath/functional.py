@@ -388,9 +388,9 @@ def cross_entropy(
     dtype, input, target, weight = cast_for_loss(input.dtype, input, target, weight)
     options = TargetOptions(weight, ignore_index, label_smoothing)
     dim = 0 if input.dim() == 1 else 1
-    C = input.size(dim)  # an IndexError if there is no axis
     if input.shape == target.shape:
         check.probabilities(target, ignore_index)
+    C = input.size(dim)  # an IndexError if there is no axis
     if not input.is_floating_point():
         raise NotImplementedError(f"cross_entropy of {input.dtype} logits: cast to a float type")
     keep: Any = None
