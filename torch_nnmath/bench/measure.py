@@ -21,7 +21,7 @@ import torch
 
 from torch_nnmath.bench import works
 from torch_nnmath.bench.works import Problem, Results, Size, Target, Work, name_of, written
-from torch_nnmath.testing._report import described
+from torch_nnmath.testing._report import describe_error as described
 
 SAMPLE = 2e-3  # seconds: a shorter call is repeated until a sample takes as long
 SLOW = 20.0  # seconds: a contender whose call takes longer drops out
