@@ -454,26 +454,32 @@ def test_tolerance_of_value():
     assert not report.right
 
 
-def test_functions_that_cannot_be_compiled():
+def test_function_that_recompiles_for_each_size_fails_dynamic_shapes():
     def unroll_rows(x):
         return sum(x[i] for i in range(x.shape[0]))
 
+    transforms = ["compile", "compile, dynamic shapes"]
+    report = testing.check(unroll_rows, [draw(3, 2)], transforms=transforms)
+    assert [row.verdict for row in report] == ["right", "wrong"]
+    assert "graphs for batches of 3, 6, 9" in report["compile, dynamic shapes"].detail
+
+
+def test_function_that_branches_on_values_raises_under_tracing_transforms():
     def branch_on_value(x):
         return x * 2 if x.sum() > 0 else x * 3
 
+    transforms = ["gradient", "compile", "make_fx", "export", "export, strict", "vmap"]
+    report = testing.check(branch_on_value, [draw(3)], transforms=transforms)
+    assert [row.verdict for row in report] == ["right", *[RAISES] * 5]
+
+
+def test_custom_operator_without_fake_kernel_is_not_right():
     @torch.library.custom_op("torch_nnmath_tests::no_fake_kernel", mutates_args=())
     def no_fake_kernel(x: torch.Tensor) -> torch.Tensor:
         return x * 2
 
-    transforms = ["compile", "compile, dynamic shapes"]
-    dynamic = testing.check(unroll_rows, [draw(3, 2)], transforms=transforms)
-    assert [row.verdict for row in dynamic] == ["right", "wrong"]
-    assert "graphs for batches of 3, 6, 9" in dynamic["compile, dynamic shapes"].detail
-    transforms = ["gradient", "compile", "make_fx", "export", "export, strict", "vmap"]
-    branching = testing.check(branch_on_value, [draw(3)], transforms=transforms)
-    assert [row.verdict for row in branching] == ["right", *[RAISES] * 5]
-    opaque = testing.check(no_fake_kernel, [draw(3)], transforms=["gradient", "compile"])
-    assert not opaque.right
+    report = testing.check(no_fake_kernel, [draw(3)], transforms=["gradient", "compile"])
+    assert not report.right
 
 
 def test_function_without_gradient_when_compiled_is_silent_zero():
