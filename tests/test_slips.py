@@ -162,7 +162,7 @@ def test_e05_input_gradient_needs_transposed_weights(select_form):
     differences = central_difference(lambda a: (delta.T @ W2 @ a).item(), A)
     with pytest.raises(ValueError, match="mismatch"):
         delta @ W2  # as printed
-    assert_equal(W2 @ delta, column(1, 3))  # transposed on the wrong side
+    assert_equal(W2 @ delta, column(1, 3))  # without the transpose
     assert_equal(differences, column(1, 2))
     assert_different(W2 @ delta, differences)
     assert_equal(select_form(reference.AFFINE).pullback(delta, A, W2, B0)[0], differences)
