@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
+from torch_nnmath import _torch
 from torch_nnmath._precision import is_autocast
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a public function: it honours `__torch_function__` of every argument.
+
+    Arguments inside a list or a tuple count, too.
+    """
+
+    @functools.wraps(function)
+    def public_function(*args: P.args, **kwargs: P.kwargs) -> R:
+        flat: list[Any] = []
+        for arg in (*args, *kwargs.values()):
+            flat.extend(arg if isinstance(arg, list | tuple) else (arg,))
+        if has_torch_function(tuple(flat)):
+            return handle_torch_function(public_function, tuple(flat), *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return public_function
 
 
 def real(**tensors: Any) -> None:
@@ -34,7 +58,7 @@ def writable(x: Tensor) -> None:
     """Before anything is written: autograd would say so too, but only after our forward."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return
-    if x.is_leaf or (x._base is not None and x._base.is_leaf and x._base.requires_grad):
+    if x.is_leaf or ((base := _torch.base(x)) is not None and base.is_leaf and base.requires_grad):
         raise RuntimeError(
             f"a {'' if x.is_leaf else 'view of a '}leaf Variable of shape {tuple(x.shape)} that "
             "requires grad is being used in an in-place operation"
@@ -104,6 +128,48 @@ def product(
         raise RuntimeError(
             f"input, {name} and bias must have one dtype, got {', '.join(map(str, dtypes))}: cast "
             "them, or use torch.autocast"
+        )
+
+
+def head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """Shapes and types of the head's features, weight and bias."""
+    if linear_weight.dim() < 2:
+        raise RuntimeError(
+            f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+        )
+    if linear_weight.dim() > 2 and input.dim() != 2:
+        raise RuntimeError(
+            f"a linear_weight of shape {tuple(linear_weight.shape)} needs an input of shape "
+            f"(N, {linear_weight.shape[-1]}), got {tuple(input.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got "
+            f"{tuple(linear_bias.shape)}"
+        )
+    product("linear_weight", input, linear_weight, linear_bias, dims=None)
+
+
+def head_indices(input: Tensor, target: Tensor, C: int, positions: Sequence[int]) -> Tensor:
+    """The head's class indices with one axis for the batch, checked against input's shape."""
+    batch = input.shape[:-1]
+    if len(batch) > 1:
+        if target.shape != batch:
+            raise RuntimeError(
+                f"for an input of shape {tuple(input.shape)} the target must have shape "
+                f"{tuple(batch)} or {(*batch, C)}, got {tuple(target.shape)}"
+            )
+        target = target.flatten()
+    N = math.prod([*batch])
+    indices((*[N] * (len(batch) > 0), C, *positions), target)
+    return target
+
+
+def no_ignore_index(ignore_index: int | None, target: Tensor) -> None:
+    if ignore_index is not None:
+        raise RuntimeError(
+            "ignore_index cannot be specified when target contains probabilities, got "
+            f"{ignore_index} and a target of shape {tuple(target.shape)}"
         )
 
 

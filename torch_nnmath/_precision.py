@@ -1,4 +1,4 @@
-"""The type that arithmetic is done in: half precision in float32, rounded once; autocast's."""
+"""Types of arithmetic: half precision is computed in float32 and rounded once; autocast's rules."""
 
 from __future__ import annotations
 
@@ -12,32 +12,37 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
-    """float32 for a half type, in which sums and products of several factors are taken."""
+    """The type that sums and products of `dtype` are computed in: float32 for a half type."""
     return torch.float32 if dtype in HALF else dtype
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in that type."""
+def widen(x: Tensor) -> Tensor:
+    """Casts x to the type that it is computed in."""
     return x.float() if x.dtype in HALF else x
 
 
-def number(x: Tensor) -> Tensor:
-    """bool as integers, which can be subtracted."""
+def bool_to_int(x: Tensor) -> Tensor:
+    """Casts bool to int, which can be subtracted."""
     return x.int() if x.dtype == torch.bool else x
+
+
+def zero_safe_product(t: Tensor, v: Tensor) -> Tensor:
+    """t v, and 0 where t is 0 and v infinite. Differentiable."""
+    return t * v.masked_fill((t == 0) & v.isinf(), 0)
 
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # there is none for meta
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # meta has no autocast
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Where products taken in float32 stay so; for x's device."""
+def disable_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Turns autocast off for x's device, so that products in float32 stay in float32."""
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
-def for_product(*tensors: Tensor | None) -> list[Any]:
-    """Operands of a product: in autocast's type where it is on; float64 is left alone."""
+def cast_for_product(*tensors: Tensor | None) -> list[Any]:
+    """Casts operands of a product to autocast's type where it is on. float64 stays."""
     first = tensors[0]
     assert first is not None
     if not is_autocast(first):
@@ -49,10 +54,10 @@ def for_product(*tensors: Tensor | None) -> list[Any]:
     ]
 
 
-def for_loss(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The loss's dtype and operands: under autocast what is half becomes float32."""
+def cast_for_loss(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The loss's dtype and its operands: under autocast half types become float32."""
     first = tensors[0]
     assert first is not None
     if not is_autocast(first):
         return dtype, *tensors
-    return wide_type(dtype), *(x if x is None else wide(x) for x in tensors)
+    return wide_type(dtype), *(x if x is None else widen(x) for x in tensors)

@@ -1,7 +1,7 @@
 """Every private API of PyTorch that this library uses, one function for each.
 
-Each docstring gives the reason and the public replacement, if one exists in a later release.
-`tests/test_torch.py` tests each function by name, so that a PyTorch upgrade that breaks one says so.
+Each docstring gives the reason, and the public replacement if a later release has one.
+`tests/test_torch.py` tests each function by name, so that an upgrade that breaks one says so.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def assert_async(condition: Tensor, message: str) -> None:
 
 def make_wrapper(cls: type[Tensor], shape: torch.Size, **options: Any) -> Any:
     """A tensor subclass's instance without memory."""
-    return Tensor._make_wrapper_subclass(cls, shape, **options)  # type: ignore[attr-defined]
+    return Tensor._make_wrapper_subclass(cls, shape, **options)
 
 
 # Torch functions and dispatch

@@ -157,11 +157,11 @@ def _compute_log_probs(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 
 def _scale_logits(x: Tensor, s: Tensor) -> Tensor:
-    return formulas.LogitScale.of(x, s.squeeze())
+    return formulas.LogitScale.evaluate(x, s.squeeze())
 
 
 def _average(c: Tensor) -> Tensor:
-    return formulas.Cost.of(c, torch.full((), c.shape[0], dtype=c.dtype, device=c.device))
+    return formulas.Cost.evaluate(c, torch.full((), c.shape[0], dtype=c.dtype, device=c.device))
 
 
 def _run_network(x: Tensor, *parameters: Tensor, **options: str) -> Tensor:
@@ -248,7 +248,7 @@ CATALOG: tuple[Row, ...] = (
         samples=(
             Sample(_average, {"c": Input((4,), shared=True)}),
             Sample(
-                formulas.Cost.of,
+                formulas.Cost.evaluate,
                 {"c": Input((4,), shared=True), "n": Input((), "positive", shared=True)},
                 "total weight",
             ),
@@ -455,7 +455,7 @@ CATALOG: tuple[Row, ...] = (
         reference=reference.LOGIT_SCALE,
         samples=(
             Sample(_scale_logits, {"x": _vector(3), **_SCALE}),
-            Sample(lambda x: formulas.LogitScale.of(x, -0.7), {"x": _vector(3)}, "a number"),
+            Sample(lambda x: formulas.LogitScale.evaluate(x, -0.7), {"x": _vector(3)}, "a number"),
         ),
     ),
     Row(
@@ -464,7 +464,7 @@ CATALOG: tuple[Row, ...] = (
         title="soft cap",
         function=formulas.SoftCap,
         reference=reference.SOFTCAP,
-        samples=(Sample(lambda z: formulas.SoftCap.of(z, 1.5), {"z": _vector(3)}),),
+        samples=(Sample(lambda z: formulas.SoftCap.evaluate(z, 1.5), {"z": _vector(3)}),),
         options={"cap": 1.5},
     ),
     Row(
@@ -474,7 +474,7 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.ZLoss,
         reference=reference.Z_LOSS,
         samples=(
-            Sample(lambda z: formulas.ZLoss.of(z, 1).squeeze(1), _LOGITS),
+            Sample(lambda z: formulas.ZLoss.evaluate(z, 1).squeeze(1), _LOGITS),
             Sample(
                 _per_example(F.cross_entropy, z_loss=0.3),
                 {**_LOGITS, **_LABELS},
@@ -489,7 +489,7 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.Entropy,
         reference=reference.ENTROPY,
         samples=(
-            Sample(lambda z: formulas.Entropy.of(z, 1, 2).squeeze(1), _LOGITS),
+            Sample(lambda z: formulas.Entropy.evaluate(z, 1, 2).squeeze(1), _LOGITS),
             Sample(
                 lambda x, W, b, y: F.linear_log_probs(
                     x, W, y, linear_bias=b, softcap=1.5, return_entropy=True

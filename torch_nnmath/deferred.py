@@ -35,8 +35,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
 from torch_nnmath import functional as ours
-from torch_nnmath._precision import for_product, is_autocast, wide, wide_type, without_autocast
-from torch_nnmath.kernels.choice import PLAIN, is_transformed
+from torch_nnmath import _head
+from torch_nnmath._precision import cast_for_product as for_product, is_autocast, widen as wide, wide_type, disable_autocast as without_autocast
+from torch_nnmath._target import TargetOptions
+from torch_nnmath._torch import is_transformed
+from torch_nnmath.kernels.dispatch import PLAIN_TYPES as PLAIN
 
 __all__ = ["DeferredLogits", "HeadLog", "MaterializedLogits", "linear"]
 
@@ -112,7 +115,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Any) -> T
     x, W, b = for_product(input, weight, bias)  # the loss may stand outside of autocast's region
     if not _fit(x, W, b):
         return ours.linear(input, weight, bias)
-    z = _Deferral.of(x, W, b)
+    z = _Deferral.evaluate(x, W, b)
     call = z.step.call
     call.log, call.node, call.is_training = log, _node(z), module.training
     return z
@@ -715,10 +718,11 @@ class _Rows(NamedTuple):
         softcap: float | None = None,
     ) -> Any:
         cap = self.cap if softcap is None else softcap
-        return ours._head(
-            *(self.features, self.weight, target, self.bias, weight, ignore_index),
-            *(label_smoothing, base, self.scale * logit_scale, cap),
-            *(self.dtype, self.row, self.row_scale),
+        return _head.prepare_head(
+            self.features, self.weight, target, self.bias,
+            TargetOptions(weight, ignore_index, label_smoothing),
+            _head.LogitOptions(base, self.scale * logit_scale, cap),
+            _head.LogitSource(self.dtype, self.row, self.row_scale),
         )
 
 
@@ -823,7 +827,7 @@ def _cross_entropy(
     if not isinstance(target, Tensor):
         return NotImplemented
     form, axis = input.step.form, min(input.dim() - 1, 1)
-    is_changed = options.get("softcap") is not None or ours._is_scale(options.get("logit_scale", 1))
+    is_changed = options.get("softcap") is not None or _head.is_scaled(options.get("logit_scale", 1))
     if form.sign < 0 or (form.inner is not None and is_changed):
         return NotImplemented
     is_distribution = target.shape == input.shape and target.is_floating_point()
@@ -846,7 +850,7 @@ def _cross_entropy(
         **options,
     )
     reduction = check.reduction(reduction, size_average, reduce)
-    return ours._loss_of_head(head, reduction, z_loss, return_stats)
+    return head.loss(reduction, z_loss, return_stats)
 
 
 @_loss
@@ -867,9 +871,9 @@ def _gather(
     except IndexError:  # `gather` has a RuntimeError of its own
         return NotImplemented
     if form.sign:
-        result = form.sign * ours._log_probs_of_head(head, False)
+        result = form.sign * head.log_probs(False)
     else:
-        result = ours._logits_of_head(head)
+        result = head.class_logits()
     return result.to(input.dtype).unsqueeze(axis)
 
 
@@ -898,7 +902,7 @@ def _summed(
         return NotImplemented
     head = rows._replace(dtype=dtype).head(rows.any_class(), label_smoothing=1.0)
     factor = -form.sign * (1 if func in MEANS else input.shape[form.axis])
-    result = factor * ours._loss_of_head(head, "none", 0.0, False).to(dtype)
+    result = factor * head.loss("none", 0.0, False).to(dtype)
     return result.unsqueeze(form.axis) if keepdim else result
 
 
@@ -913,7 +917,7 @@ def _log_sum_exp(
     rows = _rows(input, False, axis)
     if rows is NotImplemented:
         return NotImplemented
-    result = ours._log_sum_exp_of_head(rows.head(rows.any_class())).to(input.dtype)
+    result = rows.head(rows.any_class()).log_sum_exp().to(input.dtype)
     return result.unsqueeze(form.axis) if keepdim else result
 
 

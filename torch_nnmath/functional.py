@@ -6,20 +6,33 @@ PyTorch's values; the gradients are this library's own (see `torch_nnmath.formul
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
-from torch_nnmath._precision import for_loss, for_product, is_autocast, number, wide, wide_type
-from torch_nnmath.kernels import costs
+from torch_nnmath._head import (
+    LogitOptions,
+    is_scaled,
+    measure_logits,
+    prepare_head,
+    scale_logits,
+)
+from torch_nnmath._precision import bool_to_int, cast_for_loss, cast_for_product, is_autocast, widen
+from torch_nnmath._records import Target
+from torch_nnmath._reduction import (
+    choose_divisor,
+    count_examples,
+    count_kept,
+    reduce_examples,
+    reduce_formula,
+)
+from torch_nnmath._target import TargetOptions, read_indices, read_probabilities
 
 __all__ = [
     "categorical_cross_entropy",
@@ -38,26 +51,8 @@ __all__ = [
     "tanh",
 ]
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def _public(function: Callable[P, R]) -> Callable[P, R]:
-    """Honours `__torch_function__` of every argument, also of those in a sequence."""
-
-    @functools.wraps(function)
-    def public(*args: P.args, **kwargs: P.kwargs) -> R:
-        flat: list[Any] = []
-        for arg in (*args, *kwargs.values()):
-            flat.extend(arg if isinstance(arg, list | tuple) else (arg,))
-        if has_torch_function(tuple(flat)):
-            return handle_torch_function(public, tuple(flat), *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return public
-
-
-@_public
+@check.support_torch_function
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: input weightᵀ + bias (F1, F8).
 
@@ -78,19 +73,19 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check.real(input=input, weight=weight, **check.given(bias=bias))
     check.product("weight", input, weight, bias, dims=(1, 2))
-    input, weight, bias = for_product(input, weight, bias)
+    input, weight, bias = cast_for_product(input, weight, bias)
     if weight.dim() == 2:
-        return formulas.Affine.of(input, weight, bias)
+        return formulas.Affine.evaluate(input, weight, bias)
     if bias is not None and bias.dim():
         raise RuntimeError(
             f"beside a weight of shape {tuple(weight.shape)} the bias must have shape (), got "
             f"{tuple(bias.shape)}"
         )
-    product = formulas.Affine.of(input, weight.unsqueeze(0), None).squeeze(-1)
+    product = formulas.Affine.evaluate(input, weight.unsqueeze(0), None).squeeze(-1)
     return product if bias is None else product + bias
 
 
-@_public
+@check.support_torch_function
 def sigmoid(input: Tensor) -> Tensor:
     """`torch.sigmoid`: 1/(1 + e^-input), elementwise (F6). Complex input is a TypeError.
 
@@ -98,10 +93,10 @@ def sigmoid(input: Tensor) -> Tensor:
     tensor([0.5000])
     """
     check.real(input=input)
-    return formulas.Sigmoid.of(input)
+    return formulas.Sigmoid.evaluate(input)
 
 
-@_public
+@check.support_torch_function
 def tanh(input: Tensor) -> Tensor:
     """`torch.tanh`, elementwise (F2). Complex input is a TypeError.
 
@@ -109,10 +104,10 @@ def tanh(input: Tensor) -> Tensor:
     tensor([0.])
     """
     check.real(input=input)
-    return formulas.Tanh.of(input)
+    return formulas.Tanh.evaluate(input)
 
 
-@_public
+@check.support_torch_function
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """`F.relu`: max(0, input), elementwise; nan stays nan, the derivative at 0 is 0 (F2).
 
@@ -124,10 +119,10 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     check.real(input=input)
     if inplace:
         check.writable(input)
-    return formulas.relu_(input) if inplace else formulas.ReLU.of(input)
+    return formulas.relu_(input) if inplace else formulas.ReLU.evaluate(input)
 
 
-@_public
+@check.support_torch_function
 def softmax(
     input: Tensor,
     dim: int | None = None,
@@ -159,10 +154,10 @@ def softmax(
         )
     if dtype is None and input.device.type == "cuda" and is_autocast(input):
         dtype = torch.float32 if input.dtype != torch.float64 else None
-    return formulas.Softmax.of(input if dtype is None else input.to(dtype), dim)
+    return formulas.Softmax.evaluate(input if dtype is None else input.to(dtype), dim)
 
 
-@_public
+@check.support_torch_function
 def softmax_jacobian(input: Tensor, dim: int) -> Tensor:
     """The Jacobian of softmax as a matrix, diag(a) - a aᵀ (F17): for teaching and checking.
 
@@ -186,7 +181,7 @@ def softmax_jacobian(input: Tensor, dim: int) -> Tensor:
     return formulas.softmax_jacobian(input, dim)
 
 
-@_public
+@check.support_torch_function
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -232,22 +227,22 @@ def mse_loss(
         raise NotImplementedError(f"mse_loss of {dtype}: cast input or target to a float type")
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
-    dtype, input, target, weight = for_loss(dtype, input, target, weight)
-    input, target = number(input), number(target)
+    dtype, input, target, weight = cast_for_loss(dtype, input, target, weight)
+    input, target = bool_to_int(input), bool_to_int(target)
     if target.shape != input.shape:
         input, target = torch.broadcast_tensors(input, target)
     if weight is not None:
-        weight = wide(weight)  # once: both of its gradients are added before they are rounded
-        c = formulas.SquaredError.of(input, target, 0, 2.0) * weight
+        weight = widen(weight)  # once: both of its gradients are added before they are rounded
+        c = formulas.SquaredError.evaluate(input, target, 0, 2.0) * weight
         n = 1.0 if reduction == "sum" else weight.sum()
-        loss = c if reduction == "none" else formulas.Cost.of(c, n)
+        loss = c if reduction == "none" else formulas.Cost.evaluate(c, n)
         return loss.to(dtype) if dtype.is_floating_point or reduction != "mean" else loss
     axes = 0 if reduction == "none" else input.dim()
     inputs = input, target, axes, 2.0
-    return _reduced(reduction, input.numel(), formulas.SquaredError, *inputs).to(dtype)
+    return reduce_formula(reduction, input.numel(), formulas.SquaredError, *inputs).to(dtype)
 
 
-@_public
+@check.support_torch_function
 def squared_error(
     input: Tensor, target: Tensor, *, reduction: str = "mean", dim: int | Sequence[int] = -1
 ) -> Tensor:
@@ -268,10 +263,10 @@ def squared_error(
     """
     check.floating(input=input, target=target)
     formula = formulas.SquaredError
-    return _per_example("squared_error", input, target, reduction, dim, formula, 1.0)
+    return reduce_examples("squared_error", input, target, reduction, dim, formula, 1.0)
 
 
-@_public
+@check.support_torch_function
 def sigmoid_squared_error(
     input: Tensor, target: Tensor, *, reduction: str = "mean", dim: int | Sequence[int] = -1
 ) -> Tensor:
@@ -284,10 +279,10 @@ def sigmoid_squared_error(
     """
     check.floating(input=input, target=target)
     formula = formulas.SigmoidSquaredError
-    return _per_example("sigmoid_squared_error", input, target, reduction, dim, formula)
+    return reduce_examples("sigmoid_squared_error", input, target, reduction, dim, formula)
 
 
-@_public
+@check.support_torch_function
 def categorical_cross_entropy(
     probs: Tensor,
     target: Tensor,
@@ -320,7 +315,7 @@ def categorical_cross_entropy(
     reduction = check.reduction(reduction)
     (dim,) = check.axes(probs, dim) or (0,)
     dtype = torch.promote_types(probs.dtype, target.dtype)
-    dtype, probs, target = for_loss(dtype, probs, target)
+    dtype, probs, target = cast_for_loss(dtype, probs, target)
     if target.is_floating_point():
         check.shape("target with class probabilities", target, probs.shape)
     else:
@@ -332,24 +327,13 @@ def categorical_cross_entropy(
         y, _ = kernels.class_indices(target, probs.shape[dim], None)
         probs = probs.gather(dim, y.unsqueeze(dim))
         target = torch.ones_like(probs)
-    inputs, n = (probs, target, dim, base), _examples(probs, dim)
-    return _reduced(reduction, n, formulas.CategoricalCrossEntropy, *inputs, over=dim).to(dtype)
+    inputs, n = (probs, target, dim, base), count_examples(probs, dim)
+    return reduce_formula(reduction, n, formulas.CategoricalCrossEntropy, *inputs, axes=dim).to(
+        dtype
+    )
 
 
-class LossStats(NamedTuple):
-    """What `return_stats` gives beside a loss: of each row, without gradient.
-
-    An ignored row has 0 everywhere, the class -1 and False.
-    """
-
-    lse: Tensor  # ln Σ e^logits, of the logits that the loss sees: scaled, then capped
-    entropy: Tensor  # of their softmax, to the loss's base
-    predicted: Tensor  # the class of the largest logit, the first of several
-    correct: Tensor  # whether that is the target, or the target's most probable class
-    z_loss: Tensor  # lse² times its coefficient
-
-
-@_public
+@check.support_torch_function
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -401,55 +385,47 @@ def cross_entropy(
     check.logits(logit_scale, softcap, z_loss)
     reduction = check.reduction(reduction, size_average, reduce)
     check.smoothing(label_smoothing)
-    dtype, input, target, weight = for_loss(input.dtype, input, target, weight)
+    dtype, input, target, weight = cast_for_loss(input.dtype, input, target, weight)
+    options = TargetOptions(weight, ignore_index, label_smoothing)
     dim = 0 if input.dim() == 1 else 1
+    C = input.size(dim)  # an IndexError if there is no axis
     if input.shape == target.shape:
         check.probabilities(target, ignore_index)
-    C = input.size(dim)  # an IndexError if there is no axis
     if not input.is_floating_point():
         raise NotImplementedError(f"cross_entropy of {input.dtype} logits: cast to a float type")
-    y: Any = None
     keep: Any = None
-    p: Any = None
-    q: Any
-    label: Any
+    label: Any = None
     if input.shape == target.shape:
-        q, dtype = _probabilities(target, weight, label_smoothing, dim, C, dtype)
-        count: Any = _examples(input, dim) if C else 0
+        t, dtype = read_probabilities(target, options, dim, C, dtype)
+        read_target = Target(None, None, t, dim)
+        total_weight: Any = count_examples(input, dim) if C else 0
         label = target.argmax(dim) if return_stats and C else None
     else:
         check.indices(input.shape, target)
-        if input.dim() == 1:
-            target = target.reshape(())
-        label, keep, p, q, count = _indices(
-            target, C, weight, ignore_index, label_smoothing, input.dtype
-        )
-        y, p = label.unsqueeze(dim), p.unsqueeze(dim)
-        keep = None if keep is None else keep.unsqueeze(dim)
-        if q is not None:
-            q = q.view([C if d == dim else 1 for d in range(input.dim())])
-    if softcap is not None or _is_scale(logit_scale) or z_loss:
-        input = formulas.kept(keep, input)
-    input = _scaled(input, logit_scale)
-    input = input if softcap is None else formulas.SoftCap.of(input, softcap)
-    inputs = input, p, q, y, keep, dim, base
-    loss = _reduced(reduction, count, formulas.CrossEntropy, *inputs, over=dim)
+        target = target.reshape(()) if input.dim() == 1 else target
+        indices = read_indices(target, C, options, input.dtype)
+        label, total_weight = indices.y, indices.total_weight
+        y, p = label.unsqueeze(dim), indices.p.unsqueeze(dim)
+        read_target = indices.target(y, p, dim, input.dim())
+        keep = None if indices.keep is None else indices.keep.unsqueeze(dim)
+    if softcap is not None or is_scaled(logit_scale) or z_loss:
+        input = formulas.mask_ignored(keep, input)
+    input = scale_logits(input, logit_scale)
+    input = input if softcap is None else formulas.SoftCap.evaluate(input, softcap)
+    inputs = input, *read_target[:3], keep, dim, base
+    loss = reduce_formula(reduction, total_weight, formulas.CrossEntropy, *inputs, axes=dim)
     if z_loss:
-        of_rows = formulas.kept(keep, formulas.ZLoss.of(input, dim)).squeeze(dim)
-        n = _divisor(reduction, _kept(keep, _examples(input, dim)) if C else 0, input)
-        loss = loss + z_loss * (of_rows if reduction == "none" else formulas.Cost.of(of_rows, n))
+        rows = formulas.mask_ignored(keep, formulas.ZLoss.evaluate(input, dim)).squeeze(dim)
+        if reduction != "none":
+            kept = count_kept(keep, count_examples(input, dim)) if C else 0
+            rows = formulas.Cost.evaluate(rows, choose_divisor(reduction, kept, input))
+        loss = loss + z_loss * rows
     if not return_stats:
         return loss.to(dtype)
-    seen = formulas.kept(keep, input.detach())
-    lse, h = wide(seen).logsumexp(dim, keepdim=True), formulas.Entropy.of(seen, dim, base)
-    lse, h = (formulas.kept(keep, v).squeeze(dim) for v in (lse, h))
-    largest = seen.argmax(dim) if C else lse.new_full(lse.shape, -1, dtype=torch.int64)
-    if keep is not None:
-        largest = largest.masked_fill(~keep.squeeze(dim), -1)
-    return loss.to(dtype), _stats(lse, h, largest, label, z_loss)
+    return loss.to(dtype), measure_logits(input, keep, dim, LogitOptions(base), label, z_loss)
 
 
-@_public
+@check.support_torch_function
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -499,34 +475,13 @@ def linear_cross_entropy(
         **check.given(linear_bias=linear_bias, weight=weight),
     )
     check.logits(logit_scale, softcap, z_loss)
-    head = _head(
-        *(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing),
-        *(base, logit_scale, softcap),
-    )
-    return _loss_of_head(head, check.reduction(reduction), z_loss, return_stats)
+    target_options = TargetOptions(weight, ignore_index, label_smoothing)
+    logit_options = LogitOptions(base, logit_scale, softcap)
+    head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
+    return head.loss(check.reduction(reduction), z_loss, return_stats)
 
 
-def _loss_of_head(head: _Head, reduction: str, z_loss: float, return_stats: bool) -> Any:
-    asks = bool(z_loss), return_stats, return_stats
-    if reduction == "none":
-        each = [formulas.LinearCrossEntropy.of(*inputs, asks) for inputs in head.inputs]
-        losses = [c + z_loss * q if z_loss else c for c, q, *_ in each]
-        loss, its = head.stacked(losses), [outputs[2:] for outputs in each]
-    else:
-        zero = head.labels.new_zeros((), dtype=head.loss_type)
-        n, kept = (_divisor(reduction, k, zero) for k in (head.count, head.kept))
-        costs_of = [_cost_of_head(n, kept, z_loss, asks, *inputs) for inputs in head.inputs]
-        costs_, its = [C for C, *_ in costs_of], [outputs[1:] for outputs in costs_of]
-        loss = sum(costs_[1:], costs_[0]) if costs_ else zero / n
-    if not return_stats:
-        return loss.to(head.dtype)
-    h, lse, largest = (head.stacked([outputs[i] for outputs in its]) for i in range(3))
-    if largest.is_floating_point():  # of no position
-        largest = largest.to(torch.int64)
-    return loss.to(head.dtype), _stats(lse, h, largest, head.label(), z_loss)
-
-
-@_public
+@check.support_torch_function
 def linear_log_probs(
     input: Tensor,
     linear_weight: Tensor,
@@ -575,158 +530,13 @@ def linear_log_probs(
             f"beside it the entropy), got {target.dtype} of shape {tuple(target.shape)}: for "
             "probabilities as target use linear_cross_entropy"
         )
-    head = _head(
-        *(input, linear_weight, target, linear_bias, None, ignore_index, 0.0),
-        *(base, logit_scale, softcap),
-    )
-    return _log_probs_of_head(head, return_entropy)
+    target_options = TargetOptions(ignore_index=ignore_index)
+    logit_options = LogitOptions(base, logit_scale, softcap)
+    head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
+    return head.log_probs(return_entropy)
 
 
-def _log_probs_of_head(head: _Head, return_entropy: bool) -> Any:
-    asks = False, return_entropy, False
-    each = [formulas.LinearCrossEntropy.of(*inputs, asks) for inputs in head.inputs]
-    log_probs = head.stacked([-c for c, *_ in each]).to(head.dtype)
-    if not return_entropy:
-        return log_probs
-    return log_probs, head.stacked([h for _, _, h, *_ in each]).to(head.dtype)
-
-
-def _log_sum_exp_of_head(head: _Head) -> Tensor:
-    """ln Σ e^v of each row, whatever its target is: F14 without a class."""
-    each = [
-        formulas.LinearCrossEntropy.of(x, W, b, p, None, None, keep, math.e, cap, (False,) * 3)
-        for x, W, b, p, _, _, keep, _, cap in head.inputs
-    ]
-    return head.stacked([c for c, *_ in each]).to(head.dtype)
-
-
-def _logits_of_head(head: _Head) -> Tensor:
-    """v_y of each row."""
-    each = []
-    for x, W, b, _, _, y, _, _, cap in head.inputs:
-        z = (wide(x) * wide(W)[y]).sum(1)  # widened first: many a row's gradient goes to one class
-        z = z if b is None else z + wide(b)[y]
-        each.append(z if cap is None else formulas.SoftCap.of(z, cap))
-    return head.stacked(each).to(head.dtype)
-
-
-class _Head(NamedTuple):
-    """What the head computes: `inputs` of F14 for each position, and what is made of the losses."""
-
-    inputs: list[tuple[Any, ...]]
-    dtype: torch.dtype  # of the loss
-    loss_type: torch.dtype  # that it is computed in
-    shape: tuple[int, ...]  # of a number for each row
-    count: Any  # examples, or their total weight
-    kept: Any  # rows that are not ignored
-    labels: Tensor  # class indices, or probabilities (N, C, positions)
-
-    def stacked(self, of_positions: list[Tensor]) -> Tensor:
-        """Numbers of each row in the shape of the losses."""
-        if not of_positions:
-            return self.labels.new_zeros(self.shape, dtype=self.loss_type)
-        return torch.stack(of_positions, -1).reshape(self.shape)
-
-    def label(self) -> Tensor:
-        """The target's class of each row, or its most probable one."""
-        y = self.labels
-        if y.is_floating_point():
-            y = y.argmax(1) if y.shape[1] else y.sum(1).to(torch.int64)
-        return y.reshape(self.shape)
-
-
-def _head(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int | None,
-    label_smoothing: float,
-    base: float,
-    logit_scale: Tensor | float,
-    softcap: float | None,
-    dtype: torch.dtype | None = None,
-    row: Tensor | None = None,
-    row_scale: Tensor | None = None,
-) -> _Head:
-    """Checks the head's arguments and makes F14's of them.
-
-    The logits may be of a wider `dtype`, have a `row` added to each, and without a bias each times
-    its `row_scale`.
-    """
-    check.base(base)
-    if linear_weight.dim() < 2:
-        raise RuntimeError(
-            f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
-        )
-    C, out_features = linear_weight.shape[0], linear_weight.shape[1:-1]
-    if len(out_features) and input.dim() != 2:
-        raise RuntimeError(
-            f"a linear_weight of shape {tuple(linear_weight.shape)} needs an input of shape "
-            f"(N, {linear_weight.shape[-1]}), got {tuple(input.shape)}"
-        )
-    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
-        raise RuntimeError(
-            f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got "
-            f"{tuple(linear_bias.shape)}"
-        )
-    check.product("linear_weight", input, linear_weight, linear_bias, dims=None)
-    check.smoothing(label_smoothing)
-    of_logits = dtype or input.dtype
-    dtype, target, weight = for_loss(of_logits, target, weight)
-    if is_autocast(input):
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    input, linear_weight, linear_bias = for_product(input, linear_weight, linear_bias)
-    if row is not None:
-        linear_bias = row if linear_bias is None else wide(linear_bias) + row
-    loss_type = wide_type(input.dtype)
-    batch = input.shape[:-1]
-    N, positions = math.prod([*batch]), math.prod([*out_features])
-    x = input.reshape(N, input.shape[-1])
-    W, b = linear_weight, _scaled(linear_bias, logit_scale)
-    if positions > 1:  # their gradients in x are added up: in float32
-        x, W, b = wide(x), wide(W), None if b is None else wide(b)
-    Ws, bs = _by_position(W, positions, input.shape[-1]), _by_position(b, positions)
-    if target.shape == (*batch, C, *out_features):
-        check.probabilities(target, -1)
-        if ignore_index is not None:
-            raise RuntimeError(
-                "ignore_index cannot be specified when target contains probabilities, got "
-                f"{ignore_index} and a target of shape {tuple(target.shape)}"
-            )
-        t, dtype = _probabilities(target, weight, label_smoothing, len(batch), C, dtype)
-        labels, keep = t.reshape(N, C, positions).to(loss_type), None
-        columns: list[Any] = [(None, labels[..., d], None, None) for d in range(positions)]
-        count: Any = N * positions if C else 0
-    else:
-        if len(batch) > 1:
-            if target.shape != batch:
-                raise RuntimeError(
-                    f"for an input of shape {tuple(input.shape)} the target must have shape "
-                    f"{tuple(batch)} or {(*batch, C)}, got {tuple(target.shape)}"
-                )
-            target = target.flatten()
-        check.indices((*[N] * (len(batch) > 0), C, *out_features), target)
-        labels, keep, p, q, count = _indices(
-            target.reshape(N, positions), C, weight, ignore_index, label_smoothing, of_logits
-        )
-        q = None if q is None else q.unsqueeze(0)
-        columns = [
-            (p[:, d], q, labels[:, d], None if keep is None else keep[:, d])
-            for d in range(positions)
-        ]
-    if row_scale is not None:
-        x = wide(x) * row_scale.reshape(N, 1)
-    if _is_scale(logit_scale):
-        x = _scaled(x if keep is None else formulas.kept(keep.any(1, keepdim=True), x), logit_scale)
-    pairs = zip(Ws, bs, columns, strict=True)
-    inputs = [(x, W, b, *column, base, softcap) for W, b, column in pairs]
-    kept = _kept(keep, N * positions) if C else 0
-    return _Head(inputs, dtype, loss_type, (*batch, *out_features), count, kept, labels)
-
-
-@_public
+@check.support_torch_function
 def feedforward(
     input: Tensor,
     weights: Sequence[Tensor],
@@ -774,157 +584,6 @@ def feedforward(
         check.real(**check.given(**{f"biases[{i}]": bias}), **{f"weights[{i}]": weight})
         check.product(f"weights[{i}]", features, weight, bias, dims=(2,))
         features = weight.T  # the next layer's input has as many features, and this dtype
-    input, *parameters = for_product(input, *weights, *biases)
+    input, *parameters = cast_for_product(input, *weights, *biases)
     activations = " ".join([activation] * (len(weights) - 1) + [output_activation])
-    return formulas.Feedforward.of(activations, input, *parameters)[-1]
-
-
-def _by_position(v: Tensor | None, positions: int, *last: int) -> Any:
-    """The head's weight or bias of each position; of an only one a view, whose backward is free."""
-    if v is None:
-        return [None] * positions
-    if positions == 1:
-        return [v.reshape(v.shape[0], *last)]
-    return v.reshape(v.shape[0], positions, *last).unbind(1)
-
-
-def _indices(
-    target: Tensor,
-    C: int,
-    weight: Tensor | None,
-    ignore_index: int | None,
-    label_smoothing: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-    """Class indices y, the rows that are kept (None: all), the target p e_y + q, and Σ weights.
-
-    `dtype` is the logits'.
-    """
-    check.class_weight(weight, C)
-    if weight is not None and weight.dtype != dtype and not is_autocast(target):
-        raise RuntimeError(f"expected weight of type {dtype}, as input, got {weight.dtype}")
-    y, keep = kernels.class_indices(target, C, -100 if ignore_index is None else ignore_index)
-    dtype = wide_type(dtype)
-    w = None if weight is None else weight.to(dtype)
-    p = keep.to(dtype) if w is None else w[y].masked_fill(~keep, 0)
-    count, q = p.sum(), None
-    if label_smoothing:
-        w = torch.ones((C,), dtype=dtype, device=target.device) if w is None else w
-        p, q = (1 - label_smoothing) * p, label_smoothing / max(C, 1) * w
-    is_whole = kernels.choice.are_numbers(keep) and bool(keep.all())  # known without waiting for it
-    return y, None if is_whole else keep, p, q, count
-
-
-def _probabilities(
-    target: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    dim: int,
-    C: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, torch.dtype]:
-    """Probabilities, smoothed and weighted, as the target of F13; and the loss's dtype."""
-    check.class_weight(weight, C)
-    dtype = torch.promote_types(dtype, target.dtype)
-    t = wide(target)
-    if label_smoothing:
-        t = t * (1 - label_smoothing) + label_smoothing / max(C, 1)
-    if weight is not None:
-        dtype = torch.promote_types(dtype, weight.dtype)
-        t = formulas.Weighted.of(t, wide(weight).view(-1, *[1] * (t.dim() - 1 - dim)))
-    return t, dtype
-
-
-def _per_example(
-    name: str,
-    input: Tensor,
-    target: Tensor,
-    reduction: str,
-    dim: int | Sequence[int],
-    formula: Any,
-    *options: Any,
-) -> Tensor:
-    """A loss summed over the axes `dim`, then reduced over the examples."""
-    if input.shape != target.shape:
-        raise ValueError(
-            f"{name} needs input and target of one shape, got {tuple(input.shape)} and "
-            f"{tuple(target.shape)}"
-        )
-    reduction = check.reduction(reduction)
-    axes = check.axes(input, dim)
-    dtype, input, target = for_loss(torch.promote_types(input.dtype, target.dtype), input, target)
-    n = _examples(input, *axes)
-    if reduction != "none":  # then it does not matter which axes are an example
-        axes = tuple(range(input.dim()))
-    last = tuple(range(-len(axes), 0))
-    input, target = input.movedim(axes, last), target.movedim(axes, last)
-    inputs = input, target, len(axes), *options
-    return _reduced(reduction, n, formula, *inputs, over=last).to(dtype)
-
-
-def _examples(input: Tensor, *axes: int) -> int:
-    """How many there are: the product of the sizes of the other axes."""
-    its = {axis % max(input.dim(), 1) for axis in axes}
-    return math.prod([n for axis, n in enumerate(input.shape) if axis not in its])
-
-
-def _reduced(reduction: str, n: Tensor | int, formula: Any, *inputs: Any, over: Any = ()) -> Tensor:
-    """F3: a formula's losses, without the axes that are summed over, their sum, or that over n."""
-    if reduction != "none":
-        return _cost(formula, _divisor(reduction, n, inputs[0]), *inputs)
-    c: Tensor = formula.of(*inputs)
-    return c if over == () else c.squeeze(over)
-
-
-def _cost(formula: Any, n: Tensor | float, *inputs: Any) -> Tensor:
-    """F3 of a formula's losses: their sum over n."""
-    if costs.comes_with_gradient(formula, n, inputs):
-        return costs.CostWithGradient.apply(formula, n, *inputs)
-    return formulas.Cost.of(formula.of(*inputs), n)
-
-
-def _cost_of_head(n: Any, kept: Any, z_loss: float, asks: Any, *inputs: Any) -> tuple[Any, ...]:
-    """The same of F14, and z_loss times that of F20 over the rows that are kept; on any device and
-    compiled too. Then h, lse and the largest logit's class of each row.
-    """
-    wants, x = costs.wanted_of_head(n, inputs), inputs[0]
-    if wants is None:
-        c, q, h, lse, largest, _ = formulas.LinearCrossEntropy.of(*inputs, asks)
-        loss = formulas.Cost.of(c, n)
-        return loss + z_loss * formulas.Cost.of(q, kept) if z_loss else loss, h, lse, largest
-    n, kept = (torch.as_tensor(k, dtype=wide_type(x.dtype), device=x.device) for k in (n, kept))
-    ω = z_loss / kept if z_loss else None
-    loss, *_, h, largest, lse = costs.HeadCost.apply(n, ω, *inputs, asks[1:], wants)
-    return loss, h, lse, largest
-
-
-def _stats(lse: Tensor, h: Tensor, largest: Tensor, label: Any, z_loss: float) -> LossStats:
-    """Of the labels of ignored rows it does not matter which they are."""
-    lse, h = lse.detach(), h.detach()
-    return LossStats(lse, h, largest, largest == label, z_loss * lse.square())
-
-
-def _is_scale(logit_scale: Tensor | float) -> bool:
-    """Whether it changes anything; a tensor is not looked at."""
-    return isinstance(logit_scale, Tensor) or logit_scale != 1
-
-
-def _scaled(x: Any, logit_scale: Tensor | float) -> Any:
-    """F18."""
-    if x is None or not _is_scale(logit_scale):
-        return x
-    return formulas.LogitScale.of(x, logit_scale)
-
-
-def _kept(keep: Tensor | None, rows: int) -> Tensor | int:
-    """How many rows are not ignored."""
-    return rows if keep is None else keep.sum()
-
-
-def _divisor(reduction: str, n: Tensor | int, x: Tensor) -> Tensor | float:
-    """n for a mean, and 1 for a sum. A tensor where 0 is to make nan, and of a size in a graph."""
-    if reduction == "sum":
-        return 1.0
-    if isinstance(n, Tensor) or (n and not torch.compiler.is_compiling()):
-        return n
-    return torch.full((), n, dtype=wide_type(x.dtype), device=x.device)
+    return formulas.Feedforward.evaluate(activations, input, *parameters)[-1]

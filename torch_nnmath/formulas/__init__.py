@@ -1,12 +1,13 @@
-"""The document's formulas, each a `torch.autograd.Function` with its backward written by hand."""
+"""The formulas, each a `torch.autograd.Function` with its backward written by hand."""
 
+from torch_nnmath.formulas._formula import mask_ignored
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.categorical_cross_entropy import CategoricalCrossEntropy
-from torch_nnmath.formulas.cost import Cost
-from torch_nnmath.formulas.cross_entropy import CrossEntropy, Weighted, kept
+from torch_nnmath.formulas.cost import Cost, CostWithGradient
+from torch_nnmath.formulas.cross_entropy import CrossEntropy, WeightedTarget
 from torch_nnmath.formulas.entropy import Entropy
 from torch_nnmath.formulas.feedforward import ACTIVATIONS, Feedforward
-from torch_nnmath.formulas.linear_cross_entropy import LinearCrossEntropy
+from torch_nnmath.formulas.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropyCost
 from torch_nnmath.formulas.logit_scale import LogitScale
 from torch_nnmath.formulas.relu import ReLU, relu_
 from torch_nnmath.formulas.sigmoid import Sigmoid
@@ -22,10 +23,12 @@ __all__ = [
     "Affine",
     "CategoricalCrossEntropy",
     "Cost",
+    "CostWithGradient",
     "CrossEntropy",
     "Entropy",
     "Feedforward",
     "LinearCrossEntropy",
+    "LinearCrossEntropyCost",
     "LogSoftmax",
     "LogitScale",
     "ReLU",
@@ -35,9 +38,9 @@ __all__ = [
     "Softmax",
     "SquaredError",
     "Tanh",
-    "Weighted",
+    "WeightedTarget",
     "ZLoss",
-    "kept",
+    "mask_ignored",
     "relu_",
     "softmax_jacobian",
 ]

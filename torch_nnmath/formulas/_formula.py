@@ -1,4 +1,4 @@
-"""The machinery that every formula shares: forward mode, batching, saving, precision."""
+"""What every formula shares: evaluation, forward mode, batching, saving, precision."""
 
 from __future__ import annotations
 
@@ -8,41 +8,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch._guards import CompileContext
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from torch_nnmath._precision import HALF, wide
-from torch_nnmath.kernels.choice import Kernel, is_transformed, requires_grad
+from torch_nnmath import _torch
+from torch_nnmath._precision import HALF, widen
+from torch_nnmath.kernels.dispatch import LossKernel
 
 
 class _TangentRule:
-    """`Function.jvp`: the formula's `tangent`, out of sight of Dynamo.
+    """`Function.jvp`: the formula's `tangent`, hidden from Dynamo.
 
-    Dynamo refuses a Function that overrides `jvp`, and does not need it: it traces forward and
-    backward, and differentiates what it traced. (In its own Python, that which looks at the class,
-    `is_compiling` is true from PyTorch 2.13 on.)
+    Dynamo refuses a Function that overrides `jvp`. It does not need one: it traces forward and
+    backward, and PyTorch differentiates what it traced.
     """
 
     def __get__(self, instance: object, owner: type[Formula]) -> Callable[..., Any]:
-        if torch.compiler.is_compiling() or CompileContext.try_get():
+        if torch.compiler.is_compiling() or _torch.is_dynamo_tracing():
             return Function.jvp
-        return functools.partial(_differentiable, owner.tangent)
+        return functools.partial(_apply_tangent_rule, owner.tangent)
 
 
-def _differentiable(tangent: Callable[..., Any], ctx: Any, *tangents: Any) -> Any:
-    """Applies a tangent rule so that an outer forward mode sees it.
+def _apply_tangent_rule(tangent: Callable[..., Any], ctx: Any, *tangents: Any) -> Any:
+    """Applies a tangent rule so that an outer forward mode differentiates it.
 
-    PyTorch turns forward mode off around a rule, for every level of nesting: a jvp of a jvp would
-    silently lose its second term. So it is turned on again, over saved tensors without the tangent
-    of the innermost level, which the rule itself accounts for.
+    PyTorch turns forward mode off around a `jvp`, at every level of nesting: a jvp of a jvp would
+    silently lose its second term. Here it is on. The saved tensors come without the tangent of the
+    innermost level, since the rule itself accounts for that.
     """
-    with forward_ad._set_fwd_grad_enabled(True):  # nothing public does this
-        return tangent(_Primals(ctx), *tangents)
+    with _torch.enable_forward_mode():
+        return tangent(_ContextWithoutTangents(ctx), *tangents)
 
 
-class _Primals:
-    """A context whose saved tensors carry no tangent of the current level."""
+class _ContextWithoutTangents:
+    """A context whose saved tensors have no tangent at the innermost level."""
 
     def __init__(self, ctx: Any):
         self._ctx = ctx
@@ -52,54 +50,43 @@ class _Primals:
 
     @property
     def saved_tensors(self) -> tuple[Tensor | None, ...]:
-        return tuple(x if x is None else _primal(x) for x in self._ctx.saved_tensors)
-
-
-def _primal(x: Tensor) -> Tensor:
-    """x without its tangent; also a batch, which PyTorch's `unpack_dual` does not take."""
-    functorch = torch._C._functorch  # there is no public way to look into a batch
-    if not functorch.is_batchedtensor(x):
-        return forward_ad.unpack_dual(x).primal
-    dim, level = functorch.maybe_get_bdim(x), functorch.maybe_get_level(x)
-    return functorch._add_batch_dim(_primal(functorch.get_unwrapped(x)), dim, level)
+        saved = self._ctx.saved_tensors
+        return tuple(x if x is None else _torch.drop_tangent(x) for x in saved)
 
 
 class Formula(Function):
-    """A formula of the document: `forward`, `backward` by hand, and `tangent` for forward mode.
+    """A formula: `forward`, hand-written `backward`, and `tangent` for forward mode.
 
     `tangent(ctx, *tangents)` gets a tangent, or None, for each input and returns the output's.
-    A backward or a tangent consists of differentiable operations and of other formulas, so that
-    derivatives of every order follow from it; the batching rule is derived from the three (by
-    PyTorch, which does so only where no argument is a tuple or a list).
+    Backward and tangent consist of differentiable operations and of other formulas, so that
+    derivatives of every order follow. PyTorch derives the batching rule from the three, but only
+    where no argument is a tuple or a list.
     """
 
     generate_vmap_rule = True
     jvp = _TangentRule()
-    kernel: Kernel | None = None  # of a loss, if there is one
+    kernel: LossKernel | None = None  # of a loss
 
     @classmethod
-    def of(cls, *inputs: Any) -> Any:
-        """The formula's value: `apply`, save where no gradient is wanted or a compiler traces.
+    def evaluate(cls, *inputs: Any) -> Any:
+        """Like `apply`, but skips its Python overhead, and autograd where no gradient is needed.
 
-        Inside a transform Dynamo cannot carry a Function (its vmap raises, its gradient may miss an
-        input), so that PyTorch differentiates what it can trace: `in_the_open`. Where no gradient
-        is wanted Dynamo calls `forward`, but miscounts its arguments if it takes `*inputs`.
+        Functions and backwards call this; `apply` is for a Function whose inputs are known to need
+        gradients. Inside a transform, Dynamo cannot trace a Function: it gets `unfused`.
         """
         if torch.compiler.is_compiling():
-            if is_transformed():
-                return cls.in_the_open(*inputs)
+            if _torch.is_transformed():
+                return cls.unfused(*inputs)
             if not torch.is_grad_enabled() or not any(map(requires_grad, inputs)):
                 return cls.forward(*inputs)
-        elif not is_transformed():
+        elif not _torch.is_transformed():
             if not torch.is_grad_enabled():
                 return cls.forward(*inputs)
-            # what `apply` comes to, without looking for default arguments in the signature
-            plain_apply: Any = super(Function, cls).apply  # type: ignore[misc]  # untyped
-            return plain_apply(*unwrap_dead_wrappers(inputs))
+            return _torch.apply_without_signature(cls, inputs)
         return cls.apply(*inputs)
 
     @classmethod
-    def in_the_open(cls, *inputs: Any) -> Any:
+    def unfused(cls, *inputs: Any) -> Any:
         """The forward in operations that PyTorch can differentiate."""
         return cls.forward(*inputs)
 
@@ -108,22 +95,77 @@ class Formula(Function):
         raise NotImplementedError("this formula has no tangent rule")
 
 
-class KernelFormula(Formula):
-    """A formula computed by an operator of ours, which cannot be traced for its batching rule.
+class SymmetricJacobian(Formula):
+    """An activation a = f(z, *options) whose Jacobian J is symmetric and follows from a.
 
-    The rule applies the formula to each member of the batch: right, and flat in memory, however
-    deeply transforms are nested.
+    Backward and tangent are both `product(a, v, *options)` = J v.
+    """
+
+    product: Callable[..., Tensor]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+
+        def multiply(ctx: Any, v: Tensor, *_: None) -> Tensor:
+            (a,) = ctx.saved_tensors
+            return cls.product(a, v, *ctx.options)
+
+        def backward(ctx: Any, da: Tensor) -> Any:
+            return multiply(ctx, da), *[None] * len(ctx.options)
+
+        # functions of each class, since Dynamo refuses a backward that is a classmethod
+        cls.backward, cls.tangent = staticmethod(backward), staticmethod(multiply)  # type: ignore[method-assign]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, a: Tensor) -> None:
+        _, *ctx.options = inputs
+        save(ctx, a)
+
+
+class RowFunction(Formula):
+    """One number c for each row of z (*, n, *), n at `dim`: c = f(z, dim, *options).
+
+    Its derivative is `gradient(z, dim, *options)` = dc/dz, for z in float32 where it is half.
+    """
+
+    gradient: Callable[..., Tensor]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+
+        def backward(ctx: Any, dc: Tensor) -> Any:
+            (z,) = ctx.saved_tensors
+            dz = dc * cls.gradient(widen(z), *ctx.options)
+            return dz.to(z.dtype), *[None] * len(ctx.options)
+
+        def tangent(ctx: Any, dz: Tensor, *_: None) -> Tensor:
+            (z,) = ctx.saved_tensors
+            return (cls.gradient(widen(z), *ctx.options) * dz).sum(ctx.options[0], keepdim=True)
+
+        cls.backward, cls.tangent = staticmethod(backward), staticmethod(tangent)  # type: ignore[method-assign]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
+        z, *ctx.options = inputs
+        save(ctx, z)
+
+
+class KernelFormula(Formula):
+    """A formula computed by an operator, from which PyTorch cannot derive a batching rule.
+
+    The rule here applies the formula to each member of the batch. That is right and flat in memory,
+    however deeply transforms are nested.
     """
 
     generate_vmap_rule = False
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        def member(i: int) -> Any:
+        def apply_to_member(i: int) -> Any:
             pairs = zip(args, in_dims, strict=True)
             return cls.apply(*(x if d is None else _select(x, d, i) for x, d in pairs))
 
-        members = [member(i) for i in range(info.batch_size)]
+        members = [apply_to_member(i) for i in range(info.batch_size)]
         if not isinstance(members[0], tuple):
             return torch.stack(members), 0
         outputs = [None if m[0] is None else torch.stack(m) for m in zip(*members, strict=True)]
@@ -135,32 +177,40 @@ def _select(x: Any, dim: Any, i: int) -> Any:
 
 
 def save(ctx: Any, *tensors: Tensor | None, backward: Sequence[Tensor | None] = ()) -> None:
-    """Saves for backward, where it may need less, and for the tangent, unknown to Dynamo."""
+    """Saves `tensors` for the tangent, and them or fewer, `backward`, for the backward."""
     ctx.save_for_backward(*(backward or tensors))
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():  # Dynamo does not know `save_for_forward`
         ctx.save_for_forward(*tensors)
 
 
-def rounded_once(
-    product: Callable[..., Tensor],
-) -> Callable[..., Tensor]:
-    """Makes `product(a, v)` compute in float32 where a or v is half, and round its result once."""
+def requires_grad(x: Any) -> bool:
+    """Whether x is a tensor that requires a gradient."""
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def round_once(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorates `product(a, v)`: half types are computed in float32, and the result rounded."""
 
     @functools.wraps(product)
-    def rounded(a: Tensor, v: Tensor, *options: Any) -> Tensor:
+    def rounded_product(a: Tensor, v: Tensor, *options: Any) -> Tensor:
         if a.dtype in HALF or v.dtype in HALF:
-            return product(wide(a), wide(v), *options).to(v.dtype)
+            return product(widen(a), widen(v), *options).to(v.dtype)
         return product(a, v, *options)
 
-    return rounded
+    return rounded_product
 
 
-def total(*terms: Tensor | None) -> Any:
-    """The sum of the terms that are there; None if none is."""
+def sum_present(*terms: Tensor | None) -> Any:
+    """The sum of the terms that are not None; None if all are."""
     present = [term for term in terms if term is not None]
     return functools.reduce(torch.add, present) if present else None
 
 
-def summed(x: Tensor, axes: int) -> Tensor:
-    """The sum over the last axes, which stay with size 1."""
+def sum_last_axes(x: Tensor, axes: int) -> Tensor:
+    """The sum over the last `axes` axes, which stay with size 1."""
     return x.sum(tuple(range(-axes, 0)), keepdim=True) if axes else x
+
+
+def mask_ignored(keep: Tensor | None, x: Tensor) -> Tensor:
+    """x, 0 where keep is False."""
+    return x if keep is None else x.masked_fill(~keep, 0)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath.formulas._formula import Formula, save, total
+from torch_nnmath import _torch
+from torch_nnmath.formulas._formula import Formula, save, sum_present
 
 
 class Affine(Formula):
@@ -24,8 +25,8 @@ class Affine(Formula):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, z: Tensor) -> None:
         x, W, b = inputs
-        wants_x, wants_W, _ = ctx.needs_input_grad
-        save(ctx, x, W, backward=(x if wants_W else None, W if wants_x else None))
+        needs_x, needs_W, _ = ctx.needs_input_grad
+        save(ctx, x, W, backward=(x if needs_W else None, W if needs_x else None))
         ctx.b_shape = None if b is None else b.shape
 
     @staticmethod
@@ -43,19 +44,19 @@ class Affine(Formula):
 def affine_value(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """F1, in a tensor of its own: a view that a Function made could not be changed in place."""
     z = torch.nn.functional.linear(x, W, b)
-    return torch.ops.aten._unsafe_view(z, z.shape)
+    return _torch.own_storage(z)
 
 
 def affine_gradients(
-    dz: Tensor, x: Any, W: Any, b_shape: Any, wants: Sequence[bool]
+    dz: Tensor, x: Any, W: Any, b_shape: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """F8: (Δ W, Δᵀ X, Σ_rows Δ), those that are wanted."""
     rows = tuple(range(dz.dim() - 1))
-    dx = dz @ W if wants[0] else None
+    dx = dz @ W if needs[0] else None
     dW = None
-    if wants[1]:
+    if needs[1]:
         dW = dz.T @ x if len(rows) == 1 else torch.tensordot(dz, x, dims=(rows, rows))
-    db = dz.sum_to_size(b_shape) if wants[2] else None
+    db = dz.sum_to_size(b_shape) if needs[2] else None
     return dx, dW, db
 
 
@@ -63,7 +64,7 @@ def affine_tangent(
     x: Tensor, W: Tensor, dx: Tensor | None, dW: Tensor | None, db: Tensor | None
 ) -> Tensor:
     """F1: ż = W ẋ + Ẇ x + ḃ, for the tangents that are there."""
-    dz: Tensor = total(
+    dz: Tensor = sum_present(
         None if dx is None else torch.nn.functional.linear(dx, W),
         None if dW is None else torch.nn.functional.linear(x, dW),
         db,

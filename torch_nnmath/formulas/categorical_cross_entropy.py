@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, save, total
+from torch_nnmath._precision import widen
+from torch_nnmath.formulas._formula import Formula, save, sum_present
 
 
 class CategoricalCrossEntropy(Formula):
@@ -20,7 +20,7 @@ class CategoricalCrossEntropy(Formula):
 
     @staticmethod
     def forward(a: Tensor, t: Tensor, dim: int, base: float) -> Tensor:
-        a, t = wide(a), wide(t)
+        a, t = widen(a), widen(t)
         return -(t * seen(t, a).log()).sum(dim, keepdim=True) / math.log(base)
 
     @staticmethod
@@ -32,17 +32,17 @@ class CategoricalCrossEntropy(Formula):
     def backward(ctx: Any, dc: Tensor) -> Any:
         a, t = ctx.saved_tensors
         k = -dc / math.log(ctx.base)
-        wants_a, wants_t, *_ = ctx.needs_input_grad
-        da = (k * wide(t) / seen(t, wide(a))).to(a.dtype) if wants_a else None
-        dt = (k * wide(a).log()).to(t.dtype) if wants_t else None
+        needs_a, needs_t, *_ = ctx.needs_input_grad
+        da = (k * widen(t) / seen(t, widen(a))).to(a.dtype) if needs_a else None
+        dt = (k * widen(a).log()).to(t.dtype) if needs_t else None
         return da, dt, None, None
 
     @staticmethod
     def tangent(ctx: Any, da: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
-        a, t = (wide(x) for x in ctx.saved_tensors)
-        change = total(
-            None if da is None else t / seen(t, a) * wide(da),
-            None if dt is None else torch.xlogy(wide(dt), a),
+        a, t = (widen(x) for x in ctx.saved_tensors)
+        change = sum_present(
+            None if da is None else t / seen(t, a) * widen(da),
+            None if dt is None else torch.xlogy(widen(dt), a),
         )
         return -change.sum(ctx.dim, keepdim=True) / math.log(ctx.base)
 

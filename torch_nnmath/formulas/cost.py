@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from torch_nnmath.formulas._formula import Formula, save, total
+from torch_nnmath._precision import HALF
+from torch_nnmath.formulas._formula import Formula, requires_grad, save, sum_present
+from torch_nnmath.kernels.dispatch import are_large_plain_cpu_tensors, are_plain_cpu_tensors
 
 
 class Cost(Formula):
@@ -34,5 +38,50 @@ class Cost(Formula):
     @staticmethod
     def tangent(ctx: Any, dc: Tensor | None, dn: Tensor | None) -> Tensor:
         c, n = ctx.saved_tensors
-        change = total(None if dc is None else dc.sum(), None if dn is None else -c.sum() / n * dn)
+        change = sum_present(
+            None if dc is None else dc.sum(), None if dn is None else -c.sum() / n * dn
+        )
         return change / (ctx.n if n is None else n)
+
+
+class CostWithGradient(Function):
+    r"""F3 of the losses c of a formula f: C = (1/n) Σ f(x, ...),  dC/dx = (1/n) df/dx.
+
+    `f.kernel` computes the losses and dC/dx in one pass over x. The first backward takes that
+    gradient; a backward that is differentiated, or whose dC is no plain number, is `f.gradient`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, f: Any, n: Any, *inputs: Any) -> Tensor:
+        ctx.f, ctx.n = f, torch.as_tensor(n, dtype=inputs[0].dtype)
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
+        c, ctx.gradient = f.kernel.value_and_gradient(1 / ctx.n, *inputs, True)
+        return c.sum() / n
+
+    @staticmethod
+    def backward(ctx: Any, dC: Tensor) -> Any:
+        pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
+        inputs = [option if x is None else x for x, option in pairs]
+        if torch.is_grad_enabled() or not are_plain_cpu_tensors(dC) or not dC.isfinite():
+            dx = ctx.f.gradient(dC / ctx.n, *inputs)
+        else:
+            dx, ctx.gradient = ctx.gradient, None
+            if dx is None:  # an earlier backward took it
+                dx = ctx.f.kernel.gradient(1 / ctx.n, *inputs)
+            dx = dx if dC == 1 else dx.mul_(dC)
+        return None, None, dx.to(inputs[0].dtype), *[None] * (len(inputs) - 1)
+
+    @staticmethod
+    def may_replace(f: Any, n: Any, inputs: Any) -> bool:
+        """Whether only the gradient in the first input is needed, and one pass gains time."""
+        x, *others = inputs
+        return (
+            torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and f.kernel is not None
+            and requires_grad(x)
+            and not any(map(requires_grad, (n, *others)))
+            and are_large_plain_cpu_tensors(inputs)
+            and x.dtype not in HALF
+        )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_nnmath.formulas._formula import Formula, save, total
+from torch_nnmath.formulas._formula import Formula, save, sum_present
 from torch_nnmath.formulas.affine import affine_gradients, affine_tangent, affine_value
 from torch_nnmath.formulas.relu import ReLU
 from torch_nnmath.formulas.sigmoid import Sigmoid
@@ -64,18 +64,18 @@ class Feedforward(Formula):
     @staticmethod
     def backward(ctx: Any, *das: Tensor | None) -> Any:
         weights, a = weights_and_activations(ctx)
-        wants_weights, wants_biases = halves(ctx.needs_input_grad[2:])
+        needs_weights, needs_biases = halves(ctx.needs_input_grad[2:])
         dWs: list[Tensor | None] = [None] * len(weights)
         dbs: list[Tensor | None] = [None] * len(weights)
         dx = None  # (W^{l+1})ᵀ δ^{l+1}: what the layer above sends down
         for l in reversed(range(len(weights))):
-            wants_below = ctx.needs_input_grad[1] or any((*wants_weights[:l], *wants_biases[:l]))
-            wants = (wants_below, wants_weights[l], wants_biases[l])
-            da = total(dx, das[l])
+            needs_below = ctx.needs_input_grad[1] or any((*needs_weights[:l], *needs_biases[:l]))
+            needs = (needs_below, needs_weights[l], needs_biases[l])
+            da = sum_present(dx, das[l])
             if da is not None:
                 dz = ACTIVATIONS[ctx.activations[l]].product(a[l + 1], da)
                 dz = dz.to(weights[l].dtype)  # autocast takes a softmax to float32
-                dx, dWs[l], dbs[l] = affine_gradients(dz, a[l], weights[l], ctx.b_shapes[l], wants)
+                dx, dWs[l], dbs[l] = affine_gradients(dz, a[l], weights[l], ctx.b_shapes[l], needs)
         return None, dx, *dWs, *dbs
 
     @staticmethod

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, save, total
+from torch_nnmath._precision import widen
+from torch_nnmath.formulas._formula import Formula, save, sum_present
 
 
 class LogitScale(Formula):
@@ -19,7 +19,7 @@ class LogitScale(Formula):
 
     @staticmethod
     def forward(x: Tensor, s: Tensor | float) -> Tensor:
-        return wide(x) * s
+        return widen(x) * s
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, z: Tensor) -> None:
@@ -30,14 +30,14 @@ class LogitScale(Formula):
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> Any:
         x, s = ctx.saved_tensors
-        wants_x, wants_s = ctx.needs_input_grad
-        dx = (dz * (ctx.s if s is None else s)).to(x.dtype) if wants_x else None
-        return dx, (dz * wide(x)).sum().to(s.dtype) if wants_s else None
+        needs_x, needs_s = ctx.needs_input_grad
+        dx = (dz * (ctx.s if s is None else s)).to(x.dtype) if needs_x else None
+        return dx, (dz * widen(x)).sum().to(s.dtype) if needs_s else None
 
     @staticmethod
     def tangent(ctx: Any, dx: Tensor | None, ds: Tensor | None) -> Tensor:
         x, s = ctx.saved_tensors
-        return total(
-            None if dx is None else wide(dx) * (ctx.s if s is None else s),
-            None if ds is None else wide(x) * ds,
+        return sum_present(
+            None if dx is None else widen(dx) * (ctx.s if s is None else s),
+            None if ds is None else widen(x) * ds,
         )

@@ -7,40 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath import kernels
-from torch_nnmath.formulas._formula import Formula, save
-from torch_nnmath.kernels.choice import fast, is_transformed
+from torch_nnmath import _torch, kernels
+from torch_nnmath.formulas._formula import Formula, SymmetricJacobian, save
+from torch_nnmath.kernels.dispatch import accelerated_by
 
 
-class ReLU(Formula):
-    r"""F2: a = max(0, z),  da/dz = 0 where z <= 0, else 1 (nan passes).  z, a of any shape."""
+class ReLU(SymmetricJacobian):
+    r"""F2: a = max(0, z),  da/dz = 0 where z <= 0, else 1; nan passes.  z, a of any shape."""
 
     @staticmethod
     def forward(z: Tensor) -> Tensor:
         return torch.relu(z)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, a: Tensor) -> None:
-        save(ctx, a)
-
-    @staticmethod
-    def backward(ctx: Any, da: Tensor) -> Tensor:
-        (a,) = ctx.saved_tensors
-        return ReLU.product(a, da)
-
-    tangent = backward  # the Jacobian is symmetric
-
-    @staticmethod
     def product(a: Tensor, v: Tensor) -> Tensor:
         """J v = v where a > 0, else 0."""
-        return ReLUProduct.of(a, v)
+        return ReLUProduct.evaluate(a, v)
 
 
 class ReLUProduct(Formula):
-    r"""F2: J v = v where a > 0, else 0, also where v is not finite;  in a: 0, in v: J."""
+    r"""F2: J v = v where a > 0, else 0, also where v is not finite.  In a: 0; in v: J."""
 
     @staticmethod
-    @fast(kernels.relu_product)
+    @accelerated_by(kernels.relu_product)
     def forward(a: Tensor, v: Tensor) -> Tensor:
         return v.masked_fill(a <= 0, 0)
 
@@ -60,8 +49,10 @@ class ReLUProduct(Formula):
 
 
 class ReLUInPlace(ReLU):
-    r"""F2 written over its input, for reverse mode alone: PyTorch compares the tangent of what is
-    changed in place by identity, which does not survive transforms; `relu_` says what they take.
+    r"""F2, overwriting its input; for reverse mode alone.
+
+    PyTorch compares the tangent of a tensor that is changed in place by identity, which does not
+    survive transforms. Under transforms `relu_` takes another way.
     """
 
     generate_vmap_rule = False
@@ -72,12 +63,13 @@ class ReLUInPlace(ReLU):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, a: Tensor) -> None:
+        ctx.options = ()
         ctx.mark_dirty(*inputs)
         ctx.save_for_backward(a)
 
 
 def relu_(z: Tensor) -> Tensor:
-    """F2 in z: through a copy where a transform may be watching, or a compiler, which elides it."""
-    if torch.compiler.is_compiling() or is_transformed():
-        return z.copy_(ReLU.of(z))
+    """Overwrites z with F2; through a copy if a transform is active or a compiler traces."""
+    if torch.compiler.is_compiling() or _torch.is_transformed():
+        return z.copy_(ReLU.evaluate(z))
     return ReLUInPlace.apply(z)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, save, summed, total
-from torch_nnmath.kernels.choice import Kernel, fast
+from torch_nnmath._precision import widen
+from torch_nnmath.formulas._formula import Formula, save, sum_last_axes, sum_present
+from torch_nnmath.kernels.dispatch import LossKernel, accelerated_by
 
 
 class SigmoidSquaredError(Formula):
@@ -19,12 +19,12 @@ class SigmoidSquaredError(Formula):
     z, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
-    kernel = Kernel(kernels.sigmoid_squared_error)
+    kernel = LossKernel(kernels.sigmoid_squared_error)
 
     @staticmethod
-    @fast(kernel.value)
+    @accelerated_by(kernel.value)
     def forward(z: Tensor, t: Tensor, axes: int) -> Tensor:
-        return summed((wide(t) - wide(z).sigmoid()).square(), axes) / 2
+        return sum_last_axes((widen(t) - widen(z).sigmoid()).square(), axes) / 2
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
@@ -34,26 +34,28 @@ class SigmoidSquaredError(Formula):
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> Any:
         saved = ctx.saved_tensors
-        z, t = map(wide, saved)
-        wants_z, wants_t, _ = ctx.needs_input_grad
-        dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes) if wants_z else None
-        dt = dc * (t - Sigmoids.of(z)[0]) if wants_t else None
+        z, t = map(widen, saved)
+        needs_z, needs_t, _ = ctx.needs_input_grad
+        dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes) if needs_z else None
+        dt = dc * (t - Sigmoids.evaluate(z)[0]) if needs_t else None
         pairs = zip((dz, dt), saved, strict=True)
         return *(g if g is None else g.to(x.dtype) for g, x in pairs), None
 
     @staticmethod
-    @fast(kernel.gradient)
+    @accelerated_by(kernel.gradient)
     def gradient(dc: Tensor, z: Tensor, t: Tensor, axes: int) -> Tensor:
         """dc (a - t) a (1 - a)."""
-        a, rest = Sigmoids.of(wide(z))
-        return dc * (a - wide(t)) * a * rest
+        a, rest = Sigmoids.evaluate(widen(z))
+        return dc * (a - widen(t)) * a * rest
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
-        z, t = map(wide, ctx.saved_tensors)
-        a, rest = Sigmoids.of(z)
-        change = total(None if dz is None else a * rest * dz, None if dt is None else -wide(dt))
-        return summed((a - t) * change, ctx.axes)
+        z, t = map(widen, ctx.saved_tensors)
+        a, rest = Sigmoids.evaluate(z)
+        change = sum_present(
+            None if dz is None else a * rest * dz, None if dt is None else -widen(dt)
+        )
+        return sum_last_axes((a - t) * change, ctx.axes)
 
 
 class Sigmoids(Formula):

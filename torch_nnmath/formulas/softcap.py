@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_nnmath._precision import wide
+from torch_nnmath._precision import widen
 from torch_nnmath.formulas._formula import Formula, save
 from torch_nnmath.formulas.tanh import Tanh
 
@@ -16,7 +16,7 @@ class SoftCap(Formula):
 
     @staticmethod
     def forward(z: Tensor, cap: float) -> Tensor:
-        return cap * (wide(z) / cap).tanh()
+        return cap * (widen(z) / cap).tanh()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, v: Tensor) -> None:
@@ -26,9 +26,11 @@ class SoftCap(Formula):
     @staticmethod
     def backward(ctx: Any, dv: Tensor) -> Any:
         (z,) = ctx.saved_tensors
-        return Tanh.product(Tanh.of(wide(z) / ctx.cap), dv).to(z.dtype), None
+        return Tanh.product(Tanh.evaluate(widen(z) / ctx.cap), dv).to(z.dtype), None
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
         (z,) = ctx.saved_tensors
-        return Tanh.product(Tanh.of(wide(z) / ctx.cap), wide(dz))  # the Jacobian is symmetric
+        return Tanh.product(
+            Tanh.evaluate(widen(z) / ctx.cap), widen(dz)
+        )  # the Jacobian is symmetric

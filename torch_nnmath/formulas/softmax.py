@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath.formulas._formula import Formula, rounded_once, save
-from torch_nnmath.kernels.choice import fast
+from torch_nnmath.formulas._formula import (
+    Formula,
+    RowFunction,
+    SymmetricJacobian,
+    round_once,
+    save,
+)
+from torch_nnmath.kernels.dispatch import accelerated_by
 
 
-class Softmax(Formula):
+class Softmax(SymmetricJacobian):
     r"""F7: a_j = e^{z_j} / Σ_i e^{z_i},  da_j/dz_k = a_j (δ_jk - a_k).
 
     z, a (*, n, *), the n at dim.
@@ -23,21 +29,8 @@ class Softmax(Formula):
         return torch.softmax(z, dim)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, a: Tensor) -> None:
-        save(ctx, a)
-        _, ctx.dim = inputs
-
-    @staticmethod
-    def backward(ctx: Any, da: Tensor) -> Any:
-        return Softmax.product(*ctx.saved_tensors, da, ctx.dim), None
-
-    @staticmethod
-    def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
-        return Softmax.product(*ctx.saved_tensors, dz, ctx.dim)  # the Jacobian is symmetric
-
-    @staticmethod
-    @fast(kernels.softmax_product)
-    @rounded_once
+    @accelerated_by(kernels.softmax_product)
+    @round_once
     def product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:
         """J v = a ∘ (v - a·v)."""
         return a * (v - (a * v).sum(dim, keepdim=True))
@@ -66,30 +59,20 @@ class LogSoftmax(Formula):
         return dz - (l.exp() * dz).sum(ctx.dim, keepdim=True)
 
 
-class LogSumExp(Formula):
-    r"""ln Σ e^z, F7's denominator: its derivative is F7.  z (*, n, *) -> (*, 1, *), n at dim."""
+class LogSumExp(RowFunction):
+    r"""lse = ln Σ e^z, F7's denominator: its derivative is F7.  z (*, n, *) -> (*, 1, *)."""
 
     @staticmethod
     def forward(z: Tensor, dim: int) -> Tensor:
         return torch.logsumexp(z, dim, keepdim=True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, lse: Tensor) -> None:
-        z, ctx.dim = inputs
-        save(ctx, z)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        (z,) = ctx.saved_tensors
-        return g * LogSoftmax.of(z, ctx.dim).exp(), None
-
-    @staticmethod
-    def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
-        (z,) = ctx.saved_tensors
-        return (LogSoftmax.of(z, ctx.dim).exp() * dz).sum(ctx.dim, keepdim=True)
+    def gradient(z: Tensor, dim: int) -> Tensor:
+        """a = e^l."""
+        return LogSoftmax.evaluate(z, dim).exp()
 
 
 def softmax_jacobian(z: Tensor, dim: int) -> Tensor:
     r"""F17: J = diag(a) - a aᵀ,  z (*, n, *) with n at dim -> J (*, *, n, n)."""
-    a = Softmax.of(z, dim).movedim(dim, -1)
+    a = Softmax.evaluate(z, dim).movedim(dim, -1)
     return torch.diag_embed(a) - a.unsqueeze(-1) * a.unsqueeze(-2)

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, save, summed, total
-from torch_nnmath.kernels.choice import Kernel, fast
+from torch_nnmath._precision import widen
+from torch_nnmath.formulas._formula import Formula, save, sum_last_axes, sum_present
+from torch_nnmath.kernels.dispatch import LossKernel, accelerated_by
 
 
 class SquaredError(Formula):
@@ -18,12 +18,12 @@ class SquaredError(Formula):
     a, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
-    kernel = Kernel(kernels.squared_error)
+    kernel = LossKernel(kernels.squared_error)
 
     @staticmethod
-    @fast(kernel.value)
+    @accelerated_by(kernel.value)
     def forward(a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
-        return summed((wide(t) - wide(a)).square(), axes) * (scale / 2)
+        return sum_last_axes((widen(t) - widen(a)).square(), axes) * (scale / 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
@@ -34,17 +34,17 @@ class SquaredError(Formula):
     def backward(ctx: Any, dc: Tensor) -> Any:
         a, t = ctx.saved_tensors
         da = SquaredError.gradient(dc, a, t, ctx.axes, ctx.scale)
-        wants_a, wants_t, *_ = ctx.needs_input_grad
-        return da.to(a.dtype) if wants_a else None, -da.to(t.dtype) if wants_t else None, None, None
+        needs_a, needs_t, *_ = ctx.needs_input_grad
+        return da.to(a.dtype) if needs_a else None, -da.to(t.dtype) if needs_t else None, None, None
 
     @staticmethod
-    @fast(kernel.gradient)
+    @accelerated_by(kernel.gradient)
     def gradient(dc: Tensor, a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
         """scale dc (a - t)."""
-        return scale * dc * (wide(a) - wide(t))
+        return scale * dc * (widen(a) - widen(t))
 
     @staticmethod
     def tangent(ctx: Any, da: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
         a, t = ctx.saved_tensors
-        change = total(None if da is None else wide(da), None if dt is None else -wide(dt))
-        return ctx.scale * summed((wide(a) - wide(t)) * change, ctx.axes)
+        change = sum_present(None if da is None else widen(da), None if dt is None else -widen(dt))
+        return ctx.scale * sum_last_axes((widen(a) - widen(t)) * change, ctx.axes)

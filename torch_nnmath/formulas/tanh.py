@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath._precision import wide
-from torch_nnmath.formulas._formula import Formula, rounded_once, save, total
-from torch_nnmath.kernels.choice import fast
+from torch_nnmath._precision import widen
+from torch_nnmath.formulas._formula import Formula, SymmetricJacobian, round_once, save, sum_present
+from torch_nnmath.kernels.dispatch import accelerated_by
 
 
-class Tanh(Formula):
+class Tanh(SymmetricJacobian):
     r"""F2: a = tanh z,  da/dz = 1 - a².  z, a of any shape."""
 
     @staticmethod
@@ -21,30 +21,21 @@ class Tanh(Formula):
         return torch.tanh(z)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, a: Tensor) -> None:
-        save(ctx, a)
-
-    @staticmethod
-    def backward(ctx: Any, da: Tensor) -> Tensor:
-        (a,) = ctx.saved_tensors
-        return Tanh.product(a, da)
-
-    tangent = backward  # the Jacobian is symmetric
-
-    @staticmethod
     def product(a: Tensor, v: Tensor) -> Tensor:
         """J v = (1 - a²) ∘ v."""
-        return TanhProduct.of(a, v)
+        return TanhProduct.evaluate(a, v)
 
 
 class TanhProduct(Formula):
-    r"""F2: J v = (1 - a) (1 + a) ∘ v, which rounds less than 1 - a² near |a| = 1;  in a: -2 a ∘ v,
-    which would be lost near 0 as the sum of two terms, and in v: J.  a, v of one shape.
+    r"""F2: J v = (1 - a) (1 + a) ∘ v, which rounds less than 1 - a² near |a| = 1.
+
+    In v the derivative is J again; in a it is -2 a ∘ v. Autograd's sum of two terms would lose the
+    latter near a = 0. a, v of one shape.
     """
 
     @staticmethod
-    @fast(kernels.tanh_product)
-    @rounded_once
+    @accelerated_by(kernels.tanh_product)
+    @round_once
     def forward(a: Tensor, v: Tensor) -> Tensor:
         return (1 - a) * (1 + a) * v
 
@@ -55,17 +46,17 @@ class TanhProduct(Formula):
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:
         a, v = ctx.saved_tensors
-        return TanhProduct.in_a(a, u, v), TanhProduct.apply(a, u)
+        return TanhProduct.derivative_in_a(a, u, v), TanhProduct.apply(a, u)
 
     @staticmethod
     def tangent(ctx: Any, da: Tensor | None, dv: Tensor | None) -> Tensor:
         a, v = ctx.saved_tensors
-        return total(
-            None if da is None else TanhProduct.in_a(a, da, v),
+        return sum_present(
+            None if da is None else TanhProduct.derivative_in_a(a, da, v),
             None if dv is None else TanhProduct.apply(a, dv),
         )
 
     @staticmethod
-    def in_a(a: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    def derivative_in_a(a: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """-2 a ∘ u ∘ v."""
-        return (-2 * wide(a) * wide(u) * wide(v)).to(a.dtype)
+        return (-2 * widen(a) * widen(u) * widen(v)).to(a.dtype)

@@ -1,11 +1,11 @@
-"""The arithmetic made fast, as operators of `torch.library`; derivatives are the formulas'.
+"""Fast arithmetic of the formulas, as operators of `torch.library` without derivatives.
 
-Each is called below autograd: `class_indices` by a public function, the others by a formula or a
-cost. Only an exported program calls `head` itself, whose derivative there is a formula too.
+A formula calls its operator below autograd; the derivative is the formula's. `class_indices` is
+called by public functions. Each kernel's file is named after its formula.
 """
 
-from torch_nnmath.kernels.blocked import head, head_second
-from torch_nnmath.kernels.classes import class_indices
+from torch_nnmath.kernels.class_indices import class_indices
+from torch_nnmath.kernels.cross_entropy import cross_entropy
 from torch_nnmath.kernels.elementwise import (
     relu_product,
     sigmoid_product,
@@ -14,13 +14,13 @@ from torch_nnmath.kernels.elementwise import (
     squared_error,
     tanh_product,
 )
-from torch_nnmath.kernels.rowwise import cross_entropy
+from torch_nnmath.kernels.linear_cross_entropy import head, head_second_order
 
 __all__ = [
     "class_indices",
     "cross_entropy",
     "head",
-    "head_second",
+    "head_second_order",
     "relu_product",
     "sigmoid_product",
     "sigmoid_squared_error",

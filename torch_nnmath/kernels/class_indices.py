@@ -1,4 +1,4 @@
-"""Class indices, checked."""
+"""Checks class indices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_nnmath import _torch
 from torch_nnmath.kernels._library import LIBRARY, operator
 
 
@@ -18,10 +19,10 @@ def _fake(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tenso
     "class_indices(Tensor target, SymInt classes, int? ignore_index) -> (Tensor, Tensor)", _fake
 )
 def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """(y, keep): the indices, 0 where ignored, and where they are not; raises outside [0, classes).
+    """Returns (y, keep): the class indices, 0 where ignored; and which rows are not ignored.
 
-    An operator, so that a compiled graph checks too. The error is an IndexError that names the
-    value; on a GPU the device asserts, without a synchronisation.
+    Raises an IndexError for an index outside [0, classes). On a GPU the device asserts instead,
+    without a synchronisation. This is an operator so that a compiled graph checks, too.
     """
     y = target.to(torch.int64)
     keep = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
@@ -29,10 +30,10 @@ def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tup
     if not y.numel():
         return y, keep
     low, high = y.aminmax()
-    inside = (low >= 0) & (high < classes)
+    is_inside = (low >= 0) & (high < classes)
     if target.device.type == "cuda":
-        torch._assert_async(inside, f"a class index is not in [0, {classes})")
-    elif not inside:
+        _torch.assert_async(is_inside, f"a class index is not in [0, {classes})")
+    elif not is_inside:
         wrong = y[(y < 0) | (y >= classes)][0].item()
         raise IndexError(
             f"Target {wrong} is out of bounds: class indices must lie in [0, {classes}) "
@@ -41,10 +42,8 @@ def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tup
     return y, keep
 
 
-def _batched(
-    info: Any, in_dims: Any, target: Tensor, classes: int, ignore_index: int | None
-) -> Any:
+def _vmap(info: Any, in_dims: Any, target: Tensor, classes: int, ignore_index: int | None) -> Any:
     return class_indices(target, classes, ignore_index), (in_dims[0], in_dims[0])
 
 
-torch.library.register_vmap("torch_nnmath::class_indices", _batched, lib=LIBRARY)
+torch.library.register_vmap("torch_nnmath::class_indices", _vmap, lib=LIBRARY)

@@ -1,0 +1,143 @@
+"""Values that travel together: the target of a loss, the head's inputs and results.
+
+`autograd.Function.apply` and the operators of `torch.library` take flat arguments. `flat()` gives
+them, in the one order that every formula and every kernel of the head has.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_nnmath._precision import zero_safe_product
+
+
+class Target(NamedTuple):
+    """The target p e_y + t of each row of a tensor v (*, C, *), whose C classes are at `dim`.
+
+    Each part may be None. A weight p without a class y counts in `total` alone.
+    """
+
+    y: Tensor | None  # class index, (*, 1, *)
+    p: Tensor | None  # weight of that class, (*, 1, *)
+    t: Tensor | None  # dense part, which broadcasts to v
+    dim: int = 1
+
+    def total(self) -> Tensor | float:
+        """T = p + Σ t."""
+        T: Tensor | float = 0.0 if self.p is None else self.p
+        return T if self.t is None else T + self.t.sum(self.dim, keepdim=True)
+
+    def dot(self, v: Tensor) -> Tensor:
+        """(p e_y + t)·v; a target of 0 adds 0, also where v is infinite."""
+        result = torch.zeros_like(v.narrow(self.dim, 0, 0).sum(self.dim, keepdim=True))
+        if self.p is not None and self.y is not None:
+            result = result + zero_safe_product(self.p, v.gather(self.dim, self.y))
+        if self.t is not None:
+            result = result + zero_safe_product(self.t, v).sum(self.dim, keepdim=True)
+        return result
+
+    def subtract_from(self, v: Tensor) -> Tensor:
+        """v - (p e_y + t)."""
+        if self.p is not None and self.y is not None:
+            if torch.compiler.is_compiling():  # a compiler fuses `where` with v, but no scatter
+                sizes = [-1 if d == self.dim % v.dim() else 1 for d in range(v.dim())]
+                classes = torch.arange(v.shape[self.dim], device=v.device).view(sizes)
+                v = v - torch.where(classes == self.y, self.p, 0)
+            else:
+                v = v.scatter_add(self.dim, self.y, -self.p)
+        return v if self.t is None else v - self.t
+
+    def times(self, k: Tensor) -> Target:
+        """The target scaled by k, one factor for each row."""
+        p, t = (None if v is None else k * v for v in (self.p, self.t))
+        return Target(self.y, p, t, self.dim)
+
+
+class HeadInputs(NamedTuple):
+    """What the head computes from: features, weight, bias and target of N rows and C classes.
+
+    Where `keep` is False, the row is ignored: its loss and its part of every gradient are 0.
+    """
+
+    x: Tensor  # (N, D)
+    W: Tensor  # (C, D)
+    b: Tensor | None  # (C)
+    target: Target  # y, p (N, 1); t (N, C), or (1, C) for all rows
+    keep: Tensor | None  # (N, 1)
+    base: float = math.e  # of the logarithm
+    cap: float | None = None  # of the logits (F19)
+
+    def flat(self) -> tuple[Any, ...]:
+        """x, W, b, y, p, t, keep, base, cap."""
+        y, p, t, _ = self.target
+        return self.x, self.W, self.b, y, p, t, self.keep, self.base, self.cap
+
+    @staticmethod
+    def from_flat(flat: Any) -> HeadInputs:
+        """The inverse of `flat`."""
+        x, W, b, y, p, t, keep, base, cap = flat
+        return HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
+
+
+class PerInput(NamedTuple):
+    """One value for each differentiable input of the head.
+
+    Gradients, a direction in which the inputs move, or whether a gradient is needed.
+    """
+
+    x: Any
+    W: Any
+    b: Any
+    p: Any
+    t: Any
+
+    @staticmethod
+    def from_flat(flat: Any) -> PerInput:
+        """Those of `HeadInputs.flat`'s order, whose other places are dropped."""
+        x, W, b, _, p, t, *_ = flat
+        return PerInput(x, W, b, p, t)
+
+    def flat(self) -> tuple[Any, ...]:
+        """In the order of `HeadInputs.flat`, None for what has no derivative."""
+        return self.x, self.W, self.b, None, self.p, self.t, None, None, None
+
+    def target(self, y: Tensor | None) -> Target:
+        """As a direction of the target, whose class y does not move."""
+        return Target(y, self.p, self.t)
+
+    def only(self, is_needed: PerInput) -> PerInput:
+        """The values that are needed, None for the others."""
+        pairs = zip(self, is_needed, strict=True)
+        return PerInput(*(value if needed else None for value, needed in pairs))
+
+
+class Upstream(NamedTuple):
+    """Upstream gradients γ, ω, η of each row's loss, z-loss and entropy.
+
+    (N, 1) each, or () for one that all rows share, or None.
+    """
+
+    γ: Tensor | None
+    ω: Tensor | None
+    η: Tensor | None
+
+
+class Requests(NamedTuple):
+    """Which of a row's optional results are computed."""
+
+    entropy: bool = False
+    predicted: bool = False
+
+
+class RowResults(NamedTuple):
+    """What the head gives for each row, (N, 1) each; None where it was not requested."""
+
+    loss: Any
+    lse: Any  # ln Σ e^v, without derivative
+    z_loss: Any  # lse²
+    entropy: Any
+    predicted: Any  # class of the largest logit, -1 for an ignored row, without derivative

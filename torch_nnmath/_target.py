@@ -1,0 +1,74 @@
+"""Public target arguments -> the target of the formulas (`Target`)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_nnmath import _check as check
+from torch_nnmath import formulas, kernels
+from torch_nnmath._precision import is_autocast, wide_type, widen
+from torch_nnmath._records import Target
+from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors
+
+
+class TargetOptions(NamedTuple):
+    """What the losses take beside a target: its class weights, and how it is read."""
+
+    weight: Tensor | None = None  # (C)
+    ignore_index: int | None = None  # None is -100
+    label_smoothing: float = 0.0
+
+
+class IndexTarget(NamedTuple):
+    """Class indices, read."""
+
+    y: Tensor  # 0 in ignored rows
+    keep: Tensor | None  # None if no row is known to be ignored
+    p: Tensor  # weight of the class
+    smoothing: Tensor | None  # weight of every class, (C), without its class's share
+    total_weight: Tensor  # what a mean divides by
+
+    def target(self, y: Tensor, p: Tensor, dim: int, rank: int) -> Target:
+        """`Target` with y and p, whose classes are at `dim` of `rank` axes."""
+        t = self.smoothing
+        if t is not None:
+            t = t.view([-1 if d == dim else 1 for d in range(rank)])
+        return Target(y, p, t, dim)
+
+
+def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dtype) -> IndexTarget:
+    """Reads class indices for logits of `dtype`: the target is p e_y + smoothing."""
+    weight, ignore_index, label_smoothing = options
+    check.class_weight(weight, C)
+    if weight is not None and weight.dtype != dtype and not is_autocast(target):
+        raise RuntimeError(f"expected weight of type {dtype}, as input, got {weight.dtype}")
+    y, keep = kernels.class_indices(target, C, -100 if ignore_index is None else ignore_index)
+    dtype = wide_type(dtype)
+    w = None if weight is None else weight.to(dtype)
+    p = keep.to(dtype) if w is None else w[y].masked_fill(~keep, 0)
+    total_weight, smoothing = p.sum(), None
+    if label_smoothing:
+        w = torch.ones((C,), dtype=dtype, device=target.device) if w is None else w
+        p, smoothing = (1 - label_smoothing) * p, label_smoothing / max(C, 1) * w
+    keeps_all = are_plain_cpu_tensors(keep) and bool(keep.all())  # on a GPU this would wait
+    return IndexTarget(y, None if keeps_all else keep, p, smoothing, total_weight)
+
+
+def read_probabilities(
+    target: Tensor, options: TargetOptions, dim: int, C: int, dtype: torch.dtype
+) -> tuple[Tensor, torch.dtype]:
+    """Probabilities, smoothed and weighted, with the C classes at `dim`; and the loss's dtype."""
+    weight, _, label_smoothing = options
+    check.class_weight(weight, C)
+    dtype = torch.promote_types(dtype, target.dtype)
+    t = widen(target)
+    if label_smoothing:
+        t = t * (1 - label_smoothing) + label_smoothing / max(C, 1)
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+        w: Any = widen(weight).view(-1, *[1] * (t.dim() - 1 - dim))
+        t = formulas.WeightedTarget.evaluate(t, w)
+    return t, dtype

@@ -1,0 +1,356 @@
+"""A block of rows of the head: its logits, their softmax, and Δ, in memory that all blocks reuse.
+
+The logits of a block lie in memory class by class, which makes the products with W and for dW
+cheapest. A block is gone through in slices of classes that stay in the cache. With a cap, the
+buffer holds u = tanh(z/κ), whose slope 1 - u² loses the fewest digits; v = κ u.
+
+The buffer has two states. It keeps the logits, if something needs them again: the entropy, the
+gradient in t, a cap beside a dense target, second order. Else the exponentials e^{v-m} dv/dz
+overwrite the logits, and Δ/k overwrites these; the row factor k scales rows of x and dx instead.
+
+The shift m is the row's maximum, or 0 where Σ e^v shows that no maximum is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_nnmath._precision import wide_type, zero_safe_product
+from torch_nnmath._records import HeadInputs, Requests, Target, Upstream
+from torch_nnmath.kernels._library import SLICE_SIZE, log_probability
+
+MIN_BLOCK_ROWS = 256  # enough rows to amortise reading W and updating dW once per block
+BLOCK_BYTES = (8 * 2**20, 64 * 2**20)  # least and most of a block's logits in float32
+MIN_SHIFTED = -1e4  # clamp for v - m, so that (v - m) e^(v - m) is 0 and not nan at v = -inf
+
+
+class Coefficients(NamedTuple):
+    """Upstream gradients of a block's rows, (n, 1) each: γ/ln β, ω and η/ln β, or None."""
+
+    g: Tensor
+    o: Tensor | None
+    n: Tensor | None
+
+
+class Workspace:
+    """The head's inputs, widened, and the memory that the blocks of one call share."""
+
+    def __init__(self, inputs: HeadInputs, keeps_logits: bool):
+        dtype = wide_type(inputs.W.dtype)
+        b = None if inputs.b is None else inputs.b.to(dtype)
+        self.inputs = inputs._replace(W=inputs.W.to(dtype), b=b)
+        self.keeps_logits = keeps_logits
+        self.groups = group_rows(inputs)
+        self.logits = self.allocate_logits()
+        self.slice_size = _slice_size(self.logits)
+        count = 2 if keeps_logits else 1 if inputs.cap is not None else 0
+        self.scratch = [torch.empty_like(self.logits[:, : self.slice_size]) for _ in range(count)]
+        self.needs_maximum = inputs.W.device.type != "cpu"
+
+    def allocate_logits(self) -> Tensor:
+        """Memory for the logits of one block, class by class."""
+        W = self.inputs.W
+        rows = self.groups[0] if self.groups else slice(0, 0)
+        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        return W.new_empty((W.shape[0], n)).T
+
+    def blocks(self) -> Iterator[Block]:
+        for i, rows in enumerate(self.groups):
+            yield Block(self, rows, is_first=i == 0)
+
+
+class Block:
+    """Some rows of the head; see the module's docstring for what its buffer `z` holds."""
+
+    m: Tensor | float = 0.0  # shift of each row
+    s: Tensor  # Σ e^{v-m}
+    tv: Tensor | float = 0.0  # t·(v-m)
+    ev: Tensor  # Σ e^{v-m} (v-m), for the entropy
+    predicted: Tensor  # class of the largest logit
+    z_y: Tensor | None = None  # the buffer's logit of the target's class
+    l_y: Tensor | None = None  # its log-probability
+
+    def __init__(self, workspace: Workspace, rows: Any, is_first: bool):
+        x, W, _, target, keep, _, _ = workspace.inputs
+        self.workspace, self.rows, self.is_first = workspace, rows, is_first
+        self.ignored = None if keep is None or gathers_kept_rows(keep) else ~keep[rows]
+        self.x = self.mask(x[rows].to(W.dtype))
+        self.z = workspace.logits[: len(self.x)]
+        self.target = select_target(target, rows)
+        self.ev = torch.zeros_like(self.z[:, :1])
+
+    # The softmax of the rows
+
+    def compute_softmax_(self, t: Tensor | None, requests: Requests) -> None:
+        """Computes the logits, the sums m, s, t·(v-m), ev, and what is requested."""
+        workspace = self.workspace
+        needs_maximum = workspace.needs_maximum or t is not None or any(requests)
+        self.s = torch.zeros_like(self.z[:, :1])
+        for classes in self.slices():
+            z = self.fill_logits_(classes)
+            if not needs_maximum:
+                self.s += self.exponentiate_(self.shift(z), z).sum(1, keepdim=True)
+        if self.target.y is not None and (needs_maximum or workspace.keeps_logits):
+            self.z_y = self.z.gather(1, self.target.y)
+        if needs_maximum:
+            self._shift_by_maximum_(t, requests)
+        elif not self._has_safe_sums():
+            workspace.needs_maximum = True  # what one block needs, the next ones will
+            self.compute_softmax_(t, requests)
+
+    def restore_softmax_(self, sums: Tensor) -> None:
+        """Recomputes the block's state from the sums that the forward saved.
+
+        The slices are those of the forward, so that the logits are the same bit for bit.
+        """
+        self.m, self.s, self.ev = sums.split(1, 1)
+        for classes in self.slices():
+            z = self.fill_logits_(classes)
+            if not self.workspace.keeps_logits:
+                self.exponentiate_(self.shift(z), z)
+        if self.target.y is not None and self.workspace.keeps_logits:
+            self.z_y = self.z.gather(1, self.target.y)
+
+    def fill_logits_(self, classes: slice) -> Tensor:
+        """Writes the logits of some classes: z = W x + b, or tanh(z/κ)."""
+        workspace, z = self.workspace, self.z[:, classes]
+        _, W, b, target, _, _, cap = workspace.inputs
+        if b is None or len(z) == 1:  # cuBLASLt may refuse one row, which is also a bias
+            torch.mm(self.x, W[classes].T, out=z)
+            z = z if b is None else z.add_(b[classes])
+        else:
+            torch.addmm(b[classes], self.x, W[classes].T, out=z)
+        z = self.mask_(z)
+        if cap is None:
+            return z
+        if z.device.type != "cpu":
+            z.div_(cap).tanh_()
+        else:  # tanh from expm1 of 2z/κ, which is faster than `tanh_`
+            e = z.div_(cap / 2).clamp_(-50, 50).expm1_()
+            e.div_(torch.add(e, 2, out=self._scratch(e)))
+        if target.y is not None and not workspace.keeps_logits:
+            self._pick_class_logit(z, classes)
+        return z
+
+    def slices(self) -> Iterator[slice]:
+        """The classes of each slice. They do not depend on what is computed."""
+        C, size = self.z.shape[1], self.workspace.slice_size
+        return (slice(i, min(i + size, C)) for i in range(0, C, size))
+
+    def shift(self, z: Tensor) -> Tensor:
+        """v - m of a slice of the buffer.
+
+        In place, unless the buffer keeps the logits or they are capped; then in scratch memory.
+        """
+        cap = self.workspace.inputs.cap
+        if cap is None and self.workspace.keeps_logits:
+            return torch.sub(z, self.m, out=self._scratch(z))
+        v = z if cap is None else torch.mul(z, cap, out=self._scratch(z))
+        return v if isinstance(self.m, float) else v.sub_(self.m)
+
+    def exponentiate_(self, v: Tensor, z: Tensor) -> Tensor:
+        """Overwrites v with e^v, and z with e^v dv/dz unless the buffer keeps the logits."""
+        e = v.exp_()
+        if self.workspace.inputs.cap is not None and not self.workspace.keeps_logits:
+            torch.addcmul(e, e, z.square_(), value=-1, out=z)
+        return e
+
+    def _shift_by_maximum_(self, t: Tensor | None, requests: Requests) -> None:
+        """The sums with the maximum as m, from all logits of the block."""
+        if requests.predicted:
+            largest, self.predicted = self.z.max(1, keepdim=True)
+        else:
+            largest = self.z.amax(1, keepdim=True)
+        self.m = self.uncap(largest)
+        for classes in self.slices():
+            z = self.z[:, classes]
+            v = self.shift(z)
+            if t is not None:
+                self.tv = self.tv + zero_safe_product(t[:, classes], v).sum(1, keepdim=True)
+            if requests.entropy:
+                e = torch.exp(v, out=self._scratch(z, 1))
+                self.ev += v.clamp_(min=MIN_SHIFTED).mul_(e).sum(1, keepdim=True)
+            else:
+                e = self.exponentiate_(v, z)
+            self.s += e.sum(1, keepdim=True)
+        if self.z_y is not None:
+            self.l_y = self.uncap(self.z_y) - self.m - self.s.log()
+
+    def _has_safe_sums(self) -> bool:
+        """Whether the sums without a maximum are in the safe range; then sets l_y."""
+        e_y, y = self.s, self.target.y
+        if self.z_y is not None:
+            e_y = self.uncap(self.z_y).exp()
+        elif y is not None:  # the buffer holds e^z
+            e_y = self.z.gather(1, y)
+        l_y = log_probability(e_y, self.s)
+        self.l_y = None if y is None else l_y
+        return l_y is not None
+
+    def _pick_class_logit(self, z: Tensor, classes: slice) -> None:
+        """Sets z_y of the rows whose class is among these, before z is overwritten."""
+        assert self.target.y is not None
+        place = self.target.y - classes.start
+        z_y = z.gather(1, place.clamp(0, z.shape[1] - 1))
+        is_here = (place >= 0) & (place < z.shape[1])
+        self.z_y = torch.where(is_here, z_y, 0.0 if self.z_y is None else self.z_y)
+
+    # What follows from the sums
+
+    def lse(self) -> Tensor:
+        """ln Σ e^v of each row."""
+        return self.s.log() + self.m
+
+    def entropy(self) -> Tensor:
+        """-Σ a ln a of each row, as a sum of terms of one sign."""
+        return self.s.log() - self.ev / self.s
+
+    def derivative_in_p(self) -> Tensor:
+        """ln β dc/dp of each row: -l_y or, for a weight without a class, lse."""
+        return self.lse() if self.l_y is None else -self.l_y
+
+    def weight_of_a(self, k: Coefficients) -> Tensor:
+        """g T + 2 o lse + n Σ a (v-m): the factor of a in Δ but for -n (v-m)."""
+        weight = k.g * self.target.total()
+        if k.o is not None:
+            weight = weight + 2 * k.o * self.lse()
+        return weight if k.n is None else weight + k.n * (self.ev / self.s)
+
+    def class_slope(self) -> Tensor | float:
+        """dv/dz at the target's class."""
+        if self.workspace.inputs.cap is None or self.z_y is None:
+            return 1.0
+        return cap_slope(self.z_y)
+
+    def form_delta_(self, k: Coefficients) -> Tensor | None:
+        """Overwrites the buffer with Δ / f and returns the per-row factor f, or None for 1.
+
+        Δ = dv/dz ∘ (a ∘ B - g t) - g p dv_y/dz_y e_y,  B = g T + 2 o lse - n (l - a·l).
+        """
+        y, p, t, _ = self.target
+        weight, at_class = self.weight_of_a(k), None
+        if y is not None and p is not None:
+            at_class = k.g * p * self.class_slope()
+        if not self.workspace.keeps_logits and t is None:
+            return self._scale_exponentials_(weight, at_class)
+        weight = weight / self.s
+        for classes in self.slices():
+            z, slope = self.z[:, classes], None
+            if not self.workspace.keeps_logits:
+                z.mul_(weight)
+            else:
+                v, slope = self.shift(z), None if self.cap is None else cap_slope(z)
+                torch.exp(v, out=z)
+                if k.n is None:
+                    z.mul_(weight)
+                else:
+                    v.clamp_(min=MIN_SHIFTED)
+                    z.mul_(torch.addcmul(weight, v, -k.n / self.s, out=v))
+            if t is not None:
+                z.sub_(k.g * t[:, classes])
+            if slope is not None:
+                z.mul_(slope)
+        if y is not None and at_class is not None:
+            self.z.scatter_add_(1, y, -at_class)
+        return None
+
+    def _scale_exponentials_(self, weight: Tensor, at_class: Tensor | None) -> Tensor:
+        """The same where E = e^{v-m} dv/dz fills the buffer: Δ = f (E - (at_class / f) e_y)."""
+        if at_class is None or self.target.y is None:
+            return weight / self.s
+        tiny = torch.finfo(weight.dtype).tiny ** 0.5
+        weight = torch.where((weight == 0) & (at_class != 0), tiny, weight)
+        share = torch.where(weight == 0, 0.0, at_class / weight)  # exactly dv_y/dz_y without o
+        self.z.scatter_add_(1, self.target.y, -share * self.s)
+        return weight / self.s
+
+    # Rows and memory
+
+    def select_coefficients(self, upstream: Upstream, base: float) -> Coefficients:
+        """The upstream gradients of this block's rows, 0 where ignored."""
+        assert upstream.γ is not None
+        ln = math.log(base)
+
+        def select(v: Tensor | None, divisor: float) -> Any:
+            if v is None:
+                return None
+            v = v[self.rows] if v.dim() else v.expand(len(self.x), 1)
+            return self.mask(v) / divisor
+
+        return Coefficients(select(upstream.γ, ln), select(upstream.ω, 1), select(upstream.η, ln))
+
+    def mask(self, v: Tensor, value: int = 0) -> Tensor:
+        """v, with `value` in the ignored rows."""
+        return v if self.ignored is None else v.masked_fill(self.ignored, value)
+
+    def mask_(self, v: Tensor) -> Tensor:
+        """Overwrites the ignored rows of v with 0."""
+        return v if self.ignored is None else v.masked_fill_(self.ignored, 0)
+
+    def uncap(self, u: Tensor) -> Tensor:
+        """v of the buffer's value u: κ u, or u itself without a cap."""
+        return u if self.cap is None else u * self.cap
+
+    @property
+    def cap(self) -> float | None:
+        return self.workspace.inputs.cap
+
+    def _scratch(self, z: Tensor, which: int = 0) -> Tensor:
+        """Scratch memory in the shape of a slice."""
+        return self.workspace.scratch[which][: z.shape[0], : z.shape[1]]
+
+
+def cap_slope(u: Tensor) -> Tensor:
+    """dv/dz = 1 - u², u = tanh(z/κ)."""
+    return (1 - u).mul_(1 + u)
+
+
+def select_target(target: Target, rows: Any) -> Target:
+    """The target of some rows; a dense part that all rows share stays."""
+    y, p, t, _ = target
+    return Target(
+        None if y is None else y[rows],
+        None if p is None else p[rows],
+        t if t is None or t.shape[0] == 1 else t[rows],
+    )
+
+
+def count_block_rows(N: int, C: int) -> int:
+    """The rows of a block: a multiple of 32, so that the blocks are of equal size."""
+    least, most = (size // (4 * max(C, 1)) for size in BLOCK_BYTES)
+    rows = max(min(max(MIN_BLOCK_ROWS, least), most) // 32, 1) * 32
+    return math.ceil(N / math.ceil(N / rows) / 32) * 32
+
+
+def group_rows(inputs: HeadInputs) -> list[Any]:
+    """The rows of each block: slices, or indices where some rows are ignored."""
+    (N, _), C, keep = inputs.x.shape, inputs.W.shape[0], inputs.keep
+    if keep is not None and gathers_kept_rows(keep):
+        rows = keep.squeeze(1).nonzero().squeeze(1)
+        if len(rows) < N:
+            return list(rows.split(count_block_rows(len(rows), C))) if len(rows) and C else []
+    if not N or not C:
+        return []
+    size = count_block_rows(N, C)
+    return [slice(i, min(i + size, N)) for i in range(0, N, size)]
+
+
+def gathers_kept_rows(keep: Tensor) -> bool:
+    """Whether ignored rows are left out by gathering the others.
+
+    On a GPU they are masked, since counting them would wait for the device.
+    """
+    return keep.device.type == "cpu"
+
+
+def _slice_size(logits: Tensor) -> int:
+    """How many classes a slice has. On a GPU all, since calls cost more than memory there."""
+    rows, C = logits.shape
+    if logits.device.type != "cpu":
+        return C
+    return max(SLICE_SIZE // 2 // max(rows, 1), 1)  # half, since scratch memory holds a copy

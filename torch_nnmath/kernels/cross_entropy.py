@@ -1,0 +1,108 @@
+"""Cross entropy on logits (F13), block by block of examples that stay in the cache.
+
+Shapes are those of `formulas.CrossEntropy`. Half types are computed in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from torch_nnmath._precision import wide_type, zero_safe_product
+from torch_nnmath.kernels._library import SLICE_SIZE, log_probability, operator
+
+
+@operator(
+    "cross_entropy(Tensor? dc, Tensor z, Tensor? y, Tensor? p, Tensor? t, Tensor? keep, int dim,"
+    " float base, bool needs_c) -> (Tensor, Tensor)",
+    lambda dc, z, y, p, t, keep, dim, base, needs_c: _allocate(dc, z, dim, needs_c),
+)
+def cross_entropy(
+    dc: Tensor | None,
+    z: Tensor,
+    y: Tensor | None,
+    p: Tensor | None,
+    t: Tensor | None,
+    keep: Tensor | None,
+    dim: int,
+    base: float,
+    needs_c: bool,
+) -> tuple[Tensor, Tensor]:
+    """c = (1/ln β)(T lse(z) - t·z) and dz = (dc/ln β)(T softmax(z) - p e_y - t), rounded once.
+
+    c is computed if `needs_c`, dz if dc is given: for each row, or () for all. Both are 0 where
+    keep is False.
+    """
+    c, dz = _allocate(dc, z, dim, needs_c)
+    t = None if t is None else t.expand_as(z)
+    dc = None if dc is None else dc.expand(_row_shape(z, dim)) / math.log(base)
+    may_write_dz = dc is not None and dz.dtype == wide_type(z.dtype)
+    workspace = None if may_write_dz else z.new_empty(_block_shape(z, dim), dtype=c.dtype)
+    for rows in _blocks(z, dim):
+        e = dz[rows] if workspace is None else workspace[: z[rows].shape[0]]
+        ignored = None if keep is None or keep[rows].all() else ~keep[rows]
+        l_y = T = tz = None
+        if t is None and y is not None:  # without the maximum, if the exponentials are safe
+            torch.exp(z[rows].to(e.dtype), out=e)
+            s = e.sum(dim, keepdim=True)
+            l_y = log_probability(e.gather(dim, y[rows]), s)
+        if l_y is None:
+            torch.sub(z[rows], z[rows].amax(dim, keepdim=True).to(e.dtype), out=e)
+            z_y = None if y is None else e.gather(dim, y[rows])
+            if t is not None:
+                T = t[rows].sum(dim, keepdim=True)
+                tz = zero_safe_product(t[rows], e).sum(dim, keepdim=True) if needs_c else None
+            s = e.exp_().sum(dim, keepdim=True)
+            l_y = None if z_y is None else z_y.sub_(s.log())
+        if needs_c:
+            loss = torch.zeros_like(s)
+            if T is not None and tz is not None:
+                loss += T * s.log() - tz
+            if p is not None and l_y is not None:
+                loss -= zero_safe_product(p[rows], l_y)
+            c[rows] = loss if ignored is None else loss.masked_fill_(ignored, 0)
+        if dc is None:
+            continue
+        if T is None and p is not None and y is not None:  # (dc p / s)(e - s e_y)
+            e.scatter_add_(dim, y[rows], -s).mul_(dc[rows] * p[rows] / s)
+        else:  # dc (T e / s - t - p e_y)
+            assert t is not None
+            assert T is not None
+            e.mul_((T if p is None else T + p[rows]) / s).sub_(t[rows])
+            if p is not None and y is not None:
+                e.scatter_add_(dim, y[rows], -p[rows])
+            e.mul_(dc[rows])
+        if ignored is not None:
+            e.masked_fill_(ignored, 0)
+        if workspace is not None:
+            dz[rows] = e
+    return c.div_(math.log(base)), dz
+
+
+def _allocate(dc: Tensor | None, z: Tensor, dim: int, needs_c: bool) -> tuple[Tensor, Tensor]:
+    """Memory for c and dz; an empty tensor for a result that is not needed."""
+    c = z.new_empty(_row_shape(z, dim) if needs_c else (0,), dtype=wide_type(z.dtype))
+    return c, z.new_empty(0) if dc is None else torch.empty_like(z)
+
+
+def _row_shape(z: Tensor, dim: int) -> list[int]:
+    """z's shape with size 1 at `dim`."""
+    return [1 if i == dim % z.dim() else n for i, n in enumerate(z.shape)]
+
+
+def _block_shape(z: Tensor, dim: int) -> tuple[int, ...]:
+    """The shape of a block: whole examples; all of z if the classes are on the first axis.
+
+    A block is four slices: it has few passes and many small calls, which larger blocks amortise.
+    """
+    N = z.shape[0]
+    n = N if dim % z.dim() == 0 else min(max(4 * SLICE_SIZE // z[:1].numel(), 1), N)
+    return n, *z.shape[1:]
+
+
+def _blocks(z: Tensor, dim: int) -> Iterator[slice]:
+    size, *_ = _block_shape(z, dim)
+    return (slice(i, i + size) for i in range(0, z.shape[0], size))
