@@ -549,13 +549,15 @@ CORRECT_FUNCTIONS = {
     "Function": (Sine, [X]),
 }
 # One of each kind of argument: tracing the others is slow and differs in the operator only.
-TRACED = {"scalar", "cross_entropy", "unbind", "other arguments", "inv", "buffers", "Function"}
+TRACED = {"scalar", "cross_entropy", "unbind", "other arguments", "buffers", "Function"}
 
 
 @pytest.mark.parametrize("name", CORRECT_FUNCTIONS)
 def test_correct_function_is_right(name):
     function, inputs = CORRECT_FUNCTIONS[name]
     transforms = testing.TRANSFORMS if name in TRACED else EAGER
+    if name != "cross_entropy":  # PyTorch supports them for no function: one is enough
+        transforms = [each for each in transforms if each not in BEYOND_PYTORCH]
     report = testing.check(function, inputs, transforms=transforms)
     assert report.right, report
     unsupported = {row.transform for row in report if row.verdict == Verdict.CANNOT}
