@@ -165,16 +165,15 @@ def _make_case(
     if not positions:
         raise ValueError("no input is a tensor of real numbers: there is nothing to differentiate")
     names = tuple(parameters)
+    arguments = (*parameters.values(), *inputs)
     return Case(
-        _make_positional(function, names, dtype),
-        tuple(
-            _copy(x, dtype) if isinstance(x, Tensor) else x for x in (*parameters.values(), *inputs)
-        ),
-        tuple(positions),
-        dtype,
-        None if reference is None else _make_positional(reference, names, torch.float64),
-        module,
-        names,
+        function=_make_positional(function, names, dtype),
+        inputs=tuple(_copy(x, dtype) if isinstance(x, Tensor) else x for x in arguments),
+        positions=tuple(positions),
+        dtype=dtype,
+        reference=None if reference is None else _make_positional(reference, names, torch.float64),
+        module=module,
+        parameter_names=names,
     )
 
 
