@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import torch_nnmath
-from torch_nnmath.bench.measure import peak
+from torch_nnmath.bench.measure import measure_peak as peak
 from torch_nnmath.deferred import DeferredLogits, MaterializedLogits
 from torch_nnmath.swapping import Report
 

@@ -8,7 +8,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command that is named; its options are its own."""
+    """Runs the given command with the remaining arguments and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m torch_nnmath", description=__doc__)
     parser.add_argument("command", choices=["verify", "bench"])
     parser.add_argument(

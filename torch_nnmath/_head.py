@@ -101,7 +101,7 @@ class Head(NamedTuple):
     kept_rows: Any  # the number of rows that are not ignored
     labels: Tensor  # class indices, or probabilities (N, C, positions)
 
-    def loss(self, reduction: str, z_loss: float, return_stats: bool) -> Any:
+    def compute_loss(self, reduction: str, z_loss: float, return_stats: bool) -> Any:
         """The loss with this z-loss coefficient; with `return_stats` also `LossStats`."""
         requests = Requests(return_stats, return_stats)
         if reduction == "none":
@@ -129,7 +129,7 @@ class Head(NamedTuple):
         predicted = predicted.to(torch.int64)  # a float if there is no position
         return loss.to(self.dtype), make_stats(lse, entropy, predicted, self._label(), z_loss)
 
-    def log_probs(self, return_entropy: bool) -> Any:
+    def compute_log_probs(self, return_entropy: bool) -> Any:
         """The log-probability of each row's class, F22; with `return_entropy` also F21."""
         rows = self._evaluate_rows(Requests(entropy=return_entropy))
         log_probs = self._stack([-r.loss for r in rows]).to(self.dtype)
@@ -137,7 +137,7 @@ class Head(NamedTuple):
             return log_probs
         return log_probs, self._stack([r.entropy for r in rows]).to(self.dtype)
 
-    def log_sum_exp(self) -> Tensor:
+    def compute_log_sum_exp(self) -> Tensor:
         """ln Σ e^v of each row, whatever its target is: F14 of a weight 1 without a class."""
         rows = [
             _evaluate(i._replace(target=Target(None, i.target.p, None), base=math.e), Requests())
@@ -145,7 +145,7 @@ class Head(NamedTuple):
         ]
         return self._stack([r.loss for r in rows]).to(self.dtype)
 
-    def class_logits(self) -> Tensor:
+    def compute_class_logits(self) -> Tensor:
         """The logit of each row's class."""
         logits = []
         for x, W, b, target, _, _, cap in self.inputs:
@@ -230,7 +230,7 @@ def prepare_head(
         indices = read_indices(target.reshape(N, positions), C, target_options, logit_type)
         labels, keep, total_weight = indices.y, indices.keep, indices.total_weight
         targets = [
-            indices.target(labels[:, d : d + 1], indices.p[:, d : d + 1], 1, 2)
+            indices.make_target(labels[:, d : d + 1], indices.p[:, d : d + 1], 1, 2)
             for d in range(positions)
         ]
     if source.row_scale is not None:

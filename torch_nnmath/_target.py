@@ -31,7 +31,7 @@ class IndexTarget(NamedTuple):
     smoothing: Tensor | None  # weight of every class, (C), without its class's share
     total_weight: Tensor  # what a mean divides by
 
-    def target(self, y: Tensor, p: Tensor, dim: int, rank: int) -> Target:
+    def make_target(self, y: Tensor, p: Tensor, dim: int, rank: int) -> Target:
         """`Target` with y and p, whose classes are at `dim` of `rank` axes."""
         t = self.smoothing
         if t is not None:

@@ -850,7 +850,7 @@ def _cross_entropy(
         **options,
     )
     reduction = check.reduction(reduction, size_average, reduce)
-    return head.loss(reduction, z_loss, return_stats)
+    return head.compute_loss(reduction, z_loss, return_stats)
 
 
 @_loss
@@ -871,9 +871,9 @@ def _gather(
     except IndexError:  # `gather` has a RuntimeError of its own
         return NotImplemented
     if form.sign:
-        result = form.sign * head.log_probs(False)
+        result = form.sign * head.compute_log_probs(False)
     else:
-        result = head.class_logits()
+        result = head.compute_class_logits()
     return result.to(input.dtype).unsqueeze(axis)
 
 
@@ -902,7 +902,7 @@ def _summed(
         return NotImplemented
     head = rows._replace(dtype=dtype).head(rows.any_class(), label_smoothing=1.0)
     factor = -form.sign * (1 if func in MEANS else input.shape[form.axis])
-    result = factor * head.loss("none", 0.0, False).to(dtype)
+    result = factor * head.compute_loss("none", 0.0, False).to(dtype)
     return result.unsqueeze(form.axis) if keepdim else result
 
 
@@ -917,7 +917,7 @@ def _log_sum_exp(
     rows = _rows(input, False, axis)
     if rows is NotImplemented:
         return NotImplemented
-    result = rows.head(rows.any_class()).log_sum_exp().to(input.dtype)
+    result = rows.head(rows.any_class()).compute_log_sum_exp().to(input.dtype)
     return result.unsqueeze(form.axis) if keepdim else result
 
 

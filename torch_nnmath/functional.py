@@ -406,7 +406,7 @@ def cross_entropy(
         indices = read_indices(target, C, options, input.dtype)
         label, total_weight = indices.y, indices.total_weight
         y, p = label.unsqueeze(dim), indices.p.unsqueeze(dim)
-        read_target = indices.target(y, p, dim, input.dim())
+        read_target = indices.make_target(y, p, dim, input.dim())
         keep = None if indices.keep is None else indices.keep.unsqueeze(dim)
     if softcap is not None or is_scaled(logit_scale) or z_loss:
         input = formulas.mask_ignored(keep, input)
@@ -478,7 +478,7 @@ def linear_cross_entropy(
     target_options = TargetOptions(weight, ignore_index, label_smoothing)
     logit_options = LogitOptions(base, logit_scale, softcap)
     head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
-    return head.loss(check.reduction(reduction), z_loss, return_stats)
+    return head.compute_loss(check.reduction(reduction), z_loss, return_stats)
 
 
 @check.support_torch_function
@@ -533,7 +533,7 @@ def linear_log_probs(
     target_options = TargetOptions(ignore_index=ignore_index)
     logit_options = LogitOptions(base, logit_scale, softcap)
     head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
-    return head.log_probs(return_entropy)
+    return head.compute_log_probs(return_entropy)
 
 
 @check.support_torch_function

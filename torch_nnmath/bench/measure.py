@@ -1,9 +1,8 @@
-"""How it is measured: times in turn in one process, peak memory each in a process of its own."""
+"""The measurements: time in alternating rounds in one process, peak memory in a fresh process."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import math
@@ -12,51 +11,77 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from torch_nnmath._memory import MIB, read_available, read_peak, reset_peak
 from torch_nnmath.bench import works
-from torch_nnmath.bench.works import Problem, Results, Size, Target, Work, name_of, written
-from torch_nnmath.testing._report import describe_error as described
+from torch_nnmath.bench.work import (
+    Problem,
+    Results,
+    Size,
+    Target,
+    Work,
+    format_dtype,
+    format_size,
+)
+from torch_nnmath.testing._report import describe_error
 
-SAMPLE = 2e-3  # seconds: a shorter call is repeated until a sample takes as long
-SLOW = 20.0  # seconds: a contender whose call takes longer drops out
-TOO_SLOW = f"a call takes more than {SLOW:.0f} s"
-SMALL = 2**20  # bytes of arguments: below, a peak says nothing
-MIB = 2**20
+MIN_SAMPLE_SECONDS = 2e-3  # a shorter call is repeated until a sample takes this long
+MAX_CALL_SECONDS = 20.0  # a contender with a slower call is dropped
+TOO_SLOW = f"a call takes more than {MAX_CALL_SECONDS:.0f} s"
+MIN_ARGUMENT_BYTES = 2**20  # with smaller arguments the peak is noise
+GIB = 2**30
 
 Call = Callable[[], object]
 Timer = Callable[[Call, int], float]
 
 
-def wall_clock(device: str) -> Timer:
-    """Seconds of one of `number` calls in a row; a GPU is waited for before and after them."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+class RepeatedCall(NamedTuple):
+    """A call, and how many of them in a row make one sample."""
 
-    def timer(call: Call, number: int) -> float:
-        wait()
+    call: Call
+    repeats: int
+
+
+class ContenderError(Exception):
+    """Raised when a contender cannot be measured. The message is the reason to print."""
+
+
+def make_wall_clock(device: str) -> Timer:
+    """Returns a timer: the mean seconds of `repeats` calls in a row.
+
+    On a GPU it synchronises before and after them.
+    """
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def time_calls(call: Call, repeats: int) -> float:
+        synchronise()
         start = time.perf_counter()
-        for _ in range(number):
-            call()  # what it returns is freed before the next one
-        wait()
-        return (time.perf_counter() - start) / number
+        for _ in range(repeats):
+            call()  # the result is not assigned, so that it is freed before the next call
+        synchronise()
+        return (time.perf_counter() - start) / repeats
 
-    return timer
+    return time_calls
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and quartiles."""
+def compute_spread(values: Sequence[float]) -> dict[str, Any]:
+    """Returns the median and the quartiles."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "quartiles": [low, high]}
 
 
 @dataclass
-class Measured:
-    """What was found at one size. Samples are in seconds, one for each round."""
+class Measurement:
+    """The results of a work at one size, by contender.
+
+    Samples are in seconds, one for each round; peaks in bytes; errors are relative. `reasons`
+    tells why a contender has no result.
+    """
 
     work: Work
     size: Size
@@ -67,44 +92,50 @@ class Measured:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.work.name} {written(self.size)} {name_of(self.dtype)}"
+        return f"{self.work.name} {format_size(self.size)} {format_dtype(self.dtype)}"
 
-    def ratio(self, of: str, over: str) -> dict[str, Any] | None:
-        """Of the rounds' ratios, which do not change with what slows down a whole round."""
-        if of not in self.samples or over not in self.samples:
+    def ratio(self, contender: str, baseline: str) -> dict[str, Any] | None:
+        """Returns the spread of the ratios of times, one ratio for each round.
+
+        Paired ratios are insensitive to a machine that is slow for a whole round.
+        """
+        if contender not in self.samples or baseline not in self.samples:
             return None
-        pairs = zip(self.samples[of], self.samples[over], strict=True)
-        return spread([a / b for a, b in pairs])
+        return compute_spread([a / b for a, b in self._pair_samples(contender, baseline)])
 
-    def value(self, target: Target, first: Measured) -> float | None:
-        """What a target limits, or None where it was not measured."""
-        of, over = target.of, target.over
+    def evaluate(self, target: Target, first: Measurement) -> float | None:
+        """Returns the value that the target limits, or None if it was not measured.
+
+        `first` is the measurement at the work's first size.
+        """
+        contender, baseline = target.contender, target.baseline
         try:
             match target.kind:
                 case "peak":
-                    return self.peaks[of] / MIB
+                    return self.peaks[contender] / MIB
                 case "growth":
-                    return (self.peaks[of] - first.peaks[of]) / MIB
+                    return (self.peaks[contender] - first.peaks[contender]) / MIB
                 case "memory":
-                    return self.peaks[of] / self.peaks[over]
+                    return self.peaks[contender] / self.peaks[baseline]
                 case "error":
-                    return self.errors[of] / self.errors[over]
+                    return self.errors[contender] / self.errors[baseline]
                 case "difference":
-                    pairs = zip(self.samples[of], self.samples[over], strict=True)
+                    pairs = self._pair_samples(contender, baseline)
                     return 1e6 * statistics.median(a - b for a, b in pairs)
                 case "time":
-                    pairs = zip(self.samples[of], self.samples[over], strict=True)
+                    pairs = self._pair_samples(contender, baseline)
                     return statistics.median(a / b for a, b in pairs)
-        except KeyError:  # a contender that could not run
+        except KeyError:  # one of the two could not run
             return None
 
-    def as_dict(self) -> dict[str, Any]:
-        """What is printed, drawn and written."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, for the table, the figure and the JSON file."""
         contenders = {}
         for name in (*self.work.contenders, *["floor"] * bool(self.work.floor)):
-            timed = name in self.samples
+            is_timed = name in self.samples
+            empty = {"median": None, "quartiles": None}
             contenders[name] = {
-                **(spread(self.samples[name]) if timed else {"median": None, "quartiles": None}),
+                **(compute_spread(self.samples[name]) if is_timed else empty),
                 "ours_over_it": self.ratio("ours", name),
                 "over_eager": self.ratio(name, "eager"),
                 "over_floor": self.ratio(name, "floor"),
@@ -115,230 +146,217 @@ class Measured:
         return {
             "name": self.work.name,
             "size": list(self.size),
-            "dtype": name_of(self.dtype),
+            "dtype": format_dtype(self.dtype),
             "rounds": max(map(len, self.samples.values()), default=0),
-            "floor": self.work.floor.what if self.work.floor else None,
+            "floor": self.work.floor.description if self.work.floor else None,
             "contenders": contenders,
         }
 
+    def _pair_samples(self, contender: str, baseline: str) -> list[tuple[float, float]]:
+        return list(zip(self.samples[contender], self.samples[baseline], strict=True))
 
-def measured(
+
+def measure_work(
     work: Work,
     size: Size,
     dtype: torch.dtype,
     device: str,
     seconds: float,
-    before: Sequence[Measured] = (),
+    earlier: Sequence[Measurement] = (),
     timer: Timer | None = None,
-) -> Measured:
-    """Every contender of a work at one size, after `before` at others."""
-    found = Measured(work, size, dtype)
-    torch.compiler.reset()  # or the second size would be compiled for sizes in general
-    problem = work.drawn(size, dtype, device)
-    for name in work.contenders:
-        if reason := _hopeless(work, name, size, device, before):
-            found.reasons[name] = reason
-    if any(work.rounds):
-        _time(found, problem, seconds, timer or wall_clock(device))
-    if work.memory and sum(x.nbytes for x in problem.args) >= SMALL:
-        # pages come and go by the MiB, which a ratio would show
-        times = 3 if any(target.kind == "memory" for target in work.targets) else 1
-        for name in work.contenders:
-            if name in found.reasons:
-                continue
-            say(f"{found}: peak memory of {name}")
-            try:
-                peaks = [_peak_of(found, name, problem) for _ in range(times)]
-                found.peaks[name] = int(statistics.median(peaks))
-            except Exception as raised:  # as in `_time`
-                found.reasons[name] = f"peak memory: {why(raised)}"
-    say("")
-    return found
+) -> Measurement:
+    """Measures every contender of a work at one size, for about `seconds` of rounds.
 
-
-def _time(found: Measured, problem: Problem, seconds: float, timer: Timer) -> None:
-    work, truth = found.work, None
-    if work.error:
-        say(f"{found}: the truth, in float64")
-        with contextlib.suppress(torch.OutOfMemoryError):
-            truth = work.prepared("eager", problem.copy(torch.float64))()
-    runs: dict[str, tuple[Call, int]] = {}
-    for name, contender in work.contenders.items():
-        if name in found.reasons:
-            continue
-        say(f"{found}: warming up {name}")
-        try:
-            run = work.prepared(name, problem)
-            results = run()
-            if truth and contender.same:
-                found.errors[name] = error(results, truth)
-            del results
-            runs[name] = run, repeats(run, timer)
-        except Exception as raised:  # whatever a contender cannot do is said in its row
-            found.reasons[name] = why(raised)
-    del truth
-    if work.floor:
-        floor = work.floor.prepared(problem)
-        floor()
-        runs["floor"] = floor, repeats(floor, timer)
-    found.samples = rounds(runs, timer, seconds, work.rounds, found.reasons, str(found))
-
-
-class Failed(Exception):
-    """Says by itself why a contender is not measured."""
-
-
-def why(raised: Exception) -> str:
-    """In a line."""
-    return str(raised) if isinstance(raised, Failed) else described(raised)
-
-
-def repeats(run: Call, timer: Timer) -> int:
-    """How many calls a sample needs."""
-    number, once = 1, timer(run, 1)
-    if once > SLOW:
-        raise Failed(f"{TOO_SLOW}: {once:.0f} s")
-    while number * once < SAMPLE:
-        number *= 2
-        once = timer(run, number)
-    return number
-
-
-def rounds(
-    runs: dict[str, tuple[Call, int]],
-    timer: Timer,
-    seconds: float,
-    limits: tuple[int, int],
-    reasons: dict[str, str],
-    what: str = "",
-) -> dict[str, list[float]]:
-    """Each round times each contender once, in an order of its own.
-
-    In one order for all, each would always find the cache and the heap as the same other left them.
+    `earlier` are the measurements of the same work at other sizes: what was too slow at a smaller
+    size is skipped.
     """
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    names, start, done, total = list(runs), time.perf_counter(), 0, limits[0]
-    order = random.Random(0)
-    while done < total:
-        say(f"{what}: round {done + 1} of about {total}", passing=True)
-        for name in names:
-            try:
-                samples[name].append(timer(*runs[name]))
-            except Exception as raised:  # memory may run out late
-                reasons[name] = why(raised)
-        names = [name for name in names if name not in reasons]
-        order.shuffle(names)
-        done += 1
-        fit = int(seconds * done / (time.perf_counter() - start))
-        total = min(max(fit, limits[0]), limits[1])
-    return {name: times for name, times in samples.items() if name not in reasons}
+    measurement = Measurement(work, size, dtype)
+    torch.compiler.reset()  # or a second size would be compiled with dynamic shapes
+    problem = work.make_problem(size, dtype, device)
+    for name in work.contenders:
+        if reason := _find_reason_to_skip(work, name, size, device, earlier):
+            measurement.reasons[name] = reason
+    if any(work.round_limits):
+        _time_contenders(measurement, problem, seconds, timer or make_wall_clock(device))
+    if work.measures_memory and sum(x.nbytes for x in problem.args) >= MIN_ARGUMENT_BYTES:
+        _measure_peaks(measurement, problem)
+    print_progress("")
+    return measurement
 
 
-def error(results: Results, truth: Results) -> float:
-    """The largest relative error of the gradients, or of the value where there are none."""
-    pairs = zip(results[1:] or results, truth[1:] or truth, strict=True)
-    return max(((g.double() - t).norm() / t.norm()).item() for g, t in pairs)
-
-
-def _hopeless(
-    work: Work, name: str, size: Size, device: str, before: Sequence[Measured]
+def _find_reason_to_skip(
+    work: Work, name: str, size: Size, device: str, earlier: Sequence[Measurement]
 ) -> str | None:
-    """Why a contender is not tried: its logits do not fit, or it was too slow at a smaller size."""
-    if work.contenders[name].logits:
-        need, free = 3 * size[0] * size[-1] * 4 / 2**30, _free(device) / 2**30
-        if need > free / 2:
-            return f"needs about {need:.0f} GiB, more than half of the {free:.0f} GiB there are"
-    for other in before:
+    """Returns why a contender is not run, or None.
+
+    Its logits exceed the memory, or it was too slow at a smaller size.
+    """
+    if work.contenders[name].materialises_logits:
+        needed = 3 * size[0] * size[-1] * 4 / GIB  # three copies of the logits in float32
+        available = read_available(torch.device(device)) / GIB
+        if needed > available / 2:
+            return (
+                f"needs about {needed:.0f} GiB, more than half of the {available:.0f} GiB available"
+            )
+    for other in earlier:
         reason = other.reasons.get(name, "")
         if reason.startswith(TOO_SLOW) and math.prod(other.size) <= math.prod(size):
             return reason
     return None
 
 
-def _free(device: str) -> float:
-    """Bytes of memory that can be had."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return _proc("meminfo", "MemAvailable") or math.inf
+def _time_contenders(
+    measurement: Measurement, problem: Problem, seconds: float, timer: Timer
+) -> None:
+    """Fills in errors and samples, of the floor too."""
+    work, truth = measurement.work, None
+    if work.measures_error:
+        print_progress(f"{measurement}: reference in float64")
+        with contextlib.suppress(torch.OutOfMemoryError):
+            truth = work.prepare("eager", problem.copy(torch.float64))()
+    runs: dict[str, RepeatedCall] = {}
+    for name, contender in work.contenders.items():
+        if name in measurement.reasons:
+            continue
+        print_progress(f"{measurement}: warming up {name}")
+        try:
+            call = work.prepare(name, problem)
+            results = call()
+            if truth and contender.is_equivalent:
+                measurement.errors[name] = compute_error(results, truth)
+            del results
+            runs[name] = RepeatedCall(call, count_repeats(call, timer))
+        except Exception as error:  # other libraries raise anything; the table shows the reason
+            measurement.reasons[name] = format_reason(error)
+    del truth
+    if work.floor:
+        floor = work.floor.prepare(problem)
+        floor()
+        runs["floor"] = RepeatedCall(floor, count_repeats(floor, timer))
+    measurement.samples = time_rounds(
+        runs, timer, seconds, work.round_limits, measurement.reasons, str(measurement)
+    )
 
 
-def _proc(file: str, key: str) -> int | None:
-    """Bytes, from a line of a file in /proc; None where there is none."""
-    path = Path("/proc", file)
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{key}:")), None)
+def format_reason(error: Exception) -> str:
+    """Returns, in one line, why a contender has no result."""
+    return str(error) if isinstance(error, ContenderError) else describe_error(error)
 
 
-def _peak_of(found: Measured, name: str, problem: Problem) -> int:
+def count_repeats(call: Call, timer: Timer) -> int:
+    """Returns how many calls a sample needs to be long enough for the clock."""
+    repeats, seconds = 1, timer(call, 1)
+    if seconds > MAX_CALL_SECONDS:
+        raise ContenderError(f"{TOO_SLOW}: {seconds:.0f} s")
+    while repeats * seconds < MIN_SAMPLE_SECONDS:
+        repeats *= 2
+        seconds = timer(call, repeats)
+    return repeats
+
+
+def time_rounds(
+    runs: Mapping[str, RepeatedCall],
+    timer: Timer,
+    seconds: float,
+    limits: tuple[int, int],
+    reasons: dict[str, str],
+    title: str = "",
+) -> dict[str, list[float]]:
+    """Returns the samples of each contender, one for each round; adds to `reasons` what fails.
+
+    The order within a round is random. In a fixed order, each contender would always find the
+    caches and the heap in the state in which the same other one left them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    names, start, done, total = list(runs), time.perf_counter(), 0, limits[0]
+    order = random.Random(0)
+    while done < total:
+        print_progress(f"{title}: round {done + 1} of about {total}", is_transient=True)
+        for name in names:
+            try:
+                samples[name].append(timer(*runs[name]))
+            except Exception as error:  # memory may run out in a later round
+                reasons[name] = format_reason(error)
+        names = [name for name in names if name not in reasons]
+        order.shuffle(names)
+        done += 1
+        affordable = int(seconds * done / (time.perf_counter() - start))
+        total = min(max(affordable, limits[0]), limits[1])
+    return {name: times for name, times in samples.items() if name not in reasons}
+
+
+def compute_error(results: Results, truth: Results) -> float:
+    """Returns the largest relative error of the gradients, or of the value without gradients."""
+    pairs = zip(results[1:] or results, truth[1:] or truth, strict=True)
+    return max(((g.double() - t).norm() / t.norm()).item() for g, t in pairs)
+
+
+def _measure_peaks(measurement: Measurement, problem: Problem) -> None:
+    """Fills in the peaks."""
+    work = measurement.work
+    # The system maps memory in pages of up to 2 MiB; the median reduces this noise in a ratio.
+    times = 3 if any(target.kind == "memory" for target in work.targets) else 1
+    for name in work.contenders:
+        if name in measurement.reasons:
+            continue
+        print_progress(f"{measurement}: peak memory of {name}")
+        try:
+            peaks = [measure_contender_peak(measurement, name, problem) for _ in range(times)]
+            measurement.peaks[name] = int(statistics.median(peaks))
+        except Exception as error:  # as in `_time_contenders`
+            measurement.reasons[name] = f"peak memory: {format_reason(error)}"
+
+
+def measure_contender_peak(measurement: Measurement, name: str, problem: Problem) -> int:
+    """Returns a contender's peak in bytes: on a GPU of `problem`, on a CPU in a fresh process."""
     if problem.args[0].is_cuda:
-        run = found.work.prepared(name, problem)
-        run()  # compiles and tunes
-        return peak(run, problem)
-    code = f"from {__name__} import child; import sys; child(*sys.argv[1:])"
-    arguments = [found.work.name, written(found.size), name_of(found.dtype), name]
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        said = done.stderr.splitlines() or [f"exit status {done.returncode}"]
-        raise Failed(said[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+        call = measurement.work.prepare(name, problem)
+        call()  # compiles and tunes
+        return measure_peak(call, problem)
+    code = f"from {__name__} import print_peak; import sys; print_peak(*sys.argv[1:])"
+    size, dtype = format_size(measurement.size), format_dtype(measurement.dtype)
+    command = [sys.executable, "-c", code, measurement.work.name, size, dtype, name]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if process.returncode:
+        messages = process.stderr.splitlines() or [f"exit status {process.returncode}"]
+        raise ContenderError(messages[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def child(work_name: str, text: str, dtype_name: str, name: str) -> None:
-    """Prints the peak of a contender, in a process that has run nothing else.
+def print_peak(work_name: str, size_text: str, dtype_name: str, contender_name: str) -> None:
+    """Prints a contender's peak in bytes; for a process that has run nothing else.
 
-    What a first call loads is excluded by a tiny one before. What is compiled, and that for one
-    size, runs once at that size instead.
+    A small first call loads libraries, whose memory is not the contender's. A compiled contender
+    is specialised to the size, so its first call has the full size.
     """
     work, dtype = works.WORKS[work_name], getattr(torch, dtype_name)
-    size = work.size(text)
-    problem = work.drawn(size, dtype, "cpu")
-    run = work.prepared(name, problem)
-    if work.contenders[name].compiled:
-        run()
+    size = work.parse_size(size_text)
+    problem = work.make_problem(size, dtype, "cpu")
+    call = work.prepare(contender_name, problem)
+    if work.contenders[contender_name].is_compiled:
+        call()
     else:
-        tiny = tuple(min(n, 32) for n in size)
-        work.prepared(name, work.drawn(tiny, dtype, "cpu"))()
-    print(peak(run, problem))
+        small_size = tuple(min(n, 32) for n in size)
+        work.prepare(contender_name, work.make_problem(small_size, dtype, "cpu"))()
+    print(measure_peak(call, problem))
 
 
-def peak(run: Callable[[], Results], problem: Problem) -> int:
-    """Bytes at the peak of a run beyond those before it and those of what it returns."""
+def measure_peak(call: Callable[[], Results], problem: Problem) -> int:
+    """Returns the peak of a call in bytes, beyond the memory in use before and its results."""
     gc.collect()
-    if problem.args[0].is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        results = run()
-        torch.cuda.synchronize()
-        high = torch.cuda.max_memory_allocated()
-    else:
-        before = _high_water(reset=True)
-        results = run()
-        high = _high_water()
-    pieces = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
-    for x in problem.args:  # Liger's gradient lies where the logits were
-        pieces.pop(x.untyped_storage().data_ptr(), None)
-    return max(0, high - before - sum(pieces.values()))
+    device = problem.args[0].device
+    before = reset_peak(device)
+    results = call()
+    peak = read_peak(device)
+    result_bytes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
+    for x in problem.args:  # Liger writes its gradient over the logits, which are an argument
+        result_bytes.pop(x.untyped_storage().data_ptr(), None)
+    return max(0, peak - before - sum(result_bytes.values()))
 
 
-def _high_water(reset: bool = False) -> int:
-    """The most memory that the process has had, on Linux since the last reset."""
-    if sys.platform != "linux":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
-    if reset:
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # glibc keeps what was freed
-            libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    return _proc("self/status", "VmHWM") or 0
-
-
-def say(text: str, passing: bool = False) -> None:
-    """Progress on stderr: one line, written over, or a line each where it is no terminal."""
+def print_progress(text: str, is_transient: bool = False) -> None:
+    """Prints progress on stderr: on a terminal in one line, elsewhere without transient texts."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text[:100]}", end="", file=sys.stderr, flush=True)
-    elif text and not passing:
+    elif text and not is_transient:
         print(text, file=sys.stderr, flush=True)

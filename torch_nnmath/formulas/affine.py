@@ -20,7 +20,7 @@ class Affine(Formula):
 
     @staticmethod
     def forward(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        return affine_value(x, W, b)
+        return apply_affine(x, W, b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, z: Tensor) -> None:
@@ -32,25 +32,25 @@ class Affine(Formula):
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> Any:
         x, W = ctx.saved_tensors
-        return affine_gradients(dz, x, W, ctx.b_shape, ctx.needs_input_grad)
+        return compute_affine_gradients(dz, x, W, ctx.b_shape, ctx.needs_input_grad)
 
     @staticmethod
     def tangent(ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:
         x, W = ctx.saved_tensors
-        dz = affine_tangent(x, W, dx, dW, db)
+        dz = compute_affine_tangent(x, W, dx, dW, db)
         return dz.expand(*x.shape[:-1], W.shape[0])
 
 
-def affine_value(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """F1, in a tensor of its own: a view that a Function made could not be changed in place."""
+def apply_affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """F1, as no view: a view that a Function returns could not be changed in place."""
     z = torch.nn.functional.linear(x, W, b)
     return _torch.own_storage(z)
 
 
-def affine_gradients(
+def compute_affine_gradients(
     dz: Tensor, x: Any, W: Any, b_shape: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """F8: (Δ W, Δᵀ X, Σ_rows Δ), those that are wanted."""
+    """F8: (Δ W, Δᵀ X, Σ_rows Δ), None for what is not needed."""
     rows = tuple(range(dz.dim() - 1))
     dx = dz @ W if needs[0] else None
     dW = None
@@ -60,10 +60,10 @@ def affine_gradients(
     return dx, dW, db
 
 
-def affine_tangent(
+def compute_affine_tangent(
     x: Tensor, W: Tensor, dx: Tensor | None, dW: Tensor | None, db: Tensor | None
 ) -> Tensor:
-    """F1: ż = W ẋ + Ẇ x + ḃ, for the tangents that are there."""
+    """F1: ż = W ẋ + Ẇ x + ḃ, without the tangents that are None."""
     dz: Tensor = sum_present(
         None if dx is None else torch.nn.functional.linear(dx, W),
         None if dW is None else torch.nn.functional.linear(x, dW),

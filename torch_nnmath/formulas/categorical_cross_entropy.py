@@ -21,7 +21,7 @@ class CategoricalCrossEntropy(Formula):
     @staticmethod
     def forward(a: Tensor, t: Tensor, dim: int, base: float) -> Tensor:
         a, t = widen(a), widen(t)
-        return -(t * seen(t, a).log()).sum(dim, keepdim=True) / math.log(base)
+        return -(t * mask_unused(t, a).log()).sum(dim, keepdim=True) / math.log(base)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
@@ -33,7 +33,7 @@ class CategoricalCrossEntropy(Formula):
         a, t = ctx.saved_tensors
         k = -dc / math.log(ctx.base)
         needs_a, needs_t, *_ = ctx.needs_input_grad
-        da = (k * widen(t) / seen(t, widen(a))).to(a.dtype) if needs_a else None
+        da = (k * widen(t) / mask_unused(t, widen(a))).to(a.dtype) if needs_a else None
         dt = (k * widen(a).log()).to(t.dtype) if needs_t else None
         return da, dt, None, None
 
@@ -41,12 +41,12 @@ class CategoricalCrossEntropy(Formula):
     def tangent(ctx: Any, da: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
         a, t = (widen(x) for x in ctx.saved_tensors)
         change = sum_present(
-            None if da is None else t / seen(t, a) * widen(da),
+            None if da is None else t / mask_unused(t, a) * widen(da),
             None if dt is None else torch.xlogy(widen(dt), a),
         )
         return -change.sum(ctx.dim, keepdim=True) / math.log(ctx.base)
 
 
-def seen(t: Tensor, a: Tensor) -> Tensor:
-    """a, and 1 where t is 0 and a has no logarithm."""
+def mask_unused(t: Tensor, a: Tensor) -> Tensor:
+    """a, with 1 where t is 0 and a has no logarithm."""
     return a.masked_fill((t == 0) & (a <= 0), 1)

@@ -37,7 +37,7 @@ class SigmoidSquaredError(Formula):
         z, t = map(widen, saved)
         needs_z, needs_t, _ = ctx.needs_input_grad
         dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes) if needs_z else None
-        dt = dc * (t - Sigmoids.evaluate(z)[0]) if needs_t else None
+        dt = dc * (t - SigmoidPair.evaluate(z)[0]) if needs_t else None
         pairs = zip((dz, dt), saved, strict=True)
         return *(g if g is None else g.to(x.dtype) for g, x in pairs), None
 
@@ -45,23 +45,23 @@ class SigmoidSquaredError(Formula):
     @accelerated_by(kernel.gradient)
     def gradient(dc: Tensor, z: Tensor, t: Tensor, axes: int) -> Tensor:
         """dc (a - t) a (1 - a)."""
-        a, rest = Sigmoids.evaluate(widen(z))
-        return dc * (a - widen(t)) * a * rest
+        a, complement = SigmoidPair.evaluate(widen(z))
+        return dc * (a - widen(t)) * a * complement
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
         z, t = map(widen, ctx.saved_tensors)
-        a, rest = Sigmoids.evaluate(z)
+        a, complement = SigmoidPair.evaluate(z)
         change = sum_present(
-            None if dz is None else a * rest * dz, None if dt is None else -widen(dt)
+            None if dz is None else a * complement * dz, None if dt is None else -widen(dt)
         )
         return sum_last_axes((a - t) * change, ctx.axes)
 
 
-class Sigmoids(Formula):
-    """F6 of z and of -z: a and 1 - a, which cancels at large z if it is subtracted.
+class SigmoidPair(Formula):
+    """F6 of z and of -z with one exponential: a and 1 - a, whose digits a subtraction would lose.
 
-    da/dz = a (1 - a), d(1 - a)/dz = -a (1 - a); with one exponential.
+    da/dz = a (1 - a), d(1 - a)/dz = -a (1 - a).
     """
 
     @staticmethod
@@ -76,12 +76,12 @@ class Sigmoids(Formula):
         save(ctx, *outputs)
 
     @staticmethod
-    def backward(ctx: Any, da: Tensor, d_rest: Tensor) -> Tensor:
-        a, rest = ctx.saved_tensors
-        return (da - d_rest) * a * rest
+    def backward(ctx: Any, da: Tensor, dcomplement: Tensor) -> Tensor:
+        a, complement = ctx.saved_tensors
+        return (da - dcomplement) * a * complement
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor]:
-        a, rest = ctx.saved_tensors
-        da = dz * a * rest
+        a, complement = ctx.saved_tensors
+        da = dz * a * complement
         return da, -da

@@ -12,7 +12,10 @@ from torch_nnmath.formulas.tanh import Tanh
 
 
 class SoftCap(Formula):
-    r"""F19: v = κ tanh(z/κ),  dv/dz = 1 - (v/κ)².  z, v of any shape; v is not rounded."""
+    r"""F19: v = κ tanh(z/κ),  dv/dz = 1 - (v/κ)².
+
+    z, v of any shape; for a half z, v stays in float32.
+    """
 
     @staticmethod
     def forward(z: Tensor, cap: float) -> Tensor:
@@ -31,6 +34,4 @@ class SoftCap(Formula):
     @staticmethod
     def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
         (z,) = ctx.saved_tensors
-        return Tanh.product(
-            Tanh.evaluate(widen(z) / ctx.cap), widen(dz)
-        )  # the Jacobian is symmetric
+        return Tanh.product(Tanh.evaluate(widen(z) / ctx.cap), widen(dz))

@@ -1,0 +1,325 @@
+"""Each private PyTorch API in `torch_nnmath/_torch.py` still does what its docstring says."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_nnmath import _torch
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+class DispatchMode(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return "overridden"
+
+
+x = torch.tensor([1.0, 2.0])
+
+
+def test_is_transformed():
+    answers = []
+
+    def f(x):
+        answers.append(_torch.is_transformed())
+        return x.sum()
+
+    f(x)
+    torch.func.grad(f)(x)
+    torch.func.vmap(f)(x[:, None])
+    torch.func.jvp(f, (x,), (x,))
+    with forward_ad.dual_level():
+        f(x)
+    f(x)
+    assert answers == [False, True, True, True, True, False]
+
+
+def test_is_dynamo_tracing():
+    answers = []
+
+    class Rule:
+        def __get__(self, instance, owner):
+            answers.append(_torch.is_dynamo_tracing())
+            return torch.autograd.Function.jvp
+
+    class Function(Double):
+        jvp = Rule()
+
+    leaf = x.clone().requires_grad_()
+    torch.compile(lambda x: Function.apply(x), backend="eager", fullgraph=True)(leaf)
+    assert True in answers
+    assert not _torch.is_dynamo_tracing()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_is_jit_tracing():
+    answers = []
+
+    def f(x):
+        answers.append(_torch.is_jit_tracing())
+        return x + 1
+
+    f(x)
+    torch.jit.trace(f, (x,), check_trace=False)
+    assert answers == [False, True]
+
+
+def test_is_fx_tracing():
+    answers = []
+
+    def f(x):
+        answers.append(_torch.is_fx_tracing())
+        return x + 1
+
+    f(x)
+    make_fx(f)(x)
+    assert answers == [False, True]
+
+
+def test_has_dispatch_mode():
+    assert not _torch.has_dispatch_mode()
+    with DispatchMode():
+        assert _torch.has_dispatch_mode()
+
+
+def test_is_legacy_batch():
+    answers = []
+
+    class Function(Double):
+        @staticmethod
+        def backward(ctx, g):
+            answers.append(_torch.is_legacy_batch(g))
+            return 2 * g
+
+    leaf = x.clone().requires_grad_()
+    y = Function.apply(leaf)
+    torch.autograd.grad(y, leaf, torch.ones(2), retain_graph=True)
+    (g,) = torch.autograd.grad(y, leaf, torch.eye(2), is_grads_batched=True)
+    assert answers == [False, True]
+    assert torch.equal(g, 2 * torch.eye(2))
+
+
+def test_apply_without_signature():
+    leaf = x.clone().requires_grad_()
+    y = _torch.apply_without_signature(Double, (leaf,))
+    assert torch.equal(y, 2 * x)
+    (g,) = torch.autograd.grad(y.sum(), leaf)
+    assert torch.equal(g, torch.tensor([2.0, 2.0]))
+
+
+class Cube(torch.autograd.Function):
+    """x³, whose `jvp` calls operations with forward mode turned on or left off."""
+
+    is_enabled = True
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, dx):
+        (x,) = ctx.saved_tensors
+        if not Cube.is_enabled:
+            return 3 * x * x * dx
+        with _torch.enable_forward_mode():
+            x = _torch.drop_tangent(x)
+            return 3 * x * x * dx
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_enable_forward_mode(monkeypatch, is_enabled):
+    """Without it, a jvp of a jvp loses its second term without an error."""
+    monkeypatch.setattr(Cube, "is_enabled", is_enabled)
+
+    def first(x):
+        return torch.func.jvp(Cube.apply, (x,), (torch.ones(2),))[1]
+
+    _, second = torch.func.jvp(first, (x,), (torch.ones(2),))
+    assert torch.equal(second, 6 * x) == is_enabled
+
+
+@pytest.mark.parametrize("is_batched", [False, True])
+def test_drop_tangent(is_batched):
+    def f(x):
+        return x * _torch.drop_tangent(x)
+
+    g = torch.func.vmap(f) if is_batched else f
+    value, tangent = torch.func.jvp(g, (x,), (torch.ones(2),))
+    assert torch.equal(value, x * x)
+    assert torch.equal(tangent, x)  # and not 2 x
+
+
+def test_own_storage():
+    """A view that a Function returns cannot be changed in place; this can."""
+
+    class Function(Double):
+        @staticmethod
+        def forward(x):
+            return _torch.own_storage((2 * x).view(2, 1))
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g.view(2)
+
+    leaf = x.clone().requires_grad_()
+    y = Function.apply(leaf)
+    y += 1
+    (g,) = torch.autograd.grad(y.sum(), leaf)
+    assert torch.equal(g, torch.tensor([2.0, 2.0]))
+
+
+def test_base():
+    owner = torch.zeros(3)
+    assert _torch.base(owner[1:]) is owner
+    assert _torch.base(owner) is None
+
+
+def test_version():
+    owner = torch.zeros(3)
+    before = _torch.version(owner)
+    owner.view(3).add_(1)
+    assert _torch.version(owner) == before + 1
+
+
+def test_storage_id():
+    owner, other = (torch.zeros(3, device="meta") for _ in range(2))
+    assert _torch.storage_id(owner[1:]) == _torch.storage_id(owner)
+    assert _torch.storage_id(owner) != _torch.storage_id(other)
+
+
+def test_assert_async():
+    _torch.assert_async(torch.tensor(True), "not raised")
+    with pytest.raises(RuntimeError, match="class index"):
+        _torch.assert_async(torch.tensor(False), "a class index")
+
+
+def test_make_wrapper():
+    class Wrapper(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    wrapper = _torch.make_wrapper(Wrapper, torch.Size([3, 2]), dtype=torch.float64)
+    assert type(wrapper) is Wrapper
+    assert wrapper.shape == (3, 2)
+    assert wrapper.dtype == torch.float64
+
+
+def test_disable_torch_function():
+    subclass = x.as_subclass(Subclass)
+    assert torch.add(subclass, 1) == "overridden"
+    with _torch.disable_torch_function():
+        assert isinstance(torch.add(subclass, 1), Tensor)
+
+
+def test_disable_dispatch_modes():
+    with DispatchMode() as mode:
+        torch.add(x, 1)
+        assert mode.calls == 1
+        with _torch.disable_dispatch_modes():
+            torch.add(x, 1)
+        assert mode.calls == 1
+
+
+def test_tree_leaves():
+    assert _torch.tree_leaves([1, (2, {"a": 3})]) == [1, 2, 3]
+
+
+def test_tree_map():
+    assert _torch.tree_map(lambda v: v + 1, [1, (2, {"a": 3})]) == [2, (3, {"a": 4})]
+
+
+def test_fake_tensor_mode():
+    with _torch.fake_tensor_mode() as mode:
+        y = mode.from_tensor(x) + x  # x is a real tensor
+    assert y.fake_mode is mode
+    assert y.shape == x.shape
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_trace_with_fx(mode):
+    constant = torch.ones_like(x)
+    graph = _torch.trace_with_fx(lambda v: v + constant, mode)(x)
+    torch.testing.assert_close(graph(2 * x), 2 * x + 1)
+
+
+def test_compiler_backend():
+    compiled = torch.compile(torch.sin, backend=_torch.compiler_backend("eager"))
+    torch.testing.assert_close(compiled(x), x.sin())
+
+
+def test_node_function():
+    node = Double.apply(x.clone().requires_grad_()).grad_fn
+    assert _torch.node_function(node) is Double
+
+
+def test_gradient_dtype():
+    leaf = x.clone().double().requires_grad_()
+    node = Double.apply(leaf.float()).grad_fn
+    conversion, index = node.next_functions[0]
+    assert _torch.gradient_dtype(conversion, index) == torch.float32
+    accumulation, index = conversion.next_functions[0]
+    assert _torch.gradient_dtype(accumulation, index) == torch.float64
+
+
+def test_every_function_has_a_test():
+    functions = {
+        name
+        for name, f in vars(_torch).items()
+        if inspect.isfunction(f) and f.__module__ == _torch.__name__
+    }
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert functions <= tested, functions - tested
+
+
+PRIVATE = r"torch\._[a-zA-Z]|torch(\.\w+)+\._\w+|from torch\._|from torch(\.\w+)* import _"
+
+
+def test_no_other_module_uses_a_private_api():
+    package = Path(_torch.__file__).parent
+    command = ["grep", "-rnE", "--include=*.py", PRIVATE, str(package)]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    others = [line for line in lines if "/_torch.py:" not in line]
+    assert not others, "\n".join(others)
+    assert lines, "the pattern finds nothing"
+
+
+def test_import_loads_no_optional_dependency():
+    optional = ["lightning", "triton", "torch._dynamo"]
+    code = f"import sys, torch_nnmath; print([m for m in {optional} if m in sys.modules])"
+    found = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert found.strip() == "[]"

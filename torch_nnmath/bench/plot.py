@@ -1,0 +1,153 @@
+"""Figures of a report of the command: bars, or how the head scales."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torch_nnmath._memory import MIB
+from torch_nnmath.bench.work import format_size
+
+if TYPE_CHECKING:  # matplotlib is imported only when a figure is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WorkResult = dict[str, Any]  # as `Measurement.to_dict` returns it
+COLOURS = {
+    "ours": "C0",
+    "ours compiled": "C9",
+    "eager": "C7",
+    "compile": "C1",
+    "chunked": "C2",
+    "Liger": "C3",
+    "CCE": "C4",
+    "QuACK": "C5",
+    "none ignored": "C8",
+    "floor": "black",
+}
+
+
+def plot_report(report: dict[str, Any]) -> Figure:
+    """Returns the figure of scaling if the report has nothing else, or bars."""
+    machine = report["machine"]
+    note = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    note += f", PyTorch {machine['torch']}"
+    works = report["works"]
+    is_scaling = all(work["name"] == "scaling" for work in works)
+    return plot_scaling(works, note) if is_scaling else plot_bars(works, note)
+
+
+def plot_bars(works: Sequence[WorkResult], note: str) -> Figure:
+    """Plots each contender's time over eager's, with the quartiles as error bars."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    groups: list[tuple[str, dict[str, WorkResult]]] = []
+    for work in works:
+        ratios = {name: values["over_eager"] for name, values in work["contenders"].items()}
+        ratios = {name: ratio for name, ratio in ratios.items() if ratio and name != "eager"}
+        if ratios:
+            groups.append((f"{work['name']}\n{format_size(work['size'])} {work['dtype']}", ratios))
+    height = 1.9 + 0.21 * sum(len(ratios) + 1 for _, ratios in groups)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    y, ticks = 0, []
+    for _, ratios in groups:
+        ticks.append(y + (len(ratios) - 1) / 2)
+        for name, ratio in ratios.items():
+            plot_bar(axes, y, name, ratio)
+            y += 1
+        y += 1
+    axes.axvline(1, color="0.3", linewidth=1)
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.set_yticks(ticks, [label for label, _ in groups], fontsize=8)
+    axes.set_ylim(y - 1, -1)
+    axes.set_xlabel("time over PyTorch eager's: median and quartiles of the ratios of the rounds")
+    add_legend(figure, axes, note)
+    return figure
+
+
+def plot_bar(axes: Axes, y: int, name: str, ratio: WorkResult) -> None:
+    """Plots a bar from 1 to the median ratio, with its error bar and its value."""
+    median, (low, high) = ratio["median"], ratio["quartiles"]
+    axes.barh(y, median - 1, left=1, height=0.85, color=COLOURS[name], label=name)
+    errors = [[median - low], [high - median]]
+    axes.errorbar(median, y, xerr=errors, color="0.4", elinewidth=1, capsize=1.5)
+    is_slower = median >= 1
+    axes.annotate(
+        f"{median:.2f}",
+        (high if is_slower else low, y),
+        (4 if is_slower else -4, 0),
+        textcoords="offset points",
+        ha="left" if is_slower else "right",
+        va="center_baseline",
+        fontsize=7,
+    )
+
+
+def plot_scaling(works: Sequence[WorkResult], note: str) -> Figure:
+    """Plots time and peak memory against rows and classes; a note tells why a line ends."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(10, 8.5), layout="constrained")
+    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    notes = []
+    for (time_axes, memory_axes), axis in zip(panels.T, (0, 2), strict=True):
+        points, constants = select_points(axis, works)
+        xs = [point["size"][axis] for point in points]
+        for name in points[0]["contenders"]:
+            results = [point["contenders"][name] for point in points]
+            for point, result in zip(points, results, strict=True):
+                if result["reason"]:
+                    notes.append(f"{name} from {format_size(point['size'])} on: {result['reason']}")
+                    break
+            style = {"color": COLOURS[name], "label": name, "marker": "o", "markersize": 4}
+            times = [result["median"] or math.nan for result in results]
+            peaks = [(result["peak"] or math.nan) / MIB for result in results]
+            time_axes.plot(xs, times, **style)
+            memory_axes.plot(xs, peaks, **style)
+        nbytes = getattr(torch, points[0]["dtype"]).itemsize
+        logits = [nbytes * point["size"][0] * point["size"][2] / MIB for point in points]
+        memory_axes.plot(xs, logits, color="0.5", linestyle=":", label="the logits alone")
+        for axes in (time_axes, memory_axes):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(xs, [str(x) for x in xs], rotation=45)
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.grid(color="0.9")
+        time_axes.set_title(constants)
+        memory_axes.set_xlabel(("rows", "", "classes")[axis])
+    panels[0][0].set_ylabel("forward and backward, seconds")
+    panels[1][0].set_ylabel("peak memory, MiB\n(beyond arguments and gradients)")
+    add_legend(figure, panels[1][0], "\n".join([*notes, note]))
+    return figure
+
+
+def select_points(axis: int, works: Sequence[WorkResult]) -> tuple[list[WorkResult], str]:
+    """Returns the points that differ only along an axis, in order, and the other axes' text."""
+    other_axes = [tuple(n for i, n in enumerate(work["size"]) if i != axis) for work in works]
+    constants, _ = Counter(other_axes).most_common(1)[0]
+    points = [work for work, other in zip(works, other_axes, strict=True) if other == constants]
+    names = [name for i, name in enumerate(("rows", "features", "classes")) if i != axis]
+    text = ", ".join(f"{n} {name}" for n, name in zip(constants, names, strict=True))
+    return sorted(points, key=lambda work: work["size"][axis]), text
+
+
+def add_legend(figure: Figure, axes: Axes, note: str) -> None:
+    """Adds a legend with each name once, and a note below the figure."""
+    handles, names = axes.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=5, fontsize=8)
+    figure.supxlabel(note, fontsize=7, color="0.4")
