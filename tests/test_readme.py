@@ -1,4 +1,4 @@
-"""The README says what is there."""
+"""The README's table, links and examples, and the example of docs/swapping.md."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_formulas_is_the_catalog():
+def test_table_of_formulas_equals_catalog():
     lines = re.findall(r"^\| F\d.*$", README, re.MULTILINE)
     files = {row.function: row.function.__module__.replace(".", "/") + ".py" for row in CATALOG}
     assert lines == [
@@ -19,25 +19,25 @@ def test_the_table_of_formulas_is_the_catalog():
     ]
 
 
-def test_links_lead_somewhere():
+def test_links_of_pages_exist():
     pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
     for page in (README, *pages):
         for link in re.findall(r"\]\(([^)#:]+)\)", page):
             assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
 
 
-def test_the_examples_of_use_run(capsys):
-    names: dict = {}
+def test_examples_of_readme_run(capsys):
+    namespace: dict = {}
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(code, names)
+        exec(code, namespace)
     printed = capsys.readouterr().out
     assert "3 modules changed\nhead 2: 1 loss without logits" in printed
-    assert "second order" in printed  # the table of the checker
-    assert names["HV"].shape == names["W"].shape
-    assert abs(names["J"].sum()) < 1e-6
+    assert "second order" in printed  # a row of the checker's table
+    assert namespace["HV"].shape == namespace["W"].shape
+    assert abs(namespace["J"].sum()) < 1e-6
 
 
-def test_the_example_of_swapping_prints_what_the_page_says(capsys):
+def test_example_of_swapping_prints_output_of_page(capsys):
     page = (ROOT / "docs" / "swapping.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (text,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)

@@ -272,6 +272,39 @@ def test_buffers():
     assert module.calls is None
 
 
+def test_fake_tensor_mode():
+    with _torch.fake_tensor_mode() as mode:
+        y = mode.from_tensor(x) + x  # x is a real tensor
+    assert y.fake_mode is mode
+    assert y.shape == x.shape
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_trace_with_fx(mode):
+    constant = torch.ones_like(x)
+    graph = _torch.trace_with_fx(lambda v: v + constant, mode)(x)
+    torch.testing.assert_close(graph(2 * x), 2 * x + 1)
+
+
+def test_compiler_backend():
+    compiled = torch.compile(torch.sin, backend=_torch.compiler_backend("eager"))
+    torch.testing.assert_close(compiled(x), x.sin())
+
+
+def test_node_function():
+    node = Double.apply(x.clone().requires_grad_()).grad_fn
+    assert _torch.node_function(node) is Double
+
+
+def test_gradient_dtype():
+    leaf = x.clone().double().requires_grad_()
+    node = Double.apply(leaf.float()).grad_fn
+    conversion, index = node.next_functions[0]
+    assert _torch.gradient_dtype(conversion, index) == torch.float32
+    accumulation, index = conversion.next_functions[0]
+    assert _torch.gradient_dtype(accumulation, index) == torch.float64
+
+
 def test_every_function_has_a_test():
     functions = {
         name

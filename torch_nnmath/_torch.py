@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._guards import CompileContext
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function, forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -144,3 +145,33 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 def buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
     """The dict of a module's own buffers. The public `named_buffers` skips those that are None."""
     return module._buffers
+
+
+# Tracers and the nodes of the autograd graph, for the checker
+
+
+def fake_tensor_mode() -> Any:
+    """A FakeTensorMode that converts real tensors which meet fake ones. No public module has it."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def trace_with_fx(function: Callable[..., Any], tracing_mode: Any) -> Callable[..., Any]:
+    """`make_fx` that accepts real tensors in the function's closure: its option for that is
+    private."""
+    return make_fx(function, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)
+
+
+def compiler_backend(name: str) -> Callable[..., Any]:
+    """A backend of `torch.compile` by name. The public `list_backends` gives names only."""
+    return torch._dynamo.lookup_backend(name)
+
+
+def node_function(node: Any) -> type[Function]:
+    """The Function whose backward a graph node runs. The node has no public reference to it."""
+    return node._forward_cls
+
+
+def gradient_dtype(node: Any, index: int) -> torch.dtype:
+    """The dtype of the gradient that a graph node receives at `index`. No public function tells."""
+    variable = getattr(node, "variable", None)  # of a node that accumulates a leaf's gradient
+    return node._input_metadata[index].dtype if variable is None else variable.dtype

@@ -1,8 +1,8 @@
-"""The table of formulas: what verification, tests and README read.
+"""The catalog of formulas, which verification, tests and README read.
 
-A formula is added by adding a row: its ids and place in the document, the Function that holds its
-derivative, the call that a user makes, its two reference forms and its inputs. Further samples of
-the row are options that change the arithmetic; they are held to numerical differentiation alone.
+A formula is one row: its ids and place in the document, the Function that holds its derivative, its
+two reference forms, and samples of the public call. The reference forms are those of the first
+sample. The others vary options of the call, and are compared with numerical differentiation only.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from torch_nnmath import formulas, nn, reference
 from torch_nnmath import functional as F
 from torch_nnmath.reference import Form, Forms
 
-EXAMPLES = 5  # in a batch: unlike the other sizes, so that it can be told from them
+EXAMPLES = 5  # in a batch: differs from the other sizes, so that mixed-up dimensions raise
 CLASSES = 3
+
+Kind = Literal["real", "signed", "positive", "class", "label"]
 
 
 class Input(NamedTuple):
-    """An input of one example, or one that all examples share."""
+    """An input of one example, or one that all examples share.
+
+    Kinds of real numbers: "real", "positive", and "signed", which keeps away from 0. A "class" is
+    a class index; a "label" too, but that of the first example is -100, to be ignored.
+    """
 
     shape: tuple[int, ...]
-    # signed: away from 0; class: an index; label: the same, and the first example's is ignored
-    kind: Literal["real", "signed", "positive", "class", "label"] = "real"
+    kind: Kind = "real"
     shared: bool = False
 
     def draw(self, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-        """Random numbers, for a batch of examples unless shared."""
+        """Returns random numbers, for a batch of examples unless shared."""
         shape = self.shape if self.shared else (EXAMPLES, *self.shape)
         if self.kind in ("class", "label"):
             y = rng.integers(0, CLASSES, shape)
@@ -52,8 +57,8 @@ class Input(NamedTuple):
 class Sample:
     """A call and its inputs.
 
-    A batch of examples goes in, a value each or their mean comes out; if all inputs are shared,
-    they are one example.
+    The inputs are a batch of examples, and the call returns a value for each or their mean. If all
+    inputs are shared, they are one example.
     """
 
     call: Callable[..., Tensor]
@@ -61,26 +66,30 @@ class Sample:
     name: str = ""
 
     def draw(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, ...]:
-        """A tensor for each input: float64 that requires gradients, or class indices."""
+        """Returns a tensor for each input: float64 that requires gradients, or class indices."""
         rng = np.random.default_rng(seed)
-        drawn = (torch.tensor(i.draw(rng), device=device) for i in self.inputs.values())
-        return tuple(x.requires_grad_(x.is_floating_point()) for x in drawn)
+        tensors = (torch.tensor(spec.draw(rng), device=device) for spec in self.inputs.values())
+        return tuple(x.requires_grad_(x.is_floating_point()) for x in tensors)
 
     def on(self, device: str) -> Callable[..., Tensor]:
-        """The call; a module is moved there."""
+        """Returns the call; if it is a module, a copy of it on the device."""
         if isinstance(self.call, torch.nn.Module):
             return copy.deepcopy(self.call).to(device)
         return self.call
 
     @property
     def is_batch(self) -> bool:
-        """Whether several examples go in."""
-        return not all(i.shared for i in self.inputs.values())
+        """Whether the inputs are a batch of examples."""
+        return not all(spec.shared for spec in self.inputs.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """A formula; `options` are those of its reference forms in the first sample."""
+    """A formula.
+
+    `slips` are the document's slips that the formula corrects (docs/slips.md), `options` those of
+    its reference forms that belong to the first sample.
+    """
 
     ids: tuple[str, ...]
     section: str
@@ -93,68 +102,83 @@ class Row:
 
     @property
     def name(self) -> str:
+        """The ids and the title."""
         return f"{' '.join(self.ids)} {self.title}"
 
 
-def _vector(n: int, kind: Literal["real", "signed", "positive"] = "real") -> Input:
+# Inputs
+
+
+def _vector(n: int, kind: Kind = "real") -> Input:
     return Input((n,), kind)
 
 
-def _layer(n_in: int, n_out: int, tag: str = "") -> dict[str, Input]:
-    return {f"W{tag}": Input((n_out, n_in), shared=True), f"b{tag}": Input((n_out,), shared=True)}
+def _layer(n_in: int, n_out: int, suffix: str = "") -> dict[str, Input]:
+    """Weight and bias of a linear layer."""
+    return {
+        f"W{suffix}": Input((n_out, n_in), shared=True),
+        f"b{suffix}": Input((n_out,), shared=True),
+    }
 
 
-def _each(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+# Calls with positional tensors only
+
+
+def _per_example(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
     return partial(loss, reduction="none", **options)
 
 
-def _weighted(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """A loss whose last input is its weight."""
+def _with_weight(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """Returns the loss with its weight as the last input."""
 
-    def call(*inputs: Tensor) -> Tensor:
+    def compute_loss(*inputs: Tensor) -> Tensor:
         *others, w = inputs
         return loss(*others, weight=w, **options)
 
-    return call
+    return compute_loss
 
 
-def _head(x: Tensor, W: Tensor, *rest: Tensor, **options: Any) -> Tensor:
-    """The head with its bias among the positions: (x, W, target) or (x, W, b, target)."""
+def _compute_head_loss(x: Tensor, W: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+    """Calls the head with (x, W, target) or (x, W, b, target)."""
     *bias, t = rest
     return F.linear_cross_entropy(x, W, t, linear_bias=bias[0] if bias else None, **options)
 
 
-def _scale(x: Tensor, s: Tensor) -> Tensor:
-    return formulas.LogitScale.evaluate(x, s.squeeze())
+def _compute_scaled_head_loss(
+    x: Tensor, W: Tensor, b: Tensor, t: Tensor, s: Tensor, **options: Any
+) -> Tensor:
+    return _compute_head_loss(x, W, b, t, logit_scale=s.squeeze(), **options)
 
 
-def _log_probs(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """Of class 1, to base 2."""
+def _compute_log_probs(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """Computes the log-probabilities of class 1, to base 2."""
     y = torch.ones(x.shape[:1], dtype=torch.int64, device=x.device)
     return F.linear_log_probs(x, W, y, linear_bias=b, base=2)
 
 
-def _scaled_head(x: Tensor, W: Tensor, b: Tensor, t: Tensor, s: Tensor, **options: Any) -> Tensor:
-    return _head(x, W, b, t, logit_scale=s.squeeze(), **options)
+def _scale_logits(x: Tensor, s: Tensor) -> Tensor:
+    return formulas.LogitScale.evaluate(x, s.squeeze())
 
 
-def _module(kind: Callable[..., torch.nn.Module], *sizes: Any, **options: Any) -> torch.nn.Module:
-    """A module in float64, always with the same parameters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return kind(*sizes, **options).double()
-
-
-def _mean(c: Tensor) -> Tensor:
+def _average(c: Tensor) -> Tensor:
     return formulas.Cost.evaluate(c, torch.full((), c.shape[0], dtype=c.dtype, device=c.device))
 
 
-def _network(x: Tensor, *parameters: Tensor, **options: str) -> Tensor:
+def _run_network(x: Tensor, *parameters: Tensor, **options: str) -> Tensor:
     return F.feedforward(x, parameters[::2], parameters[1::2], **options)
 
 
-def _flat(form: Form) -> Form:
-    """The reference network with its parameters one after the other: W1, b1, W2, b2."""
+def _make_module(
+    make: Callable[..., torch.nn.Module], *sizes: Any, **options: Any
+) -> torch.nn.Module:
+    """Returns a module in float64, always with the same parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(*sizes, **options).double()
+
+
+def _flatten_parameters(form: Form) -> Form:
+    """Returns the reference network with its parameters as W1, b1, W2, b2, ..."""
 
     def rule(x: Any, *parameters: Any, **options: Any) -> Any:
         value, pull = form.rule(x, parameters[::2], parameters[1::2], **options)
@@ -178,90 +202,90 @@ _NETWORK = {"x": _vector(3), **_layer(3, 2, "1"), **_layer(2, 2, "2")}
 
 CATALOG: tuple[Row, ...] = (
     Row(
-        ("F1", "F8"),
-        "1, 4",
-        "affine map",
-        formulas.Affine,
-        reference.AFFINE,
-        (
+        ids=("F1", "F8"),
+        section="1, 4",
+        title="affine map",
+        function=formulas.Affine,
+        reference=reference.AFFINE,
+        samples=(
             Sample(F.linear, {"x": _vector(3), **_layer(3, 2)}),
             Sample(
                 lambda x, W: F.linear(x, W), {"x": _vector(3), "W": _layer(3, 2)["W"]}, "no bias"
             ),
-            Sample(_module(nn.Linear, 3, 2), {"x": _vector(3)}, "module"),
+            Sample(_make_module(nn.Linear, 3, 2), {"x": _vector(3)}, "module"),
         ),
-        ("E3", "E4", "E12"),
+        slips=("E3", "E4", "E12"),
     ),
     Row(
-        ("F2",),
-        "1",
-        "tanh",
-        formulas.Tanh,
-        reference.TANH,
-        (
+        ids=("F2",),
+        section="1",
+        title="tanh",
+        function=formulas.Tanh,
+        reference=reference.TANH,
+        samples=(
             Sample(F.tanh, {"z": _vector(3)}),
             Sample(nn.Tanh(), {"z": _vector(3)}, "module"),
         ),
     ),
     Row(
-        ("F2",),
-        "1",
-        "relu",
-        formulas.ReLU,
-        reference.RELU,
-        (
+        ids=("F2",),
+        section="1",
+        title="relu",
+        function=formulas.ReLU,
+        reference=reference.RELU,
+        samples=(
             Sample(F.relu, {"z": _vector(4, "signed")}),
             Sample(lambda z: F.relu(z * 1, inplace=True), {"z": _vector(4, "signed")}, "in place"),
             Sample(nn.ReLU(), {"z": _vector(4, "signed")}, "module"),
         ),
     ),
     Row(
-        ("F3",),
-        "2",
-        "cost of a batch",
-        formulas.Cost,
-        reference.COST,
-        (
-            Sample(_mean, {"c": Input((4,), shared=True)}),
+        ids=("F3",),
+        section="2",
+        title="cost of a batch",
+        function=formulas.Cost,
+        reference=reference.COST,
+        samples=(
+            Sample(_average, {"c": Input((4,), shared=True)}),
             Sample(
                 formulas.Cost.evaluate,
                 {"c": Input((4,), shared=True), "n": Input((), "positive", shared=True)},
                 "total weight",
             ),
         ),
-        ("E15",),
+        slips=("E15",),
     ),
     Row(
-        ("F4",),
-        "2.1",
-        "squared error",
-        formulas.SquaredError,
-        reference.SQUARED_ERROR,
-        (
-            Sample(_each(F.squared_error), {"a": _vector(3), "t": _vector(3)}),
+        ids=("F4",),
+        section="2.1",
+        title="squared error",
+        function=formulas.SquaredError,
+        reference=reference.SQUARED_ERROR,
+        samples=(
+            Sample(_per_example(F.squared_error), {"a": _vector(3), "t": _vector(3)}),
             Sample(nn.SquaredErrorLoss(), {"a": _vector(3), "t": _vector(3)}, "module, mean"),
             Sample(nn.MSELoss(), {"a": _vector(3), "t": _vector(3)}, "mean squared error"),
             Sample(
-                _weighted(F.mse_loss),
+                _with_weight(F.mse_loss),
                 {"a": _vector(3), "t": _vector(3), "w": _vector(3, "positive")},
                 "mean squared error, weighted",
             ),
         ),
-        ("E1", "E2", "E15"),
+        slips=("E1", "E2", "E15"),
     ),
     Row(
-        ("F5", "F16"),
-        "2.2, A",
-        "cross entropy of probabilities",
-        formulas.CategoricalCrossEntropy,
-        reference.CATEGORICAL_CROSS_ENTROPY,
-        (
+        ids=("F5", "F16"),
+        section="2.2, A",
+        title="cross entropy of probabilities",
+        function=formulas.CategoricalCrossEntropy,
+        reference=reference.CATEGORICAL_CROSS_ENTROPY,
+        samples=(
             Sample(
-                _each(F.categorical_cross_entropy, base=2),
+                _per_example(F.categorical_cross_entropy, base=2),
                 {"a": _vector(CLASSES, "positive"), **_PROBABILITIES},
             ),
             Sample(
-                _each(F.categorical_cross_entropy),
+                _per_example(F.categorical_cross_entropy),
                 {"a": _vector(CLASSES, "positive"), "y": Input((), "class")},
                 "class indices",
             ),
@@ -271,50 +295,50 @@ CATALOG: tuple[Row, ...] = (
                 "module, class indices, mean",
             ),
         ),
-        ("E8", "E16"),
-        {"beta": 2},
+        slips=("E8", "E16"),
+        options={"beta": 2},
     ),
     Row(
-        ("F6",),
-        "3.1",
-        "sigmoid",
-        formulas.Sigmoid,
-        reference.SIGMOID,
-        (
+        ids=("F6",),
+        section="3.1",
+        title="sigmoid",
+        function=formulas.Sigmoid,
+        reference=reference.SIGMOID,
+        samples=(
             Sample(F.sigmoid, {"z": _vector(3)}),
             Sample(nn.Sigmoid(), {"z": _vector(3)}, "module"),
         ),
-        ("E14",),
+        slips=("E14",),
     ),
     Row(
-        ("F7",),
-        "3.2, B",
-        "softmax",
-        formulas.Softmax,
-        reference.SOFTMAX,
-        (
+        ids=("F7",),
+        section="3.2, B",
+        title="softmax",
+        function=formulas.Softmax,
+        reference=reference.SOFTMAX,
+        samples=(
             Sample(partial(F.softmax, dim=-1), {"z": _vector(3)}),
             Sample(partial(F.softmax, dim=1), {"z": Input((3, 2))}, "middle axis"),
             Sample(nn.Softmax(-1), {"z": _vector(3)}, "module"),
         ),
-        ("E10", "E11"),
+        slips=("E10", "E11"),
     ),
     Row(
-        ("F17",),
-        "B",
-        "softmax's Jacobian",
-        formulas.Softmax,
-        reference.SOFTMAX_JACOBIAN,
-        (Sample(partial(F.softmax_jacobian, dim=-1), {"z": _vector(3)}),),
-        ("E9", "E10", "E11"),
+        ids=("F17",),
+        section="B",
+        title="softmax's Jacobian",
+        function=formulas.Softmax,
+        reference=reference.SOFTMAX_JACOBIAN,
+        samples=(Sample(partial(F.softmax_jacobian, dim=-1), {"z": _vector(3)}),),
+        slips=("E9", "E10", "E11"),
     ),
     Row(
-        ("F9", "F11"),
-        "5.1, layer L",
-        "affine, sigmoid, squared error",
-        formulas.SigmoidSquaredError,
-        reference.SIGMOID_SQUARED_ERROR,
-        (
+        ids=("F9", "F11"),
+        section="5.1, layer L",
+        title="affine, sigmoid, squared error",
+        function=formulas.SigmoidSquaredError,
+        reference=reference.SIGMOID_SQUARED_ERROR,
+        samples=(
             Sample(
                 lambda x, W, b, t: F.sigmoid_squared_error(F.linear(x, W, b), t, reduction="none"),
                 {"x": _vector(3), **_layer(3, 2), "t": _vector(2)},
@@ -330,46 +354,49 @@ CATALOG: tuple[Row, ...] = (
                 "module, sum",
             ),
         ),
-        ("E1", "E14"),
+        slips=("E1", "E14"),
     ),
     Row(
-        ("F10", "F12"),
-        "5.1, earlier layers",
-        "feed-forward network",
-        formulas.Feedforward,
-        Forms(_flat(reference.FEEDFORWARD.element), _flat(reference.FEEDFORWARD.matrix)),
-        (
-            Sample(_network, _NETWORK),
+        ids=("F10", "F12"),
+        section="5.1, earlier layers",
+        title="feed-forward network",
+        function=formulas.Feedforward,
+        reference=Forms(
+            _flatten_parameters(reference.FEEDFORWARD.element),
+            _flatten_parameters(reference.FEEDFORWARD.matrix),
+        ),
+        samples=(
+            Sample(_run_network, _NETWORK),
             Sample(
-                partial(_network, activation="tanh", output_activation="softmax"),
+                partial(_run_network, activation="tanh", output_activation="softmax"),
                 {**_NETWORK, **_layer(2, 2, "3")},
                 "three layers, tanh and softmax",
             ),
             Sample(
-                partial(_network, activation="relu", output_activation="identity"),
+                partial(_run_network, activation="relu", output_activation="identity"),
                 _NETWORK,
                 "relu and identity",
             ),
-            Sample(_module(nn.Feedforward, (3, 2, 2)), {"x": _vector(3)}, "module"),
+            Sample(_make_module(nn.Feedforward, (3, 2, 2)), {"x": _vector(3)}, "module"),
         ),
-        ("E5", "E13"),
+        slips=("E5", "E13"),
     ),
     Row(
-        ("F13",),
-        "5.2",
-        "softmax, cross entropy",
-        formulas.CrossEntropy,
-        reference.CROSS_ENTROPY,
-        (
-            Sample(_each(F.cross_entropy, base=2), {**_LOGITS, **_PROBABILITIES}),
-            Sample(_each(F.cross_entropy), {**_LOGITS, **_LABELS}, "class indices"),
+        ids=("F13",),
+        section="5.2",
+        title="softmax, cross entropy",
+        function=formulas.CrossEntropy,
+        reference=reference.CROSS_ENTROPY,
+        samples=(
+            Sample(_per_example(F.cross_entropy, base=2), {**_LOGITS, **_PROBABILITIES}),
+            Sample(_per_example(F.cross_entropy), {**_LOGITS, **_LABELS}, "class indices"),
             Sample(
-                _weighted(F.cross_entropy, label_smoothing=0.2, base=10),
+                _with_weight(F.cross_entropy, label_smoothing=0.2, base=10),
                 {**_LOGITS, **_LABELS, **_CLASS_WEIGHT},
                 "indices, weights, smoothing, mean",
             ),
             Sample(
-                _weighted(F.cross_entropy, label_smoothing=0.2, reduction="sum"),
+                _with_weight(F.cross_entropy, label_smoothing=0.2, reduction="sum"),
                 {**_LOGITS, **_PROBABILITIES, **_CLASS_WEIGHT},
                 "probabilities, weights, smoothing, sum",
             ),
@@ -380,30 +407,30 @@ CATALOG: tuple[Row, ...] = (
             ),
             Sample(nn.CrossEntropyLoss(), {**_LOGITS, **_LABELS}, "module, mean"),
         ),
-        ("E6", "E7"),
-        {"beta": 2},
+        slips=("E6", "E7"),
+        options={"beta": 2},
     ),
     Row(
-        ("F14", "F15"),
-        "5.2, layer L",
-        "affine, softmax, cross entropy",
-        formulas.LinearCrossEntropy,
-        reference.LINEAR_CROSS_ENTROPY,
-        (
-            Sample(_each(_head, base=2), {**_HEAD, **_PROBABILITIES}),
-            Sample(_each(_head), {**_HEAD, **_LABELS}, "class indices"),
+        ids=("F14", "F15"),
+        section="5.2, layer L",
+        title="affine, softmax, cross entropy",
+        function=formulas.LinearCrossEntropy,
+        reference=reference.LINEAR_CROSS_ENTROPY,
+        samples=(
+            Sample(_per_example(_compute_head_loss, base=2), {**_HEAD, **_PROBABILITIES}),
+            Sample(_per_example(_compute_head_loss), {**_HEAD, **_LABELS}, "class indices"),
             Sample(
-                _weighted(_head, label_smoothing=0.2, base=10),
+                _with_weight(_compute_head_loss, label_smoothing=0.2, base=10),
                 {**_HEAD, **_LABELS, **_CLASS_WEIGHT},
                 "indices, weights, smoothing, mean",
             ),
             Sample(
-                _weighted(_head, label_smoothing=0.2, reduction="sum"),
+                _with_weight(_compute_head_loss, label_smoothing=0.2, reduction="sum"),
                 {"x": _vector(2), "W": _HEAD["W"], **_PROBABILITIES, **_CLASS_WEIGHT},
                 "probabilities, weights, smoothing, no bias, sum",
             ),
             Sample(
-                _head,
+                _compute_head_loss,
                 {
                     "x": _vector(2),
                     "W": Input((CLASSES, 2, 2), shared=True),
@@ -412,52 +439,56 @@ CATALOG: tuple[Row, ...] = (
                 "K-dimensional, mean",
             ),
             Sample(
-                _module(nn.LinearCrossEntropyLoss, 2, CLASSES),
+                _make_module(nn.LinearCrossEntropyLoss, 2, CLASSES),
                 {"x": _vector(2), **_LABELS},
                 "module, mean",
             ),
         ),
-        ("E6", "E7"),
-        {"beta": 2},
+        slips=("E6", "E7"),
+        options={"beta": 2},
     ),
     Row(
-        ("F18",),
-        "head",
-        "logit scale",
-        formulas.LogitScale,
-        reference.LOGIT_SCALE,
-        (
-            Sample(_scale, {"x": _vector(3), **_SCALE}),
+        ids=("F18",),
+        section="head",
+        title="logit scale",
+        function=formulas.LogitScale,
+        reference=reference.LOGIT_SCALE,
+        samples=(
+            Sample(_scale_logits, {"x": _vector(3), **_SCALE}),
             Sample(lambda x: formulas.LogitScale.evaluate(x, -0.7), {"x": _vector(3)}, "a number"),
         ),
     ),
     Row(
-        ("F19",),
-        "head",
-        "soft cap",
-        formulas.SoftCap,
-        reference.SOFTCAP,
-        (Sample(lambda z: formulas.SoftCap.evaluate(z, 1.5), {"z": _vector(3)}),),
+        ids=("F19",),
+        section="head",
+        title="soft cap",
+        function=formulas.SoftCap,
+        reference=reference.SOFTCAP,
+        samples=(Sample(lambda z: formulas.SoftCap.evaluate(z, 1.5), {"z": _vector(3)}),),
         options={"cap": 1.5},
     ),
     Row(
-        ("F20",),
-        "head",
-        "z-loss",
-        formulas.ZLoss,
-        reference.Z_LOSS,
-        (
+        ids=("F20",),
+        section="head",
+        title="z-loss",
+        function=formulas.ZLoss,
+        reference=reference.Z_LOSS,
+        samples=(
             Sample(lambda z: formulas.ZLoss.evaluate(z, 1).squeeze(1), _LOGITS),
-            Sample(_each(F.cross_entropy, z_loss=0.3), {**_LOGITS, **_LABELS}, "in cross entropy"),
+            Sample(
+                _per_example(F.cross_entropy, z_loss=0.3),
+                {**_LOGITS, **_LABELS},
+                "in cross entropy",
+            ),
         ),
     ),
     Row(
-        ("F21",),
-        "head",
-        "entropy of softmax",
-        formulas.Entropy,
-        reference.ENTROPY,
-        (
+        ids=("F21",),
+        section="head",
+        title="entropy of softmax",
+        function=formulas.Entropy,
+        reference=reference.ENTROPY,
+        samples=(
             Sample(lambda z: formulas.Entropy.evaluate(z, 1, 2).squeeze(1), _LOGITS),
             Sample(
                 lambda x, W, b, y: F.linear_log_probs(
@@ -470,13 +501,13 @@ CATALOG: tuple[Row, ...] = (
         options={"beta": 2},
     ),
     Row(
-        ("F22",),
-        "head",
-        "log-probability of a class",
-        formulas.LinearCrossEntropy,
-        reference.LINEAR_LOG_PROBS,
-        (
-            Sample(_log_probs, _HEAD),
+        ids=("F22",),
+        section="head",
+        title="log-probability of a class",
+        function=formulas.LinearCrossEntropy,
+        reference=reference.LINEAR_LOG_PROBS,
+        samples=(
+            Sample(_compute_log_probs, _HEAD),
             Sample(
                 lambda x, W, y: sum(F.linear_log_probs(x, W, y, return_entropy=True)),
                 {"x": _vector(2), "W": _HEAD["W"], **_LABELS},
@@ -486,23 +517,23 @@ CATALOG: tuple[Row, ...] = (
         options={"y": 1, "beta": 2},
     ),
     Row(
-        ("F23",),
-        "head",
-        "scaled and capped head with z-loss",
-        formulas.LinearCrossEntropy,
-        reference.SCALED_HEAD,
-        (
+        ids=("F23",),
+        section="head",
+        title="scaled and capped head with z-loss",
+        function=formulas.LinearCrossEntropy,
+        reference=reference.SCALED_HEAD,
+        samples=(
             Sample(
-                _each(_scaled_head, base=2, softcap=1.5, z_loss=0.3),
+                _per_example(_compute_scaled_head_loss, base=2, softcap=1.5, z_loss=0.3),
                 {**_HEAD, **_PROBABILITIES, **_SCALE},
             ),
             Sample(
-                partial(_scaled_head, softcap=1.5, z_loss=0.3),
+                partial(_compute_scaled_head_loss, softcap=1.5, z_loss=0.3),
                 {**_HEAD, **_LABELS, **_SCALE},
                 "class indices, mean",
             ),
             Sample(
-                lambda x, W, b, y, w: _head(
+                lambda x, W, b, y, w: _compute_head_loss(
                     x, W, b, y, weight=w, label_smoothing=0.2, z_loss=0.3, logit_scale=-0.7
                 ),
                 {**_HEAD, **_LABELS, **_CLASS_WEIGHT},
@@ -516,7 +547,7 @@ CATALOG: tuple[Row, ...] = (
                 "on logits, mean",
             ),
             Sample(
-                _module(
+                _make_module(
                     nn.LinearCrossEntropyLoss,
                     *(2, CLASSES),
                     logit_scale=torch.nn.Parameter(torch.tensor(0.7)),

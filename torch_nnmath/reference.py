@@ -1,16 +1,15 @@
 """The formulas in NumPy, each in element form (indices and sums) and in matrix form.
 
-One example at a time: vectors are columns (n, 1), weights (outputs, inputs), losses scalars. A rule
-takes the inputs of a formula and returns its value and its pullback. The pullback contracts the
-formula's derivative with g, the cotangent of the value, and returns one gradient per input, in that
-input's shape:
+Each formula is for one example: vectors are columns (n, 1), weights (outputs, inputs), losses
+scalars. A rule takes the inputs of a formula and returns its value and its pullback. The pullback
+maps g, the cotangent of the value, to one gradient per input, in that input's shape:
 
     AFFINE.element.value(x, W, b)           z
     AFFINE.matrix.pullback(g, x, W, b)      (dx, dW, db)
 
-Everything runs on float64 arrays and, with an `Elementary` of other functions, on object arrays:
-SymPy's symbols for a proof, mpmath's numbers for more digits. Nothing is differentiated here: the
-derivatives are the formulas as written, with the slips that docs/slips.md lists put right.
+The rules run on float64 arrays and, with another `Elementary`, on object arrays: of SymPy's symbols
+for a proof, of mpmath's numbers for more digits. The derivatives are written out as in the
+document, but without its slips (docs/slips.md).
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ VJP: TypeAlias = tuple[Any, Callable[[Any], Gradients]]
 
 @dataclass(frozen=True)
 class Elementary:
-    """Elementary functions, each of a single entry or of an array entry by entry.
+    """Elementary functions that accept a single entry or an array.
 
-    For SymPy, `np.frompyfunc(sympy.exp, 1, 1)` and its like: log, Max (of two arguments), tanh.
+    For SymPy they are `np.frompyfunc(sympy.exp, 1, 1)`, and so on with log, Max and tanh.
     """
 
     exp: Callable[[Any], Any]
@@ -42,7 +41,7 @@ class Elementary:
     tanh: Callable[[Any], Any]
 
 
-# The limits at the ends, 1 / (1 + inf) = 0 and log 0 = -inf, are meant and need no warning.
+# The limits 1 / (1 + inf) = 0 and log 0 = -inf are intended, so they need no warning.
 NUMPY = Elementary(
     exp=np.errstate(over="ignore")(np.exp),
     log=np.errstate(divide="ignore")(np.log),
@@ -53,42 +52,49 @@ NUMPY = Elementary(
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a formula; `fn=` and a formula's own options are passed by keyword."""
+    """One form of a formula. `fn` and the formula's options are keyword arguments."""
 
     rule: Callable[..., VJP]
 
     def value(self, *inputs: Any, **options: Any) -> Any:
+        """Returns the formula's value."""
         return self.rule(*inputs, **options)[0]
 
     def pullback(self, g: Any, *inputs: Any, **options: Any) -> Gradients:
+        """Returns the gradient of each input, for the cotangent g of the value."""
         return self.rule(*inputs, **options)[1](g)
 
 
 @dataclass(frozen=True)
 class Forms:
+    """A formula in element form and in matrix form."""
+
     element: Form
     matrix: Form
 
 
 def column(entries: Iterable[Any]) -> Array:
+    """Returns the entries as an array of shape (n, 1)."""
     return np.array([[entry] for entry in entries])
 
 
 def matrix(rows: Iterable[Iterable[Any]]) -> Array:
+    """Returns the rows as an array of shape (m, n)."""
     return np.array([list(row) for row in rows])
 
 
 def kronecker(i: int, j: int) -> int:
+    """Returns δ_ij."""
     return 1 if i == j else 0
 
 
 def shift(z: Array) -> Any:
-    """What to take off z before e^z: e^z of numbers stays finite, and symbols stay plain."""
+    """Returns max z, to subtract before e^z so that it stays finite; 0 for symbols."""
     return 0 if z.dtype == object else z.max()
 
 
 def central_difference(f: Callable[[Array], Any], x: Array, h: float = 1e-6) -> Array:
-    """The Jacobian of f at x by central differences, of shape f(x).shape + x.shape."""
+    """Returns the Jacobian of f at x by central differences, of shape f(x).shape + x.shape."""
     partials = []
     for index in np.ndindex(x.shape):
         step = np.zeros(x.shape)
@@ -158,7 +164,7 @@ def relu_matrix(z: Array, *, fn: Elementary = NUMPY) -> VJP:
 
 
 def identity(z: Array, *, fn: Elementary = NUMPY) -> VJP:
-    """F2 with f(z) = z: a layer without an activation."""
+    """F2 with f(z) = z: the activation of a linear layer."""
     return z, lambda g: (g,)
 
 
@@ -245,7 +251,7 @@ def categorical_cross_entropy_element(
     J = range(len(a))
     ln = fn.log(beta)
 
-    # 0 log 0 and 0/0 are 0 here. No symbol equals 0, so that symbols keep every term.
+    # Terms with t = 0 are dropped, because 0 log 0 and 0/0 count as 0. No symbol equals 0.
     def pullback(g: Any) -> Gradients:
         da = column(g * (0 if t[j, 0] == 0 else -(t[j, 0] / a[j, 0]) / ln) for j in J)
         dt = column(-g * fn.log(a[j, 0]) / ln for j in J)
@@ -259,9 +265,9 @@ def categorical_cross_entropy_matrix(
 ) -> VJP:
     """F5: c = -tᵀ log_β a,  dc/da = -(1/ln β) t ⊘ a, dc/dt = -log_β a."""
     ln = fn.log(beta)
-    seen = np.where(t == 0, 1, a)  # where t is 0, log 1 = 0 stands for log a: 0 log 0 and 0/0 are 0
-    c = -(t.T @ fn.log(seen)).item() / ln
-    return c, lambda g: (-g * (t / seen) / ln, -g * fn.log(a) / ln)
+    safe_a = np.where(t == 0, 1, a)  # because 0 log 0 and 0/0 count as 0
+    c = -(t.T @ fn.log(safe_a)).item() / ln
+    return c, lambda g: (-g * (t / safe_a) / ln, -g * fn.log(a) / ln)
 
 
 def sigmoid_squared_error_element(
@@ -455,8 +461,8 @@ def linear_log_probs_matrix(
     return (e_y.T @ l).item() / ln, lambda g: affine_pullback(g * (e_y - a) / ln)
 
 
-def _scaled_head(form: str) -> Callable[..., VJP]:
-    """F23 in one of the forms: the chain of F1, F18, F19 and F13 + ζ F20."""
+def _make_scaled_head(form: str) -> Callable[..., VJP]:
+    """Returns F23 in one of the forms: the chain of F1, F18, F19 and F13 + ζ F20."""
 
     def rule(
         x: Array,
@@ -482,8 +488,8 @@ def _scaled_head(form: str) -> Callable[..., VJP]:
 
         def pullback(g: Any) -> Gradients:
             dv, dt = cross_entropy_pullback(g)
-            (dv_more,) = z_loss_pullback(g * zeta)
-            (dscaled,) = softcap_pullback(dv + dv_more)
+            (dv_z_loss,) = z_loss_pullback(g * zeta)
+            (dscaled,) = softcap_pullback(dv + dv_z_loss)
             dz, ds = scale_pullback(dscaled)
             return *affine_pullback(dz), dt, ds
 
@@ -492,8 +498,8 @@ def _scaled_head(form: str) -> Callable[..., VJP]:
     return rule
 
 
-def layers(count: int, activation: str, output_activation: str) -> list[Forms]:
-    """The activation of each layer. Only the last may be softmax: F12 takes f' elementwise."""
+def layer_activations(count: int, activation: str, output_activation: str) -> list[Forms]:
+    """Returns each layer's activation. Softmax only at the end: F12 needs an elementwise f'."""
     return [HIDDEN[activation]] * (count - 1) + [OUTPUT[output_activation]]
 
 
@@ -510,18 +516,18 @@ def feedforward_element(
 
     δ_k^l = (Σ_j δ_j^{l+1} w_jk^{l+1}) f'(z_k^l):  dc/dw_kq^l = δ_k^l a_q^{l-1}, dc/db_k^l = δ_k^l.
     """
-    fs = layers(len(weights), activation, output_activation)
-    a, back = [x], []
+    fs = layer_activations(len(weights), activation, output_activation)
+    a, pullbacks = [x], []
     for W, b, f in zip(weights, biases, fs, strict=True):
         K, Q = map(range, W.shape)
         z = column(sum(W[k, q] * a[-1][q, 0] for q in Q) + b[k, 0] for k in K)
         value, pullback_f = f.element.rule(z, fn=fn)
         a.append(value)
-        back.append(pullback_f)
+        pullbacks.append(pullback_f)
 
     def pullback(g: Any) -> Gradients:
         da, dW, db = g, [], []
-        for W, x, pullback_f in zip(reversed(weights), a[-2::-1], reversed(back), strict=True):
+        for W, x, pullback_f in zip(reversed(weights), a[-2::-1], reversed(pullbacks), strict=True):
             K, Q = map(range, W.shape)
             (dz,) = pullback_f(da)
             dW.append(matrix((dz[k, 0] * x[q, 0] for q in Q) for k in K))
@@ -545,16 +551,16 @@ def feedforward_matrix(
 
     δ^L = J g, δ^l = ((W^{l+1})ᵀ δ^{l+1}) ∘ f'(z^l):  dW^l = δ^l (a^{l-1})ᵀ, db^l = δ^l.
     """
-    fs = layers(len(weights), activation, output_activation)
-    a, back = [x], []
+    fs = layer_activations(len(weights), activation, output_activation)
+    a, pullbacks = [x], []
     for W, b, f in zip(weights, biases, fs, strict=True):
         value, pullback_f = f.matrix.rule(W @ a[-1] + b, fn=fn)
         a.append(value)
-        back.append(pullback_f)
+        pullbacks.append(pullback_f)
 
     def pullback(g: Any) -> Gradients:
         da, dW, db = g, [], []
-        for W, x, pullback_f in zip(reversed(weights), a[-2::-1], reversed(back), strict=True):
+        for W, x, pullback_f in zip(reversed(weights), a[-2::-1], reversed(pullbacks), strict=True):
             (dz,) = pullback_f(da)
             dW.append(dz @ x.T)
             db.append(dz)
@@ -586,7 +592,7 @@ SOFTCAP = Forms(Form(softcap_element), Form(softcap_matrix))
 Z_LOSS = Forms(Form(z_loss_element), Form(z_loss_matrix))
 ENTROPY = Forms(Form(entropy_element), Form(entropy_matrix))
 LINEAR_LOG_PROBS = Forms(Form(linear_log_probs_element), Form(linear_log_probs_matrix))
-SCALED_HEAD = Forms(Form(_scaled_head("element")), Form(_scaled_head("matrix")))
+SCALED_HEAD = Forms(Form(_make_scaled_head("element")), Form(_make_scaled_head("matrix")))
 FEEDFORWARD = Forms(Form(feedforward_element), Form(feedforward_matrix))
 
 HIDDEN = {"sigmoid": SIGMOID, "tanh": TANH, "relu": RELU, "identity": IDENTITY}

@@ -1,4 +1,4 @@
-"""`python -m torch_nnmath verify`: every formula of the catalog, or a function of the user's."""
+"""`python -m torch_nnmath verify`: checks every formula of the catalog, or a user's function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import sympy
@@ -22,7 +22,7 @@ from torch_nnmath import testing
 from torch_nnmath.catalog import CATALOG, EXAMPLES, Input, Row, Sample
 from torch_nnmath.reference import Elementary, Form
 from torch_nnmath.testing import Report, Verdict
-from torch_nnmath.testing._report import Wrong, described, shortened
+from torch_nnmath.testing._report import Wrong, describe_error, shorten
 
 SYMBOLIC = Elementary(
     exp=np.frompyfunc(sympy.exp, 1, 1),
@@ -32,53 +32,63 @@ SYMBOLIC = Elementary(
 )
 
 
-def proof(row: Row, device: str) -> None:
-    """The reference, exactly: its pullback is its value's derivative, and both forms are one."""
+def prove(row: Row, device: str) -> None:
+    """Proves with symbols that both reference forms are equal and their pullbacks right.
+
+    Raises Wrong if the forms differ, or a pullback is not the derivative of the value.
+    """
     columns, leaves = [], []
     for name, spec in row.samples[0].inputs.items():
-        symbols = _symbols(name, spec)
+        symbols = _make_symbols(name, spec)
         columns.append(symbols if symbols.ndim == 2 else symbols[:, None])
         leaves.append(symbols.ravel())
     options = dict(row.options)
     for name in {"beta", "cap", "zeta"} & options.keys():
         options[name] = sympy.Symbol(name, positive=True)
     forms = (row.reference.element, row.reference.matrix)
-    values = [_flat(form.value(*columns, fn=SYMBOLIC, **options)) for form in forms]
+    values = [_flatten(form.value(*columns, fn=SYMBOLIC, **options)) for form in forms]
     for i, (element, matrix) in enumerate(zip(*values, strict=True)):
         _prove_zero(element - matrix, f"element form minus matrix form, entry {i}")
     value = forms[0].value(*columns, fn=SYMBOLIC, **options)
-    g = _symbols("g", Input(np.shape(value)))
-    contracted = sum(map(sympy.Mul, _flat(g), values[0]))
+    g = _make_symbols("g", Input(np.shape(value)))
+    contracted = sum(map(sympy.Mul, _flatten(g), values[0]))
     for form in forms:
         gradients = form.pullback(g if g.ndim else g.item(), *columns, fn=SYMBOLIC, **options)
         for symbols, gradient in zip(leaves, gradients, strict=True):
-            for symbol, entry in zip(symbols, _flat(gradient), strict=True):
+            for symbol, entry in zip(symbols, _flatten(gradient), strict=True):
                 _prove_zero(sympy.diff(contracted, symbol) - entry, f"derivative in {symbol}")
 
 
-def compared(row: Row, device: str) -> None:
-    """The library's values and gradients in float64 against both reference forms."""
+def compare_with_reference(row: Row, device: str) -> None:
+    """Compares the library's value and gradients in float64 with both reference forms.
+
+    Raises Wrong if they differ by more than rounding.
+    """
     sample = row.samples[0]
     inputs = sample.draw(device=device)
-    got = sample.call(*inputs)
-    g = torch.tensor(np.random.default_rng(1).normal(size=got.shape), device=device)
-    gradients = torch.autograd.grad(got, inputs, g)
+    value = sample.call(*inputs)
+    g = torch.tensor(np.random.default_rng(1).normal(size=value.shape), device=device)
+    gradients = torch.autograd.grad(value, inputs, g)
     for form in (row.reference.element, row.reference.matrix):
-        members = [form.value(*one, **row.options) for one in _examples(sample, inputs)]
-        want = np.stack([np.asarray(member, float) for member in members])
-        _compare(got if sample.is_batch else got[None], want, "value")
-        pairs = zip(gradients, _pulled_back(form, row, inputs, g), strict=True)
-        for name, (mine, other) in zip(sample.inputs, pairs, strict=True):
-            _compare(mine, other, f"gradient in {name}")
+        examples = _split_examples(sample, inputs)
+        values = [form.value(*example, **row.options) for example in examples]
+        expected = np.stack([np.asarray(each, float) for each in values])
+        _compare(value if sample.is_batch else value[None], expected, "value")
+        pairs = zip(gradients, _compute_reference_gradients(form, row, inputs, g), strict=True)
+        for name, (gradient, expected) in zip(sample.inputs, pairs, strict=True):
+            _compare(gradient, expected, f"gradient of {name}")
 
 
-CHECKS: dict[str, Callable[[Row, str], None]] = {"proof": proof, "reference": compared}
-TRANSFORMS = tuple(name for name in testing.TRANSFORMS if name != "value")  # the reference's
+CHECKS: dict[str, Callable[[Row, str], None]] = {
+    "proof": prove,
+    "reference": compare_with_reference,
+}
+TRANSFORMS = tuple(name for name in testing.TRANSFORMS if name != "value")  # "reference" checks it
 QUICK = tuple(name for name in TRANSFORMS if name in testing.QUICK)
 BEYOND_PYTORCH = ("forward mode through compile", "second order through compile")
 
-Found = tuple[Verdict, str]
-RANK = (
+Judgement: TypeAlias = tuple[Verdict, str]  # a verdict and its detail
+SEVERITY = (
     Verdict.NOT_APPLICABLE,
     Verdict.RIGHT,
     Verdict.CANNOT,
@@ -87,7 +97,7 @@ RANK = (
     Verdict.WRONG,
     Verdict.SILENT_ZERO,
 )
-SHORT = {
+SHORT_TEXTS = {
     Verdict.NOT_APPLICABLE: "-",
     Verdict.CANNOT: "cannot",
     Verdict.WRITES: "writes",
@@ -97,127 +107,149 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found of a formula: by each check of the row, and of each of its samples."""
+    """The results for one row: the judgement of each check, and the report of each sample."""
 
     row: Row
-    checks: dict[str, Found]
+    checks: dict[str, Judgement]
     reports: dict[str, Report]
 
-    def cell(self, name: str) -> Verdict:
-        """The worst that a check or a transform found."""
-        return max((verdict for _, verdict, _ in self.found(name)), key=RANK.index)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all checks and transforms."""
+        return (*self.checks, *(row.transform for row in next(iter(self.reports.values()))))
 
-    def found(self, name: str) -> Iterator[tuple[str, Verdict, str]]:
-        """Sample, verdict and detail of a check or a transform."""
+    def worst_verdict(self, name: str) -> Verdict:
+        """Returns the worst verdict of a check or a transform over the samples."""
+        return max((verdict for _, verdict, _ in self.list_verdicts(name)), key=SEVERITY.index)
+
+    def list_verdicts(self, name: str) -> Iterator[tuple[str, Verdict, str]]:
+        """Yields the sample, verdict and detail of a check or a transform."""
         if name in self.checks:
             yield ("", *self.checks[name])
         else:
             for sample, report in self.reports.items():
-                found = report[name]
-                yield sample, found.verdict, found.detail
+                yield sample, report[name].verdict, report[name].detail
 
     @property
     def faults(self) -> list[str]:
-        """A line for each thing that is not as it should be."""
+        """A message for each fault, and for each inability of PyTorch that is not expected."""
         return [
             f"{self.row.name}{f' ({sample})' if sample else ''}: {name}: {verdict}: {detail}"
             for name in self.names
-            for sample, verdict, detail in self.found(name)
+            for sample, verdict, detail in self.list_verdicts(name)
             if verdict.is_fault or (verdict is Verdict.CANNOT and name not in BEYOND_PYTORCH)
         ]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All checks and transforms."""
-        return (*self.checks, *(row.transform for row in next(iter(self.reports.values()))))
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the results as a dict of plain values, for JSON."""
+        return {
+            "ids": self.row.ids,
+            "section": self.row.section,
+            "title": self.row.title,
+            "function": self.row.function.__name__,
+            "right": not self.faults,
+            "table": {name: self.worst_verdict(name) for name in self.names},
+            "checks": {
+                name: {"verdict": verdict, "detail": detail}
+                for name, (verdict, detail) in self.checks.items()
+            },
+            "samples": [
+                {"name": name, "rows": report.to_dict()["rows"]}
+                for name, report in self.reports.items()
+            ],
+        }
 
 
 def verify(device: str = "cpu", transforms: Sequence[str] = TRANSFORMS) -> list[Outcome]:
-    """Runs every check on every formula, and every transform on each of its samples."""
+    """Runs every check on every row of the catalog, and every transform on each of its samples.
+
+    Prints one line for each row when it is done, and its faults.
+    """
     outcomes = []
     for row in CATALOG:
         start = time.perf_counter()
-        checks = {name: _found(check, row, device) for name, check in CHECKS.items()}
+        checks = {name: _run_check(check, row, device) for name, check in CHECKS.items()}
         reports = {
             sample.name: testing.check(
                 sample.on(device), sample.draw(device=device), transforms=transforms
             )
             for sample in row.samples
         }
-        outcomes.append(Outcome(row, checks, reports))
-        faults = outcomes[-1].faults
-        said = f"{len(faults)} WRONG" if faults else "right"
+        outcome = Outcome(row, checks, reports)
+        outcomes.append(outcome)
+        result = f"{len(outcome.faults)} WRONG" if outcome.faults else "right"
         samples = f"{len(reports)} sample{'s' if len(reports) > 1 else ''}"
-        print(f"{row.name}: {said}, {samples}, {time.perf_counter() - start:.1f} s", flush=True)
-        for fault in faults:
-            print(f"    {shortened(fault, 500)}", flush=True)
+        print(f"{row.name}: {result}, {samples}, {time.perf_counter() - start:.1f} s", flush=True)
+        for fault in outcome.faults:
+            print(f"    {shorten(fault, 500)}", flush=True)
     return outcomes
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Checks and transforms by formulas, and the reasons where a cell is not simply right."""
+def format_table(outcomes: Sequence[Outcome]) -> str:
+    """Formats checks and transforms by formulas, and below the reasons for cells not "right"."""
     names = outcomes[0].names
-    first = max(map(len, names))
-    heads = [" ".join(outcome.row.ids) for outcome in outcomes]
-    widths = [max(len(head), 6) for head in heads]
-    lines = ["  ".join([" " * first, *map(str.ljust, heads, widths)])]
+    name_width = max(map(len, names))
+    headings = [" ".join(outcome.row.ids) for outcome in outcomes]
+    widths = [max(len(heading), 6) for heading in headings]
+    lines = ["  ".join([" " * name_width, *map(str.ljust, headings, widths)])]
     for name in names:
-        cells = (SHORT.get(outcome.cell(name), outcome.cell(name)) for outcome in outcomes)
-        lines.append("  ".join([name.ljust(first), *map(str.ljust, cells, widths)]))
+        verdicts = [outcome.worst_verdict(name) for outcome in outcomes]
+        cells = [SHORT_TEXTS.get(verdict, verdict) for verdict in verdicts]
+        lines.append("  ".join([name.ljust(name_width), *map(str.ljust, cells, widths)]))
     reasons = dict.fromkeys(
-        f"{name}: {verdict}: {shortened(detail, 160)}"
+        f"{name}: {verdict}: {shorten(detail, 160)}"
         for name in names
-        for verdict, detail in _exceptions(outcomes, name)
+        for verdict, detail in _list_reasons(outcomes, name)
     )
     return "\n".join([*(line.rstrip() for line in lines), "", *reasons])
 
 
-def _exceptions(outcomes: Sequence[Outcome], name: str) -> Iterator[Found]:
-    """Why a cell is not "right": PyTorch's message once, of faults all."""
-    seen = set()
+def _list_reasons(outcomes: Sequence[Outcome], name: str) -> Iterator[Judgement]:
+    """Yields each distinct judgement that is not "right"; of "PyTorch cannot", one a control."""
+    listed = set()
     for outcome in outcomes:
-        for _, verdict, detail in outcome.found(name):
-            if verdict is not outcome.cell(name) or verdict is Verdict.RIGHT:
+        for _, verdict, detail in outcome.list_verdicts(name):
+            if verdict is not outcome.worst_verdict(name) or verdict is Verdict.RIGHT:
                 continue
             kind = detail.split(":")[0] if verdict is Verdict.CANNOT else detail
-            if (verdict, kind) not in seen:
-                seen.add((verdict, kind))
+            if (verdict, kind) not in listed:
+                listed.add((verdict, kind))
                 yield verdict, detail
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 1 if anything is wrong."""
+    """Runs the command; returns 1 if anything is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m torch_nnmath verify",
-        description="Holds every formula of the catalog to the symbolic proof, to its NumPy forms "
-        "and to every transform of PyTorch; or a function of yours to the transforms.",
+        description="Checks every formula of the catalog by a symbolic proof, against its NumPy "
+        "forms and under every transform of PyTorch; or a function of yours under the transforms.",
     )
     name = "PACKAGE.MODULE:FUNCTION"
     parser.add_argument("function", nargs="?", metavar=name, help="a function of yours")
-    parser.add_argument("--inputs", metavar=name, help="what makes its inputs, in a list")
+    parser.add_argument("--inputs", metavar=name, help="a function that returns a list of inputs")
     parser.add_argument("--reference", metavar=name, help="a function with the right value")
     parser.add_argument("--quick", action="store_true", help="the essential transforms only")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", metavar="FILE", help="write what was found there too")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device here")
+        parser.error("--device cuda: PyTorch finds no CUDA device")
     if (arguments.function is None) != (arguments.inputs is None):
-        parser.error("a function goes with --inputs")
+        parser.error("a function requires --inputs, and --inputs requires a function")
     if arguments.function is None and arguments.reference is not None:
-        parser.error("--reference goes with a function")
+        parser.error("--reference requires a function")
     start = time.perf_counter()
     if arguments.function:
         try:
-            found, right = _of_yours(arguments)
+            results, is_right = _check_user_function(arguments)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             parser.error(str(error))
     else:
-        found, right = _of_catalog(arguments)
+        results, is_right = _check_catalog(arguments)
     seconds = time.perf_counter() - start
     print(f"PyTorch {torch.__version__}, {arguments.device}, float64, {seconds:.1f} s")
     if arguments.json:
-        about = {
+        environment = {
             "torch": torch.__version__,
             "python": sys.version.split()[0],
             "device": arguments.device,
@@ -225,126 +257,114 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seconds": round(seconds, 1),
         }
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({**about, **found}, file, indent=2)
-    return int(not right)
+            json.dump({**environment, **results}, file, indent=2)
+    return int(not is_right)
 
 
-def _of_yours(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    function, make = _named(arguments.function), _named(arguments.inputs)
-    reference = _named(arguments.reference) if arguments.reference else None
-    inputs = make() if callable(make) else make
+def _check_user_function(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    function, make_inputs = _import_name(arguments.function), _import_name(arguments.inputs)
+    reference = _import_name(arguments.reference) if arguments.reference else None
+    inputs = make_inputs() if callable(make_inputs) else make_inputs
     inputs = [inputs] if isinstance(inputs, Tensor) else inputs
-    given = [x.to(arguments.device) if isinstance(x, Tensor) else x for x in inputs]
+    inputs = [x.to(arguments.device) if isinstance(x, Tensor) else x for x in inputs]
     transforms = testing.QUICK if arguments.quick else testing.TRANSFORMS
-    report = testing.check(function, given, reference=reference, transforms=transforms)
+    report = testing.check(function, inputs, reference=reference, transforms=transforms)
     print(report)
     return report.to_dict(), report.right
 
 
-def _named(name: str) -> Any:
-    """What PACKAGE.MODULE:FUNCTION names."""
+def _import_name(name: str) -> Any:
+    """Imports the object named PACKAGE.MODULE:FUNCTION."""
     module, _, path = name.partition(":")
     if not (module and path):
         raise ValueError(f"{name!r} is not of the form PACKAGE.MODULE:FUNCTION")
     return functools.reduce(getattr, path.split("."), importlib.import_module(module))
 
 
-def _of_catalog(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+def _check_catalog(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     outcomes = verify(arguments.device, QUICK if arguments.quick else TRANSFORMS)
-    print(f"\n{table(outcomes)}\n")
+    print(f"\n{format_table(outcomes)}\n")
     wrong = sum(bool(outcome.faults) for outcome in outcomes)
     ids = {id for outcome in outcomes for id in outcome.row.ids}
     print(f"{len(ids)} formulas in {len(outcomes)} rows, {wrong} wrong")
-    return {"wrong": wrong, "formulas": [_as_dict(outcome) for outcome in outcomes]}, not wrong
+    return {"wrong": wrong, "formulas": [outcome.to_dict() for outcome in outcomes]}, not wrong
 
 
-def _as_dict(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "ids": outcome.row.ids,
-        "section": outcome.row.section,
-        "title": outcome.row.title,
-        "function": outcome.row.function.__name__,
-        "right": not outcome.faults,
-        "table": {name: outcome.cell(name) for name in outcome.names},
-        "checks": {
-            name: {"verdict": verdict, "detail": detail}
-            for name, (verdict, detail) in outcome.checks.items()
-        },
-        "samples": [
-            {"name": name, "rows": report.to_dict()["rows"]}
-            for name, report in outcome.reports.items()
-        ],
-    }
-
-
-def _found(check: Callable[[Row, str], None], row: Row, device: str) -> Found:
-    """What a check finds: its message, or the error that a formula raised on the way."""
+def _run_check(check: Callable[[Row, str], None], row: Row, device: str) -> Judgement:
+    """Returns the check's verdict and the message of the error that it raised."""
     try:
         check(row, device)
     except Wrong as wrong:
         return Verdict.WRONG, str(wrong)
-    except Exception as error:  # whatever a broken formula raises is a finding
-        return Verdict.RAISES, described(error)
+    except Exception as error:  # a broken formula may raise any exception
+        return Verdict.RAISES, describe_error(error)
     return Verdict.RIGHT, ""
 
 
-def _compare(got: Tensor, want: Any, what: str) -> None:
-    """To the rounding of float64: 1e-12 of the largest entry."""
-    array = got.detach().cpu().numpy()
-    if want.ndim == array.ndim + 1:  # columns
-        want = want.squeeze(-1)
-    if array.shape != want.shape:
-        raise Wrong(f"{what} has shape {array.shape}, the reference {want.shape}")
-    off = np.abs(array - want).max() if want.size else 0.0
-    if not off <= 1e-12 * max(np.abs(want).max(), 1):
-        raise Wrong(f"{what} is off by {off:.3g} from the reference")
+def _compare(result: Tensor, expected: Any, name: str) -> None:
+    """Raises Wrong if they differ by more than 1e-12 of the largest entry, or 1e-12."""
+    array = result.detach().cpu().numpy()
+    if expected.ndim == array.ndim + 1:  # columns
+        expected = expected.squeeze(-1)
+    if array.shape != expected.shape:
+        raise Wrong(f"{name} has shape {array.shape}, the reference {expected.shape}")
+    distance = np.abs(array - expected).max() if expected.size else 0.0
+    if not distance <= 1e-12 * max(np.abs(expected).max(), 1):
+        raise Wrong(f"{name} differs from the reference by {distance:.3g}")
 
 
-def _examples(sample: Sample, inputs: Sequence[Tensor]) -> list[list[Any]]:
-    """Each example's inputs as the reference takes them: vectors as columns."""
-    members = []
+def _split_examples(sample: Sample, inputs: Sequence[Tensor]) -> list[list[Any]]:
+    """Returns the inputs of each example as the reference takes them: vectors as columns."""
+    examples = []
     for i in range(EXAMPLES if sample.is_batch else 1):
-        member = []
+        example = []
         for spec, x in zip(sample.inputs.values(), inputs, strict=True):
             array = x.detach().cpu().numpy()
             array = array if spec.shared else array[i]
-            member.append(array if array.ndim == 2 else array[:, None])
-        members.append(member)
-    return members
+            example.append(array if array.ndim == 2 else array[:, None])
+        examples.append(example)
+    return examples
 
 
-def _pulled_back(form: Form, row: Row, inputs: Sequence[Tensor], g: Tensor) -> list[Any]:
-    """The reference's gradient in each input, summed over the examples where it is shared."""
+def _compute_reference_gradients(
+    form: Form, row: Row, inputs: Sequence[Tensor], g: Tensor
+) -> list[Any]:
+    """Returns the reference's gradient of each input, summed over the examples if shared."""
     sample = row.samples[0]
-    members = []
+    gradients_by_example = []
     cotangents = g.cpu().numpy() if sample.is_batch else g.cpu().numpy()[None]
-    for one, cotangent in zip(_examples(sample, inputs), cotangents, strict=True):
+    for example, cotangent in zip(_split_examples(sample, inputs), cotangents, strict=True):
         column = cotangent[:, None] if cotangent.ndim == 1 else cotangent
-        members.append(form.pullback(column if column.ndim else float(column), *one, **row.options))
+        cotangent = column if column.ndim else float(column)
+        gradients_by_example.append(form.pullback(cotangent, *example, **row.options))
     gradients = []
-    for spec, parts in zip(sample.inputs.values(), zip(*members, strict=True), strict=True):
+    columns = zip(*gradients_by_example, strict=True)
+    for spec, parts in zip(sample.inputs.values(), columns, strict=True):
         arrays = [np.asarray(part, float).reshape(spec.shape) for part in parts]
         gradients.append(np.sum(arrays, 0) if spec.shared else np.stack(arrays))
     return gradients
 
 
-def _symbols(name: str, spec: Input) -> Any:
-    """An array of symbols; "signed" ones are positive and negative in turn."""
+def _make_symbols(name: str, spec: Input) -> Any:
+    """Returns an array of symbols; those of a "signed" input alternate in sign."""
     array = np.empty(spec.shape, dtype=object)
     signs = itertools.cycle(({"positive": True}, {"negative": True}))
     assumptions: dict[str, Any] = {"real": {"real": True}, "positive": {"positive": True}}
     for index in np.ndindex(spec.shape):
-        chosen = next(signs) if spec.kind == "signed" else assumptions[spec.kind]
-        array[index] = sympy.Symbol("_".join([name, *map(str, index)]), **chosen)
+        assumption = next(signs) if spec.kind == "signed" else assumptions[spec.kind]
+        array[index] = sympy.Symbol("_".join([name, *map(str, index)]), **assumption)
     return array
 
 
-def _flat(entries: Any) -> list[Any]:
+def _flatten(entries: Any) -> list[Any]:
     return [sympy.sympify(entry) for entry in np.asarray(entries, dtype=object).ravel()]
 
 
-def _prove_zero(expression: Any, what: str) -> None:
-    """A symbol for each exponential, logarithm and tanh: what is left is a rational function."""
+def _prove_zero(expression: Any, name: str) -> None:
+    """Raises Wrong unless the expression simplifies to 0.
+
+    Each exponential, logarithm and tanh becomes a symbol, so that a rational function remains.
+    """
     atoms = sorted(
         sympy.sympify(expression).atoms(sympy.exp, sympy.log, sympy.tanh),
         key=sympy.count_ops,
@@ -354,4 +374,4 @@ def _prove_zero(expression: Any, what: str) -> None:
         expression = expression.subs(atom, sympy.Dummy(positive=True))
     numerator, _ = sympy.fraction(sympy.together(expression))
     if sympy.expand(numerator) != 0:
-        raise Wrong(f"{what} does not simplify to 0")
+        raise Wrong(f"{name} does not simplify to 0")

@@ -28,7 +28,7 @@ from torch_nnmath.bench.work import (
     format_dtype,
     format_size,
 )
-from torch_nnmath.testing._report import described as describe_error
+from torch_nnmath.testing._report import describe_error
 
 MIN_SAMPLE_SECONDS = 2e-3  # a shorter call is repeated until a sample takes this long
 MAX_CALL_SECONDS = 20.0  # a contender with a slower call is dropped

@@ -1,13 +1,14 @@
-"""A function at a point: how to call it, and the truth about it by numerical differentiation.
+"""A function at a point: how to call it, and its exact values by numerical differentiation.
 
-The truth needs values only: those of the reference, or else of the function itself, in float64.
+Numerical differentiation needs values only: those of the reference, or else of the function
+itself, in float64.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from torch_nnmath import _torch
 from torch_nnmath.testing._report import NotApplicable, SilentZero, WritesInput, Wrong
 
-# Relative to the largest entry of the truth, for the value and the derivatives of each order.
+# Relative to the largest entry of the exact tensor, for the value and derivatives of each order.
 TOLERANCES = {
     torch.float64: (1e-10, 1e-8, 1e-6, 1e-4),
     torch.float32: (1e-5, 1e-4, 1e-3, 1e-2),
@@ -30,432 +32,468 @@ EPS = torch.finfo(torch.float64).eps
 Tensors = tuple[Tensor, ...]
 
 
+@dataclass(eq=False)
 class Case:
-    """A function and its inputs: the differentiable ones stand at `places` among the tensors."""
+    """A function and its inputs; the differentiable ones are at `positions`.
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        inputs: Sequence[Any],
-        places: Sequence[int],
-        exact: Callable[..., Any] | None = None,
-        module: torch.nn.Module | None = None,
-        parameters: Sequence[str] = (),
-        dtype: torch.dtype = torch.float64,
-        referred: bool = False,
-    ):
-        self.function = function
-        self.inputs = tuple(inputs)
-        self.places = tuple(places)
-        self.exact = exact or function
-        self.module = module
-        self.parameters = tuple(parameters)  # of the module: the first inputs
-        self.dtype = dtype
-        self.referred = referred  # whether `exact` is a reference
-        self._size = 0.0  # the largest value that was met
-        self._watched: list[tuple[str, Tensor, Tensor, int]] = []
+    `exact_function` is the reference or the function itself. If the function is a module, the
+    inputs begin with the parameters that `parameter_names` lists.
+    """
 
-    def at(self, inputs: Sequence[Any], **changes: Any) -> Case:
-        """The same function at another point."""
-        options = {
-            "exact": self.exact,
-            "module": self.module,
-            "parameters": self.parameters,
-            "dtype": self.dtype,
-            "referred": self.referred,
-        }
-        return Case(self.function, inputs, self.places, **{**options, **changes})
+    function: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    positions: tuple[int, ...]
+    dtype: torch.dtype
+    reference: Callable[..., Any] | None = None
+    module: torch.nn.Module | None = None
+    parameter_names: tuple[str, ...] = ()
+    _max_value: float = field(default=0.0, init=False)  # of all values computed so far
+    _protected: list[tuple[str, Tensor, Tensor, int]] = field(default_factory=list, init=False)
 
-    # calling it
+    def with_inputs(self, inputs: Sequence[Any]) -> Case:
+        """Returns the same function at another point."""
+        return replace(self, inputs=tuple(inputs))
+
+    def with_input(self, position: int, x: Any) -> Case:
+        """Returns the case with another input at one position."""
+        return self.with_inputs([*self.inputs[:position], x, *self.inputs[position + 1 :]])
+
+    # Calls
 
     @cached_property
-    def f(self) -> Callable[..., Tensors]:
-        """The function of its differentiable inputs alone: a tuple of its real outputs."""
-        function, inputs, places = self.function, self.inputs, self.places
+    def call(self) -> Callable[..., Tensors]:
+        """The function of the differentiable inputs alone, which returns its real outputs."""
+        function, inputs, positions = self.function, self.inputs, self.positions
 
-        def f(*xs: Tensor) -> Tensors:
+        def call(*xs: Tensor) -> Tensors:
             arguments = list(inputs)
-            for place, x in zip(places, xs, strict=True):
-                arguments[place] = x
-            return real_tensors(function(*arguments))
+            for position, x in zip(positions, xs, strict=True):
+                arguments[position] = x
+            return select_real_tensors(function(*arguments))
 
-        return f
+        return call
 
     @property
-    def tensor_places(self) -> tuple[int, ...]:
-        """Where tensors stand among the inputs, differentiable or not."""
+    def call_tensors(self) -> Callable[..., Tensors]:
+        """The function of all tensors among the inputs, which returns its real outputs."""
+        return replace(self, positions=self.tensor_positions).call
+
+    @property
+    def argnums(self) -> tuple[int, ...]:
+        """The positions of the differentiable inputs among the arguments of `call`."""
+        return tuple(range(len(self.positions)))
+
+    @property
+    def tensor_argnums(self) -> tuple[int, ...]:
+        """The positions of the differentiable inputs among the arguments of `call_tensors`."""
+        return tuple(i for i, p in enumerate(self.tensor_positions) if p in self.positions)
+
+    @property
+    def tensor_positions(self) -> tuple[int, ...]:
+        """The positions of the tensors among the inputs, differentiable or not."""
         return tuple(i for i, x in enumerate(self.inputs) if isinstance(x, Tensor))
-
-    @property
-    def of_tensors(self) -> Callable[..., Tensors]:
-        """The function of all of its tensors."""
-        case = copy.copy(self)
-        case.places = self.tensor_places
-        case.__dict__.pop("f", None)
-        return case.f
 
     @property
     def tensors(self) -> Tensors:
         """All tensors among the inputs."""
-        return tuple(self.inputs[i] for i in self.tensor_places)
+        return tuple(self.inputs[i] for i in self.tensor_positions)
 
     @property
-    def points(self) -> Tensors:
-        """The differentiable inputs, as data."""
-        return tuple(self.inputs[i] for i in self.places)
-
-    def leaves(self, watch: bool = True) -> Tensors:
-        """Fresh differentiable inputs that require gradients; they may not be written."""
-        xs = tuple(x.clone().requires_grad_() for x in self.points)
-        if watch:
-            for name, x in zip(self.labels, xs, strict=True):
-                self.watch(name, x)
-        return xs
-
-    def tensor_leaves(self) -> tuple[Tensors, Tensors]:
-        """Copies of all tensors; and those that are differentiable, which require gradients."""
-        tensors = tuple(x.clone() for x in self.tensors)
-        pairs = zip(self.tensor_places, tensors, strict=True)
-        return tensors, tuple(x.requires_grad_() for place, x in pairs if place in self.places)
-
-    def watch(self, name: str, x: Tensor) -> Tensor:
-        """Notes what x holds, for `unwritten`."""
-        self._watched.append((name, x, x.detach().clone(), x._version))
-        return x
-
-    def unwritten(self) -> None:
-        """Raises if a tensor that was given to the function has been written since."""
-        watched, self._watched = self._watched, []
-        for name, x, before, version in watched:
-            if not same(x.detach(), before):
-                off = (x.detach() - before).abs().max().item()
-                raise WritesInput(f"{name} was changed, by up to {off:.3g}")
-            if x._version != version:
-                raise WritesInput(f"{name} was written in place (with the numbers that it had)")
+    def differentiable_inputs(self) -> Tensors:
+        """The differentiable inputs, without requires_grad."""
+        return tuple(self.inputs[i] for i in self.positions)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the differentiable inputs are called."""
-        count = len(self.parameters)
-        return tuple(self.parameters[i] if i < count else f"input {i - count}" for i in self.places)
+        """The names of the differentiable inputs in messages."""
+        names, count = self.parameter_names, len(self.parameter_names)
+        return tuple(names[i] if i < count else f"input {i - count}" for i in self.positions)
 
-    # directions: upstream gradients and tangents, the same whenever they are asked for
+    def make_leaves(self, protect: bool = True) -> Tensors:
+        """Returns copies of the differentiable inputs that require gradients."""
+        xs = tuple(x.clone().requires_grad_() for x in self.differentiable_inputs)
+        if protect:
+            for label, x in zip(self.labels, xs, strict=True):
+                self.protect(label, x)
+        return xs
+
+    def make_tensor_leaves(self) -> tuple[Tensors, Tensors]:
+        """Returns copies of all tensors, and those of them that are differentiable leaves."""
+        tensors = tuple(x.clone() for x in self.tensors)
+        return tensors, tuple(tensors[i].requires_grad_() for i in self.tensor_argnums)
+
+    # Inputs that the function must not write
+
+    def protect(self, name: str, x: Tensor) -> Tensor:
+        """Records the content of x, which `check_protected` compares; returns x."""
+        self._protected.append((name, x, x.detach().clone(), _torch.version(x)))
+        return x
+
+    def check_protected(self) -> None:
+        """Raises WritesInput if a protected tensor was written since."""
+        protected, self._protected = self._protected, []
+        for name, x, before, version in protected:
+            if not are_equal(x.detach(), before):
+                change = (x.detach() - before).abs().max().item()
+                raise WritesInput(f"{name} was changed in place, by up to {change:.3g}")
+            if _torch.version(x) != version:
+                raise WritesInput(f"{name} was written in place, with the values that it had")
+
+    # Directions: the same in every transform
 
     @cached_property
     def upstream(self) -> Tensors:
-        """An upstream gradient for each output: uneven, none of them 0 or 1."""
-        return tuple(_numbers(y, 1 + i) for i, y in enumerate(self.outputs))
+        """A random upstream gradient for each output; no entry is 0 or 1."""
+        return tuple(_random_like(y, 1 + i) for i, y in enumerate(self.exact_outputs))
 
     @cached_property
     def tangents(self) -> Tensors:
-        """A direction in each differentiable input."""
-        return tuple(_numbers(x, 101 + i) for i, x in enumerate(self.points))
+        """A random tangent for each differentiable input."""
+        return tuple(_random_like(x, 101 + i) for i, x in enumerate(self.differentiable_inputs))
 
-    def prepare(self) -> None:
-        """Makes what may not be made inside a transform."""
+    def draw_directions(self) -> None:
+        """Draws them now, because a transform would batch or trace random numbers."""
         _ = self.upstream, self.tangents
 
-    # the truth
+    # Exact values and derivatives
 
-    def evaluate(self, *xs: Tensor) -> Tensors:
-        """The exact value in float64, at other differentiable inputs."""
-        arguments = [x.double() if _is_real(x) else x for x in self.inputs]
-        for place, x in zip(self.places, xs, strict=True):
-            arguments[place] = x
+    @property
+    def exact_function(self) -> Callable[..., Any]:
+        """The reference, or the function if there is none."""
+        return self.reference or self.function
+
+    def evaluate_exact(self, *xs: Tensor) -> Tensors:
+        """Returns the exact outputs in float64 at other differentiable inputs."""
+        arguments = [x.double() if is_real_tensor(x) else x for x in self.inputs]
+        for position, x in zip(self.positions, xs, strict=True):
+            arguments[position] = x
         arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments]
         with torch.no_grad():
-            values = tuple(y.clone() for y in real_tensors(self.exact(*arguments)))
-        self._size = max(self._size, *map(_largest, values), 0.0)
+            values = tuple(y.clone() for y in select_real_tensors(self.exact_function(*arguments)))
+        self._max_value = max(self._max_value, *map(_max_magnitude, values), 0.0)
         return values
 
     @cached_property
-    def outputs(self) -> Tensors:
-        """The exact value."""
-        point = tuple(x.double() for x in self.points)
-        first, second = self.evaluate(*point), self.evaluate(*point)
-        if not first:
-            raise Wrong("it returns no tensor of real numbers")
-        for y, again in zip(first, second, strict=True):
-            if not same(y, again):
-                raise Wrong("it gives another value each time it is called: seed it inside")
-        return first
+    def exact_outputs(self) -> Tensors:
+        """The exact outputs at the inputs."""
+        point = tuple(x.double() for x in self.differentiable_inputs)
+        outputs, repeated = self.evaluate_exact(*point), self.evaluate_exact(*point)
+        if not outputs:
+            raise Wrong("the function returns no tensor of real numbers")
+        for y, again in zip(outputs, repeated, strict=True):
+            if not are_equal(y, again):
+                raise Wrong("the function returns another value at each call: seed it inside")
+        return outputs
 
     @cached_property
     def jacobian(self) -> list[list[Tensor]]:
-        """For each output and each input, the matrix of derivatives."""
-        columns = [list(self._derivatives(i, 1)) for i in range(len(self.places))]
+        """The exact Jacobian as a matrix, for each output and each differentiable input."""
+        columns = [list(self._partial_derivatives(i, 1)) for i in range(len(self.positions))]
         return [
             [
-                torch.stack([column[o].flatten() for column in of_input], 1)
-                if of_input
+                torch.stack([column[o].flatten() for column in input_columns], 1)
+                if input_columns
                 else y.new_zeros(y.numel(), 0)
-                for of_input in columns
+                for input_columns in columns
             ]
-            for o, y in enumerate(self.outputs)
+            for o, y in enumerate(self.exact_outputs)
         ]
 
     @cached_property
-    def second(self) -> Tensors:
-        """The Hessian of Σ upstream · f times `tangents`: a vector for each input."""
-        return tuple(
-            torch.stack([dot(self.upstream, column) for column in self._derivatives(i, 2)]).view_as(
-                x
-            )
-            if x.numel()
-            else x.double()
-            for i, x in enumerate(self.points)
-        )
+    def hessian_product(self) -> Tensors:
+        """The exact Hessian of Σ upstream · f times the tangents, for each input."""
+
+        def compute(i: int, x: Tensor) -> Tensor:
+            if not x.numel():
+                return x.double()
+            entries = [dot(self.upstream, column) for column in self._partial_derivatives(i, 2)]
+            return torch.stack(entries).view_as(x)
+
+        return tuple(compute(i, x) for i, x in enumerate(self.differentiable_inputs))
 
     @cached_property
-    def third(self) -> Tensor:
-        """The third derivative of Σ upstream · f along `tangents`."""
-        return dot(self.upstream, self._along(self.tangents, 3, 3))
+    def third_derivative(self) -> Tensor:
+        """The exact third derivative of Σ upstream · f along the tangents."""
+        return dot(self.upstream, self._directional_derivative(self.tangents, 3, 3))
 
-    def pulled(self, upstream: Sequence[Tensor]) -> Tensors:
-        """The gradient: the upstream gradients times the Jacobian."""
+    def compute_gradient(self, upstream: Sequence[Tensor]) -> Tensors:
+        """Returns the exact gradient: the upstream gradients times the Jacobian."""
         rows = zip(upstream, self.jacobian, strict=True)
         products = [[u.double().flatten() @ J for J in row] for u, row in rows]
-        columns = zip(zip(*products, strict=True), self.points, strict=True)
+        columns = zip(zip(*products, strict=True), self.differentiable_inputs, strict=True)
         return tuple(torch.stack(parts).sum(0).view(x.shape) for parts, x in columns)
 
-    def pushed(self, tangents: Sequence[Tensor]) -> Tensors:
-        """The tangent of each output: the Jacobian times the tangents."""
+    def compute_output_tangents(self, tangents: Sequence[Tensor]) -> Tensors:
+        """Returns the exact tangent of each output: the Jacobian times the tangents."""
         flat = [t.double().flatten() for t in tangents]
         return tuple(
             torch.stack([J @ t for J, t in zip(row, flat, strict=True)]).sum(0).view(y.shape)
-            for row, y in zip(self.jacobian, self.outputs, strict=True)
+            for row, y in zip(self.jacobian, self.exact_outputs, strict=True)
         )
 
-    def _derivatives(self, i: int, order: int) -> Any:
-        """The derivative of the outputs in each entry of input i, of order 2 along tangents too."""
-        for entry in range(self.points[i].numel()):
-            direction = [torch.zeros_like(x, dtype=torch.float64) for x in self.points]
+    def _partial_derivatives(self, i: int, order: int) -> Iterator[Tensors]:
+        """Yields the outputs' derivative in each entry of input i; order 2 adds the tangents."""
+        for entry in range(self.differentiable_inputs[i].numel()):
+            direction = [
+                torch.zeros_like(x, dtype=torch.float64) for x in self.differentiable_inputs
+            ]
             direction[i].view(-1)[entry] = 1
-            yield self._along(direction, 1, order)
+            yield self._directional_derivative(direction, 1, order)
 
-    def _along(self, direction: Sequence[Tensor], times: int, order: int) -> Tensors:
-        """The derivative `times` times along a direction, else along the tangents.
+    def _directional_derivative(
+        self, direction: Sequence[Tensor], times: int, order: int
+    ) -> Tensors:
+        """Differentiates `times` times along a direction, and for the rest along the tangents.
 
-        The step is made smaller until the derivative no longer changes: so a kink nearby does no
-        harm.
+        Shrinks the step until the derivative no longer changes, so that a kink nearby does no harm.
         """
         directions = [direction] * times + [self.tangents] * (order - times)
+        point = [x.double() for x in self.differentiable_inputs]
         step, previous = STEPS[order], None
         for _ in range(5):
-            value = _difference(self.evaluate, [x.double() for x in self.points], directions, step)
+            derivative = _differentiate(self.evaluate_exact, point, directions, step)
             if previous is not None and all(
-                far(a, b) <= 0.1 * self.allowed(b, order, step)
-                for a, b in zip(previous, value, strict=True)
+                max_distance(a, b) <= 0.1 * self.tolerance(b, order, step)
+                for a, b in zip(previous, derivative, strict=True)
             ):
                 return previous
-            step, previous = step / 4, value
-        raise Wrong("numerical differentiation of its value does not converge here: a kink?")
+            step, previous = step / 4, derivative
+        raise Wrong("numerical differentiation of the value does not converge: is there a kink?")
 
-    def allowed(self, truth: Tensor, order: int, step: float = 0.0) -> float:
-        """How far from the truth a result may be: rounding of the truth, and of the result."""
-        noise = 50 * EPS * self._size / (step or STEPS[order] / 4) ** order if order else 0.0
-        return TOLERANCES[self.dtype][order] * _largest(truth) + noise
+    def tolerance(self, exact: Tensor, order: int, step: float = 0.0) -> float:
+        """Returns the allowed distance: the result's rounding and that of the differences."""
+        step = step or STEPS[order] / 4
+        noise = 50 * EPS * self._max_value / step**order if order else 0.0
+        return TOLERANCES[self.dtype][order] * _max_magnitude(exact) + noise
 
-    # comparing with it
+    # Comparisons
 
     def compare(
         self,
-        got: Sequence[Tensor | None],
-        truth: Sequence[Tensor],
-        what: str,
+        results: Sequence[Tensor | None],
+        exact_results: Sequence[Tensor],
+        description: str,
         order: int = 1,
         labels: Sequence[Any] | None = None,
     ) -> None:
-        """Raises a finding unless each tensor is its truth; `what` says which, by its label."""
-        labels = labels or range(len(truth))
-        for label, mine, exact in zip(labels, got, truth, strict=True):
-            name = what.format(label)
-            allowed = self.allowed(exact, order)
-            silent = "no graph" if mine is None else "zeros"
-            if mine is None or (mine.numel() and not mine.detach().any()):
-                if _largest(exact) > allowed:
-                    raise SilentZero(f"{name} is 0 ({silent}), the truth {_largest(exact):.3g}")
-                continue
-            if mine.shape != exact.shape:
-                raise Wrong(f"{name} has shape {tuple(mine.shape)}, not {tuple(exact.shape)}")
-            mine = mine.detach().double().to(exact.device)
-            off = far(mine, exact)
-            if not off <= allowed:
-                at = ((mine - exact).abs().nan_to_num(math.inf)).argmax()
-                pair = mine.flatten()[at].item(), exact.flatten()[at].item()
-                raise Wrong(f"{name} is {pair[0]:.6g}, the truth {pair[1]:.6g}")
+        """Raises a Finding unless each result is near the exact one.
 
-    def compare_value(self, got: Sequence[Tensor]) -> None:
-        if len(got) != len(self.outputs):
-            raise Wrong(f"it returns {len(got)} tensors, not {len(self.outputs)}")
-        self.compare(got, self.outputs, "output {}", 0)
+        None means that autograd saw no dependence. `description` has a place for the label.
+        """
+        labels = labels or range(len(exact_results))
+        for label, result, exact in zip(labels, results, exact_results, strict=True):
+            name = description.format(label)
+            tolerance = self.tolerance(exact, order)
+            if result is None or (result.numel() and not result.detach().any()):
+                if _max_magnitude(exact) > tolerance:
+                    kind = "no graph" if result is None else "zeros"
+                    raise SilentZero(f"{name} is 0 ({kind}), expected {_max_magnitude(exact):.3g}")
+                continue
+            if result.shape != exact.shape:
+                raise Wrong(f"{name} has shape {tuple(result.shape)}, not {tuple(exact.shape)}")
+            result = result.detach().double().to(exact.device)
+            if not max_distance(result, exact) <= tolerance:
+                worst = ((result - exact).abs().nan_to_num(math.inf)).argmax()
+                entry, expected = result.flatten()[worst].item(), exact.flatten()[worst].item()
+                raise Wrong(f"{name} is {entry:.6g}, expected {expected:.6g}")
+
+    def compare_outputs(self, outputs: Sequence[Tensor]) -> None:
+        """Raises a Finding unless the outputs are near the exact ones."""
+        if len(outputs) != len(self.exact_outputs):
+            raise Wrong(f"it returns {len(outputs)} tensors, not {len(self.exact_outputs)}")
+        self.compare(outputs, self.exact_outputs, "output {}", 0)
 
     def compare_gradient(
-        self, got: Sequence[Tensor | None], upstream: Sequence[Tensor] | None = None
+        self, gradients: Sequence[Tensor | None], upstream: Sequence[Tensor] | None = None
     ) -> None:
-        for label, g, x in zip(self.labels, got, self.points, strict=True):
-            if g is not None and g.dtype != x.dtype:
-                raise Wrong(f"the gradient in {label} is {g.dtype}, and {label} {x.dtype}")
-        truth = self.pulled(upstream or self.upstream)
-        self.compare(got, truth, "the gradient in {}", labels=self.labels)
+        """Raises a Finding unless the gradients have their input's dtype and are near exact."""
+        rows = zip(self.labels, gradients, self.differentiable_inputs, strict=True)
+        for label, gradient, x in rows:
+            if gradient is not None and gradient.dtype != x.dtype:
+                raise Wrong(f"the gradient of {label} is {gradient.dtype}, {label} is {x.dtype}")
+        exact = self.compute_gradient(upstream or self.upstream)
+        self.compare(gradients, exact, "the gradient of {}", labels=self.labels)
 
-    def compare_tangent(
-        self, got: Sequence[Tensor | None], tangents: Sequence[Tensor] | None = None
+    def compare_tangents(
+        self, results: Sequence[Tensor | None], tangents: Sequence[Tensor] | None = None
     ) -> None:
-        self.compare(got, self.pushed(tangents or self.tangents), "the tangent of output {}")
+        """Raises a Finding unless the outputs' tangents are near the exact ones."""
+        exact = self.compute_output_tangents(tangents or self.tangents)
+        self.compare(results, exact, "the tangent of output {}")
 
-    def compare_second(self, got: Sequence[Tensor | None]) -> None:
-        self.compare(got, self.second, "the Hessian times a vector, in {},", 2, self.labels)
+    def compare_hessian_product(self, products: Sequence[Tensor | None]) -> None:
+        """Raises a Finding unless the products are near `hessian_product`."""
+        description = "the Hessian-vector product of {}"
+        self.compare(products, self.hessian_product, description, 2, self.labels)
 
-    # other points
+    def compare_jacobian(self, blocks: Sequence[Sequence[Tensor]]) -> None:
+        """Raises a Finding unless the Jacobian's blocks are near the exact ones."""
+        for o, (row, exact_row) in enumerate(zip(blocks, self.jacobian, strict=True)):
+            shape = self.exact_outputs[o].shape
+            pairs = zip(exact_row, self.differentiable_inputs, strict=True)
+            exact = [J.view(shape + x.shape) for J, x in pairs]
+            description = f"the Jacobian of output {o} with respect to {{}}"
+            self.compare(row, exact, description, labels=self.labels)
+
+    # Other points
 
     @cached_property
-    def members(self) -> list[Case]:
-        """Three points for a batch: this one and two like it."""
-        return [self, *(self.at(self._moved(k)) for k in (1, 2))]
+    def batch_members(self) -> list[Case]:
+        """Three points that make a batch: this one and two perturbed ones."""
+        return [self, *(self.with_inputs(self._perturb_inputs(k)) for k in (1, 2))]
 
-    def _moved(self, k: int) -> list[Any]:
+    def _perturb_inputs(self, k: int) -> list[Any]:
+        """Moves the differentiable inputs, and permutes the indices if the function allows it."""
         moved = list(self.inputs)
-        for place in self.places:
-            x = moved[place]
-            moved[place] = (x.double() * (1 + 0.05 * _numbers(x, 200 + 10 * k + place))).to(x.dtype)
+        for p in self.positions:
+            x = moved[p]
+            moved[p] = (x.double() * (1 + 0.05 * _random_like(x, 200 + 10 * k + p))).to(x.dtype)
         rolled = [
             x.roll(k, 0) if isinstance(x, Tensor) and not x.is_floating_point() and x.ndim else x
             for x in moved
         ]
-        return rolled if self._takes(rolled) else moved
+        return rolled if self._accepts(rolled) else moved
 
-    def enlarged(self, rows: int) -> Case:
-        """The case with its batch repeated to so many rows.
+    def with_rows(self, rows: int) -> Case:
+        """Returns the case with its batch repeated or cut to so many rows.
 
         The batch is the first dimension of the first input that has one, and of all inputs that
         have as many rows.
         """
         n = self.rows
         inputs = [
-            x[torch.arange(rows, device=x.device) % n].clone() if in_batch else x
-            for x, in_batch in zip(self.inputs, self.in_batch, strict=True)
+            x[torch.arange(rows, device=x.device) % n].clone() if is_batched else x
+            for x, is_batched in zip(self.inputs, self.batched_inputs, strict=True)
         ]
-        if not self._takes(inputs):
-            raise NotApplicable(f"the function does not take {rows} rows for {n} of its inputs")
-        return self.at(inputs)
+        if not self._accepts(inputs):
+            raise NotApplicable(f"the function does not accept {rows} rows in place of {n}")
+        return self.with_inputs(inputs)
 
     @property
     def rows(self) -> int:
-        """How many rows the batch has."""
-        for x in self.inputs[len(self.parameters) :]:
+        """The number of rows of the batch."""
+        for x in self.inputs[len(self.parameter_names) :]:
             if isinstance(x, Tensor) and x.numel() and x.ndim:
                 return len(x)
         raise NotApplicable("no input has rows")
 
     @property
-    def in_batch(self) -> list[bool]:
-        """Which inputs have a row for each of the batch."""
-        n = self.rows
+    def batched_inputs(self) -> list[bool]:
+        """For each input, whether its first dimension is the batch."""
+        n, first = self.rows, len(self.parameter_names)
         return [
-            i >= len(self.parameters) and isinstance(x, Tensor) and x.ndim > 0 and len(x) == n
+            i >= first and isinstance(x, Tensor) and x.ndim > 0 and len(x) == n
             for i, x in enumerate(self.inputs)
         ]
 
-    def _takes(self, inputs: Sequence[Any]) -> bool:
-        """Whether the function has a value there, of as many tensors: only it can tell."""
+    def _accepts(self, inputs: Sequence[Any]) -> bool:
+        """Whether the exact function returns as many tensors at these inputs."""
+        point = [inputs[i].double() for i in self.positions]
         try:
-            values = self.at(inputs).evaluate(*(inputs[i].double() for i in self.places))
-        except Exception:  # whatever a function raises says no
+            values = self.with_inputs(inputs).evaluate_exact(*point)
+        except Exception:  # only a call can tell, and it may raise any exception
             return False
-        return len(values) == len(self.outputs)
+        return len(values) == len(self.exact_outputs)
 
-    def to(self, dtype: torch.dtype) -> Case:
-        """The case with its real inputs in another precision."""
-        return self.at([x.to(dtype) if _is_real(x) else x for x in self.inputs], dtype=dtype)
+    def to_dtype(self, dtype: torch.dtype) -> Case:
+        """Returns the case with its real inputs in another precision."""
+        inputs = tuple(x.to(dtype) if is_real_tensor(x) else x for x in self.inputs)
+        return replace(self, inputs=inputs, dtype=dtype)
 
-    def control(self, operation: Callable[[Tensor], Tensor]) -> Case:
-        """An operation on each differentiable input in the place of the function, at tame numbers.
+    def make_control(self, operation: Callable[[Tensor], Tensor]) -> Case:
+        """Returns a case that applies the operation to each differentiable input instead.
 
-        It reads the other tensors too, so that a compiler meets as many.
+        It reads the other tensors too, so that a compiler sees as many inputs. Its points are
+        moderate numbers, at which a finite function has finite derivatives.
         """
-        places, others = self.places, sorted({*self.tensor_places} - {*self.places})
+        positions = self.positions
+        others = sorted({*self.tensor_positions} - {*positions})
 
         def control(*inputs: Any) -> Any:
-            nothing = [0 * inputs[i].sum().to(inputs[places[0]].dtype) for i in others]
-            return tuple(sum(nothing, operation(inputs[i])) for i in places)
+            zeros = [0 * inputs[i].sum().to(inputs[positions[0]].dtype) for i in others]
+            return tuple(sum(zeros, operation(inputs[i])) for i in positions)
 
-        inputs = [
-            _numbers(x, 301 + i).to(x.dtype) if _is_real(x) else x
+        inputs = tuple(
+            _random_like(x, 301 + i).to(x.dtype) if is_real_tensor(x) else x
             for i, x in enumerate(self.inputs)
-        ]
-        return Case(control, inputs, self.places, dtype=self.dtype)
+        )
+        return Case(control, inputs, positions, self.dtype)
 
 
-def module_function(
-    module: torch.nn.Module, parameters: Sequence[str], dtypes: Sequence[torch.dtype]
+def make_module_function(
+    module: torch.nn.Module, parameter_names: Sequence[str], dtypes: Sequence[torch.dtype]
 ) -> Callable[..., Any]:
-    """A module as a function of some of its parameters and its inputs, in several precisions."""
+    """Returns the module as a function of some parameters and its inputs, in several dtypes."""
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    others = {name: x.detach() for name, x in state.items() if name not in parameters}
+    fixed = {name: x.detach() for name, x in state.items() if name not in parameter_names}
     states = {}
     for dtype in dtypes:
-        there = {n: x.to(dtype, copy=True) if _is_real(x) else x.clone() for n, x in others.items()}
-        states[dtype, False] = there
-        states[dtype, True] = {n: x.to("meta") for n, x in there.items()}
+        copies = {
+            name: x.to(dtype, copy=True) if is_real_tensor(x) else x.clone()
+            for name, x in fixed.items()
+        }
+        states[dtype, False] = copies
+        states[dtype, True] = {name: x.to("meta") for name, x in copies.items()}
+    count = len(parameter_names)
 
     def call(*inputs: Any) -> Any:
-        kind = next((x.dtype, x.is_meta) for x in inputs if _is_real(x))
-        given = dict(zip(parameters, inputs[: len(parameters)], strict=True))
-        return functional_call(module, {**states[kind], **given}, inputs[len(parameters) :])
+        key = next((x.dtype, x.is_meta) for x in inputs if is_real_tensor(x))
+        parameters = dict(zip(parameter_names, inputs[:count], strict=True))
+        return functional_call(module, {**states[key], **parameters}, inputs[count:])
 
     return call
 
 
-def real_tensors(result: Any) -> Tensors:
-    """The tensors of real numbers that a function returns."""
+def select_real_tensors(result: Any) -> Tensors:
+    """Returns the tensors of real numbers among a function's results."""
     parts = result if isinstance(result, (tuple, list)) else (result,)
-    return tuple(y for y in parts if isinstance(y, Tensor) and y.is_floating_point())
+    return tuple(filter(is_real_tensor, parts))
+
+
+def is_real_tensor(x: Any) -> bool:
+    """Whether x is a floating-point tensor."""
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def dot(us: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """Σ u · y over several tensors."""
+    """Returns Σ u · y over several tensors."""
     terms = [(u.to(y.dtype) * y).sum() for u, y in zip(us, ys, strict=True)]
     return torch.stack(terms).sum()
 
 
-def far(x: Tensor, y: Tensor) -> float:
-    """The largest |x - y|; equal infinities and nan in both are near."""
+def max_distance(x: Tensor, y: Tensor) -> float:
+    """Returns the largest |x - y|, 0 for equal infinities and for nan in both."""
     distance = (x - y).abs().masked_fill((x == y) | (x.isnan() & y.isnan()), 0)
     return distance.max().item() if distance.numel() else 0.0
 
 
-def same(x: Tensor, y: Tensor) -> bool:
+def are_equal(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are equal, nan for nan."""
     return x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())
 
 
-def _largest(x: Tensor) -> float:
+def _max_magnitude(x: Tensor) -> float:
     return x.nan_to_num(0, 0, 0).abs().max().item() if x.numel() else 0.0
 
 
-def _is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
-def _numbers(x: Tensor, seed: int) -> Tensor:
-    """Numbers shaped as x, between 0.4 and 1.2 of either sign, in float64."""
+def _random_like(x: Tensor, seed: int) -> Tensor:
+    """Returns numbers in the shape of x, between 0.4 and 1.2 of either sign, in float64."""
     generator = torch.Generator().manual_seed(seed)
     size = 0.4 + 0.8 * torch.rand(x.shape, generator=generator, dtype=torch.float64)
     sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
     return (size * sign).to(x.device)
 
 
-def _difference(
+def _differentiate(
     f: Callable[..., Tensors], point: Sequence[Tensor], directions: Sequence[Any], step: float
 ) -> Tensors:
-    """The derivative along each direction in turn, by central differences of fourth order."""
+    """Differentiates along each direction in turn, by central differences of fourth order."""
     if not directions:
         return f(*point)
     first, *rest = directions
     total: Any = None
     for k, weight in ((1, 2 / 3), (-1, -2 / 3), (2, -1 / 12), (-2, 1 / 12)):
         moved = [x + k * step * d for x, d in zip(point, first, strict=True)]
-        terms = [weight / step * y for y in _difference(f, moved, rest, step)]
+        terms = [weight / step * y for y in _differentiate(f, moved, rest, step)]
         total = terms if total is None else [a + b for a, b in zip(total, terms, strict=True)]
     return tuple(total)

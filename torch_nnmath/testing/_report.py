@@ -1,4 +1,4 @@
-"""What the checker says: a verdict on each transform, together a report."""
+"""Verdicts, the exceptions that carry them, and the report with one row per transform."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Verdict(StrEnum):
-    """What is said of a function under a transform."""
+    """The result of checking a function under one transform."""
 
     RIGHT = "right"
     WRONG = "wrong"
@@ -23,12 +23,12 @@ class Verdict(StrEnum):
 
     @property
     def is_fault(self) -> bool:
-        """Whether the function is to blame."""
+        """Whether the function is at fault."""
         return self not in (Verdict.RIGHT, Verdict.CANNOT, Verdict.NOT_APPLICABLE)
 
 
 class Finding(Exception):
-    """Raised by a transform's check where the function is not simply right."""
+    """Raised by a transform's check if the verdict is not `RIGHT`; its message is the detail."""
 
     verdict = Verdict.RAISES
 
@@ -51,7 +51,7 @@ class NotApplicable(Finding):
 
 @dataclass(frozen=True)
 class Row:
-    """A transform, the verdict, and its numbers, message or reason ("" where it is right)."""
+    """A transform, its verdict, and the numbers, message or reason ("" if it is right)."""
 
     transform: str
     verdict: Verdict
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The verdicts on a function, a row for each transform."""
+    """The verdicts on a function, one row per transform."""
 
     function: str
     dtype: torch.dtype
@@ -84,12 +84,12 @@ class Report:
         width = max((len(row.transform) for row in self.rows), default=0)
         lines = [f"{self.function}, {str(self.dtype).removeprefix('torch.')}"]
         for row in self.rows:
-            line = f"{row.transform:{width}}  {row.verdict:16}  {shortened(row.detail, 120)}"
+            line = f"{row.transform:{width}}  {row.verdict:16}  {shorten(row.detail, 120)}"
             lines.append(line.rstrip())
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as a dict of plain values, for JSON."""
+        """Returns the report as a dict of plain values, for JSON."""
         return {
             "function": self.function,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -106,11 +106,12 @@ class Report:
                 raise AssertionError(f"{message}: {row.detail}" if row.detail else message)
 
 
-def described(error: Exception) -> str:
-    """An error's type and message, in a line."""
+def describe_error(error: Exception) -> str:
+    """Returns the error's type and message in one line."""
     message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {shortened(message, 400)}"
+    return f"{type(error).__name__}: {shorten(message, 400)}"
 
 
-def shortened(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
+    """Cuts the text to `length` characters, the last of them an ellipsis."""
     return text if len(text) <= length else text[: length - 1] + "…"
