@@ -88,7 +88,9 @@ def test_feedforward_equals_pytorch_layers(activation, output):
     upstream = torch.randn_like(result)
     for gradient, expected_gradient in zip(
         torch.autograd.grad(result, list(net.parameters()), upstream),
-        torch.autograd.grad(expected, [p for layer in layers for p in layer.parameters()], upstream),
+        torch.autograd.grad(
+            expected, [p for layer in layers for p in layer.parameters()], upstream
+        ),
         strict=True,
     ):
         torch.testing.assert_close(gradient, expected_gradient)
