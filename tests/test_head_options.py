@@ -135,12 +135,15 @@ def search_settings(examples: int) -> Any:
 
 
 def test_drawn_options_have_the_value_and_gradients_of_the_truth(small_blocks):
-    """A fault must repeat with other numbers: a few may be rounded to the truth by chance."""
+    """A fault counts if it repeats with two other sets of numbers.
+
+    The tolerance is the plain expression's own error, which a few numbers make small by chance.
+    """
 
     def find_faults(head: DrawnHead) -> list[str]:
         functions = {"head": head.compute_head, "logits": head.compute_from_logits}
         return faults(
-            [f"{twin}: {name}" for twin in functions for name in ("value", *head.leaves)],
+            [f"{function}: {name}" for function in functions for name in ("value", *head.leaves)],
             [v for function in functions.values() for v in head.differentiate(function)],
             2 * head.differentiate(head.compute_truth),
             lambda change: 2 * head.differentiate(head.compute_truth, change),
@@ -152,10 +155,10 @@ def test_drawn_options_have_the_value_and_gradients_of_the_truth(small_blocks):
         head = DrawnHead(data)
         for attempt in range(3):
             head.draw_tensors(head.seed + attempt)
-            found = find_faults(head)
-            if not found:
+            messages = find_faults(head)
+            if not messages:
                 return
-        raise AssertionError("\n".join(found))
+        raise AssertionError("\n".join(messages))
 
     search()
 
@@ -232,13 +235,13 @@ def test_log_probs_and_entropy_equal_the_truth(small_blocks, sums, cap, scale, b
         gradients = torch.autograd.grad(weighted_sum(cotangents, values), leaves)
         return [*(v.detach() for v in values), *gradients]
 
-    found = faults(
+    messages = faults(
         ["log_probs", "entropy", "x", "W", "b"],
         differentiate(compute),
         differentiate(compute_truth),
         lambda change: differentiate(compute_truth, change),
     )
-    assert not found, "\n".join(found)
+    assert not messages, "\n".join(messages)
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
@@ -307,8 +310,8 @@ def test_options_ignore_nan_and_inf_in_ignored_rows(function):
         results.append([loss, *gradients, *second, *stats])
         for v in (gradients[0], second[0], *stats):
             assert (v[ignored] == (-1 if v is stats.predicted else 0)).all()
-    for others in results[1:]:
-        torch.testing.assert_close(others, results[0], rtol=1e-12, atol=1e-14)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("target", ["classes", "probabilities"])

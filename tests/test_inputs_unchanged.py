@@ -29,7 +29,7 @@ def class_weight(dtype):
 
 REDUCTIONS = combine(reduction=["none", "sum", "mean"])
 SMOOTHINGS = {"reduction": ["none", "sum", "mean"], "label_smoothing": [0.0, 0.1]}
-# name: function, shapes of differentiable tensors, other arguments, options of each call
+# name: function, shapes of differentiable tensors, constant arguments, options of each call
 VALID_CALLS = {
     "linear": (F.linear, [(2, D), (5, D), (5,)], [], [{}]),
     "linear vector": (F.linear, [(2, D), (D,), ()], [], [{}]),
@@ -113,26 +113,26 @@ VALID_CALLS = {
     ),
 }
 VALID_CASES = [
-    pytest.param(f, shapes, others, options, id=f"{name}-{i}")
-    for name, (f, shapes, others, rows) in VALID_CALLS.items()
+    pytest.param(f, shapes, constants, options, id=f"{name}-{i}")
+    for name, (f, shapes, constants, rows) in VALID_CALLS.items()
     for i, options in enumerate(rows)
 ]
 
 
-@pytest.mark.parametrize(("f", "shapes", "others", "options"), VALID_CASES)
+@pytest.mark.parametrize(("f", "shapes", "constants", "options"), VALID_CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_valid_call_changes_no_tensor(f, shapes, others, options, dtype):
+def test_valid_call_changes_no_tensor(f, shapes, constants, options, dtype):
     """Neither arguments nor cotangents nor results, at two orders and in forward mode."""
     leaves = [floats(*shape, dtype=dtype) for shape in shapes]
     if options.get("weight"):
         options = options | {"weight": class_weight(dtype)}
     parents = [x * 1 for x in leaves]  # PyTorch would let a function write to these
-    arguments = Snapshot(leaves, parents, others, options)
+    arguments = Snapshot(leaves, parents, constants, options)
 
     with torch.no_grad():
-        f(*parents, *others, **options)
+        f(*parents, *constants, **options)
     arguments.assert_unchanged()
-    loss = f(*parents, *others, **options)
+    loss = f(*parents, *constants, **options)
     arguments.assert_unchanged()
     upstream = torch.rand_like(loss)
     inputs = Snapshot(upstream, loss)
@@ -153,7 +153,7 @@ def test_valid_call_changes_no_tensor(f, shapes, others, options, dtype):
     primals = [x.detach().clone() for x in leaves]
     tangents = [torch.rand_like(x) for x in leaves]
     inputs = Snapshot(primals, tangents)
-    jvp(lambda *leaves: f(*leaves, *others, **options), tuple(primals), tuple(tangents))
+    jvp(lambda *leaves: f(*leaves, *constants, **options), tuple(primals), tuple(tangents))
     inputs.assert_unchanged()
     arguments.assert_unchanged()
 
@@ -162,11 +162,11 @@ def test_valid_call_changes_no_tensor(f, shapes, others, options, dtype):
     "name", ["linear", "head", "cross_entropy", "feedforward", "mse_loss", "squared_error"]
 )
 def test_valid_call_under_autocast_changes_no_tensor(name):
-    f, shapes, others, rows = VALID_CALLS[name]
+    f, shapes, constants, rows = VALID_CALLS[name]
     leaves = [floats(*shape) for shape in shapes]
-    arguments = Snapshot(leaves, others)
+    arguments = Snapshot(leaves, constants)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = f(*leaves, *others, **rows[0])
+        loss = f(*leaves, *constants, **rows[0])
     torch.autograd.grad(loss, leaves, torch.ones_like(loss))
     arguments.assert_unchanged()
 

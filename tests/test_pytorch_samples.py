@@ -118,11 +118,11 @@ def summarize_warnings(records):
 
 def find_faults(compute, compute_pytorch, compute_truth, tree, frozen=()):
     """Returns a line for each difference from PyTorch at this tree of arguments."""
-    results, warned = differentiate(compute, tree, frozen)
+    results, actual_warnings = differentiate(compute, tree, frozen)
     expected, expected_warnings = differentiate(compute_pytorch, tree, frozen)
     lines = []
-    if warned != expected_warnings:
-        lines.append(f"warnings: expected {expected_warnings}, got {warned}")
+    if actual_warnings != expected_warnings:
+        lines.append(f"warnings: expected {expected_warnings}, got {actual_warnings}")
     if isinstance(results, Exception) or isinstance(expected, Exception):
         if type(results) is not type(expected):
             lines.append(f"expected {expected!r}, got {results!r}")
@@ -181,8 +181,8 @@ def check_operator(name, variant, compute_pytorch, compute, dtype):
         if runs_at_dtype(i, sample.kwargs.get("options"), dtype):
             count += 1
             tree = ((sample.input, *sample.args), sample.kwargs)
-            found = find_faults(*map(take_tree, functions), tree, find_frozen(name, tree))
-            lines += [f"{name} {variant} {dtype} sample {i}: {line}" for line in found]
+            messages = find_faults(*map(take_tree, functions), tree, find_frozen(name, tree))
+            lines += [f"{name} {variant} {dtype} sample {i}: {line}" for line in messages]
     return count, lines
 
 
@@ -206,20 +206,20 @@ def check_module(name, dtype):
         if hasattr(exact, "options"):
             exact.options = None
 
-        found = []
+        messages = []
         if list(module.state_dict()) != list(reference.state_dict()):
-            found.append(f"state dict: expected {list(reference.state_dict())}")
+            messages.append(f"state dict: expected {list(reference.state_dict())}")
         module.load_state_dict(reference.state_dict(), strict=True)
         if repr(module) != repr(reference):
-            found.append(f"repr: expected {reference!r}, got {module!r}")
+            messages.append(f"repr: expected {reference!r}, got {module!r}")
 
         inputs = sample.forward_input
         tree = (inputs.args, {**inputs.kwargs, "state": reference.state_dict()})
         buffers = [f"[1]['state']['{key}']" for key, _ in reference.named_buffers()]
         functions = (take_tree(take_state(m)) for m in (module, reference, exact))
-        found += find_faults(*functions, tree, buffers)
+        messages += find_faults(*functions, tree, buffers)
         description = sample.desc or f"{args} {kwargs}"
-        lines += [f"{name} {dtype} sample {i} ({description}): {line}" for line in found]
+        lines += [f"{name} {dtype} sample {i} ({description}): {line}" for line in messages]
     return count, lines
 
 
