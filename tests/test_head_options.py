@@ -163,6 +163,24 @@ def test_drawn_options_have_the_value_and_gradients_of_the_truth(small_blocks):
     search()
 
 
+def test_drawn_options_of_the_head_in_bfloat16_are_rounded_once(small_blocks):
+    """A learnt scale has two gradients, through features and bias, and autograd adds them."""
+
+    @search_settings(100)
+    @given(st.data())
+    def search(data: Any) -> None:
+        head = DrawnHead(data, [torch.bfloat16])
+        results = head.differentiate(head.compute_head)
+        expected = head.differentiate(head.compute_truth, Tensor.double)
+        names = "value", *head.leaves
+        for name, result, exact in zip(names, results, expected, strict=True):
+            if name != "logit_scale":
+                half_eps, atol = 2.0**-8, 1e-3 * exact.abs().max().item()
+                torch.testing.assert_close(result.double(), exact, rtol=half_eps, atol=atol)
+
+    search()
+
+
 def test_drawn_options_have_the_second_order_and_tangent_of_the_truth(small_blocks):
     """Also in class weights."""
 
