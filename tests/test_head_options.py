@@ -181,6 +181,33 @@ def test_drawn_options_of_the_head_in_bfloat16_are_rounded_once(small_blocks):
     search()
 
 
+def test_drawn_options_of_logits_in_bfloat16_are_rounded_once(small_blocks):
+    """Without scale and cap the z-loss has a gradient of its own, and autograd adds the two."""
+
+    @search_settings(100)
+    @given(st.data())
+    def search(data: Any) -> None:
+        head = DrawnHead(data, [torch.bfloat16])
+        logits = truth.compute_logits(*(head.tensors.get(name) for name in ("x", "W", "b")))
+        target, options = head.tensors["target"], head.collect_options(head.tensors)
+
+        def differentiate(function: Any, change: Any = lambda v: v) -> list[Tensor]:
+            z = change(logits).detach().requires_grad_()
+            t = change(target) if target.is_floating_point() else target
+            tensors = {k: change(v) for k, v in options.items() if isinstance(v, Tensor)}
+            value = function(z, t, **{**options, **tensors})
+            upstream = head.upstream.view_as(value).to(value.dtype) if value.dim() else None
+            return [value.detach(), *torch.autograd.grad(value, z, upstream)]
+
+        expected = differentiate(truth.cross_entropy, Tensor.double)
+        rtol = 2.0**-8 * (2 if options["z_loss"] else 1)
+        for result, exact in zip(differentiate(F.cross_entropy), expected, strict=True):
+            atol = rtol / 4 * exact.abs().max().item()
+            torch.testing.assert_close(result.double(), exact, rtol=rtol, atol=atol)
+
+    search()
+
+
 def test_drawn_options_have_the_second_order_and_tangent_of_the_truth(small_blocks):
     """Also in class weights."""
 
