@@ -1,7 +1,7 @@
-"""PyTorch's own samples (OpInfo, ModuleInfo) through this library: values and every gradient.
+"""Values and every gradient of PyTorch's own samples (OpInfo, ModuleInfo).
 
-The truth is PyTorch in float64; `tolerance` says how near is near enough. By itself,
-`python tests/test_pytorch_samples.py` prints how many samples there are and which fail.
+The truth is PyTorch in float64, within the tolerances of `tolerance.py`. Run as a script, this file
+prints how many samples there are and which fail.
 """
 
 import copy
@@ -12,6 +12,7 @@ import warnings
 import pytest
 import tolerance
 import torch
+from conftest import limit_threads
 from torch.utils import _pytree as pytree
 
 import torch_nnmath.functional as F
@@ -19,8 +20,8 @@ from torch_nnmath import nn
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HEAD = "nn.functional.linear_cross_entropy"
-HEAD_THEIRS = getattr(torch.nn.functional, "linear_cross_entropy", None)
-OPERATORS = [  # name and variant in PyTorch's op_db; PyTorch's function; ours
+PYTORCH_HEAD = getattr(torch.nn.functional, "linear_cross_entropy", None)
+OPERATORS = [  # name and variant in PyTorch's op_db, its function, this library's
     ("nn.functional.linear", "", torch.nn.functional.linear, F.linear),
     ("sigmoid", "", torch.sigmoid, F.sigmoid),
     ("tanh", "", torch.tanh, F.tanh),
@@ -29,23 +30,24 @@ OPERATORS = [  # name and variant in PyTorch's op_db; PyTorch's function; ours
     ("softmax", "with_dtype", torch.nn.functional.softmax, F.softmax),
     ("nn.functional.mse_loss", "", torch.nn.functional.mse_loss, F.mse_loss),
     ("nn.functional.cross_entropy", "", torch.nn.functional.cross_entropy, F.cross_entropy),
-    (HEAD, "", HEAD_THEIRS, F.linear_cross_entropy),
-    (HEAD, "chunked", HEAD_THEIRS, F.linear_cross_entropy),
-    (HEAD, "chunked_none", HEAD_THEIRS, F.linear_cross_entropy),
+    (HEAD, "", PYTORCH_HEAD, F.linear_cross_entropy),
+    (HEAD, "chunked", PYTORCH_HEAD, F.linear_cross_entropy),
+    (HEAD, "chunked_none", PYTORCH_HEAD, F.linear_cross_entropy),
 ]
 MODULES = [
     *("Linear", "Sigmoid", "Tanh", "ReLU", "Softmax", "MSELoss", "CrossEntropyLoss"),
     "LinearCrossEntropyLoss",
 ]
 
-# Everything that PyTorch's samples hold and that is not compared. No sample is left out whole.
+# All that is not compared. Every sample runs, if not at every dtype.
 EXCLUDED = {
-    "the gradient of class `weight` beside class indices": "PyTorch has none: nll_loss raises",
-    "the warning that `options` is ignored": "ours is always blocked, and has no such warning",
-    "each module sample in both modes": "no module here reads `training`: they take turns",
+    "the gradient of class weights beside class indices": "PyTorch has none: nll_loss raises",
+    "the warning that `options` is ignored": "this library ignores `options` silently",
+    "samples with `options` at every dtype": "they change nothing here: each runs at one dtype",
+    "module samples in both modes": "no module here reads `training`: samples alternate",
 }
 
-# What each of PyTorch's error samples must hear from us: the offending shape or value.
+# What the message for each of PyTorch's error samples must contain.
 HEAD_ERRORS = [
     ["(3, 2)"],
     ["linear_weight", "got 1"],
@@ -56,114 +58,114 @@ HEAD_ERRORS = [
 ]
 
 needs_head = pytest.mark.skipif(
-    HEAD_THEIRS is None,
+    PYTORCH_HEAD is None,
     reason="PyTorch has linear_cross_entropy, and samples of it, since 2.13",
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads only wait for each other on tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache
-def database(name):
-    """PyTorch's op_db or module_db; importing takes seconds and freezes global flags."""
-    with torch.backends.__allow_nonbracketed_mutation():  # thaws them again afterwards
+def load_database(name):
+    """PyTorch's op_db or module_db. Their import takes seconds and freezes global flags."""
+    with torch.backends.__allow_nonbracketed_mutation():  # unfreezes the flags
         from torch.testing._internal import common_methods_invocations, common_modules
     return {"op_db": common_methods_invocations, "module_db": common_modules}[name].__dict__[name]
 
 
-def operator(name, variant):
+def find_operator(name, variant):
     key = (name, variant)
-    (info,) = (x for x in database("op_db") if (x.name, x.variant_test_name) == key)
+    (info,) = (x for x in load_database("op_db") if (x.name, x.variant_test_name) == key)
     return info
 
 
-def module(name):
-    (info,) = (x for x in database("module_db") if x.module_cls.__name__ == name)
+def find_module(name):
+    (info,) = (x for x in load_database("module_db") if x.module_cls.__name__ == name)
     return info
 
 
-def outcome(function, tree, frozen=()):
-    """Value and gradients by place in the tree, or the error; and the warnings given."""
+def differentiate(function, tree, frozen=()):
+    """Returns value and gradients by place in the tree, or the error; and the warnings."""
     places, spec = pytree.tree_flatten_with_path(tree)
-    leaves, wanted = [], {}
+    leaves, differentiated = [], {}
     for path, x in places:
         if isinstance(x, torch.Tensor):
             x = x.detach()
             name = pytree.keystr(path)
             if x.is_floating_point() and name not in frozen:
-                wanted[f"gradient of {name}"] = x.requires_grad_()
+                differentiated[f"gradient of {name}"] = x.requires_grad_()
         leaves.append(x)
-    with warnings.catch_warnings(record=True) as heard:
+    with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always")
         try:
             value = function(pytree.tree_unflatten(leaves, spec))
         except Exception as error:
-            return error, said(heard)
+            return error, summarize_warnings(records)
         cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
-        # rounded as the tree's own numbers are, so that the truth has the same
+        # rounded to the fewest digits, so that the truth has the same cotangent
         cotangent = cotangent.bfloat16().to(value.dtype)
-        gradients = torch.autograd.grad(value, list(wanted.values()), cotangent)
-    return {"value": value.detach(), **dict(zip(wanted, gradients, strict=True))}, said(heard)
+        gradients = torch.autograd.grad(value, list(differentiated.values()), cotangent)
+    results = {"value": value.detach(), **dict(zip(differentiated, gradients, strict=True))}
+    return results, summarize_warnings(records)
 
 
-def said(heard):
-    """Category and beginning of each warning; a message's numbers are printed differently."""
-    messages = [(w.category, str(w.message)) for w in heard]
+def summarize_warnings(records):
+    """The category and beginning of each; numbers in the rest are formatted differently."""
+    messages = [(w.category, str(w.message)) for w in records]
     return [(c, m.split("(")[0]) for c, m in messages if "``options`` ignored" not in m]
 
 
-def compare(ours, theirs, exact, tree, frozen=()):
-    """Lines that say what is wrong with ours on this tree of arguments."""
-    found, said_ours = outcome(ours, tree, frozen)
-    expected, said_theirs = outcome(theirs, tree, frozen)
+def find_faults(compute, compute_pytorch, compute_truth, tree, frozen=()):
+    """Returns a line for each difference from PyTorch at this tree of arguments."""
+    results, actual_warnings = differentiate(compute, tree, frozen)
+    expected, expected_warnings = differentiate(compute_pytorch, tree, frozen)
     lines = []
-    if said_ours != said_theirs:
-        lines.append(f"warnings: expected {said_theirs}, got {said_ours}")
-    if isinstance(found, Exception) or isinstance(expected, Exception):
-        if type(found) is not type(expected):
-            lines.append(f"expected {expected!r}, got {found!r}")
+    if actual_warnings != expected_warnings:
+        lines.append(f"warnings: expected {expected_warnings}, got {actual_warnings}")
+    if isinstance(results, Exception) or isinstance(expected, Exception):
+        if type(results) is not type(expected):
+            lines.append(f"expected {expected!r}, got {results!r}")
         return lines
 
-    def truth(change):
-        """PyTorch's results with every number, and every `dtype`, changed."""
+    def differentiate_truth(change):
+        """The truth's results with every tensor, and every `dtype`, changed."""
 
-        def changed(x):
+        def change_leaf(x):
             if isinstance(x, torch.Tensor):
                 return change(x) if x.is_floating_point() else x
             return change(torch.empty(0)).dtype if isinstance(x, torch.dtype) else x
 
-        results, _ = outcome(exact, pytree.tree_map(changed, tree), frozen)
-        return list(results.values())
+        exact, _ = differentiate(compute_truth, pytree.tree_map(change_leaf, tree), frozen)
+        return list(exact.values())
 
     return lines + tolerance.faults(
-        list(expected), list(found.values()), list(expected.values()), truth
+        list(expected), list(results.values()), list(expected.values()), differentiate_truth
     )
 
 
-def on_tree(function):
-    """As a function of the tree (args, kwargs)."""
+def take_tree(function):
+    """Makes the function take the tree (args, kwargs)."""
     return lambda tree: function(*tree[0], **tree[1])
 
 
-def plain(function):
-    """Without the head's chunks, so that the truth is the plain expression."""
+def drop_options(function):
+    """Without the chunks of PyTorch's head, the truth is the plain expression."""
     return lambda *args, options=None, **kwargs: function(*args, **kwargs)
 
 
-def of_state(module):
-    """As a function of args, kwargs and the state dict, which gets gradients so."""
+def take_state(module):
+    """Makes the module take its state dict, which gets gradients, beside its inputs."""
     return lambda *args, state, **kwargs: torch.func.functional_call(module, state, args, kwargs)
 
 
-def undifferentiable(name, tree):
-    """The place of a class weight beside class indices: see EXCLUDED."""
+def runs_at_dtype(index, options, dtype):
+    """Samples with `options` are distributed over the dtypes."""
+    return options is None or DTYPES[index % len(DTYPES)] == dtype
+
+
+def find_frozen(name, tree):
+    """The place of class weights beside class indices, in which PyTorch has no gradient."""
     args, kwargs = tree
     if name not in ("nn.functional.cross_entropy", HEAD) or kwargs.get("weight") is None:
         return ()
@@ -171,68 +173,72 @@ def undifferentiable(name, tree):
     return () if target.is_floating_point() else ("[1]['weight']",)
 
 
-def check_operator(name, variant, theirs, ours, dtype):
-    """How many samples PyTorch has, and what is wrong with ours on them."""
+def check_operator(name, variant, compute_pytorch, compute, dtype):
+    """Returns how many samples ran, and a line for each fault."""
     count, lines = 0, []
-    for i, sample in enumerate(operator(name, variant).sample_inputs("cpu", dtype)):
-        count += 1
-        tree = ((sample.input, *sample.args), sample.kwargs)
-
-        functions = (on_tree(f) for f in (ours, theirs, plain(theirs)))
-        wrong = compare(*functions, tree, undifferentiable(name, tree))
-        lines += [f"{name} {variant} {dtype} sample {i}: {line}" for line in wrong]
+    functions = compute, compute_pytorch, drop_options(compute_pytorch)
+    for i, sample in enumerate(find_operator(name, variant).sample_inputs("cpu", dtype)):
+        if runs_at_dtype(i, sample.kwargs.get("options"), dtype):
+            count += 1
+            tree = ((sample.input, *sample.args), sample.kwargs)
+            messages = find_faults(*map(take_tree, functions), tree, find_frozen(name, tree))
+            lines += [f"{name} {variant} {dtype} sample {i}: {line}" for line in messages]
     return count, lines
 
 
 def check_module(name, dtype):
-    """The same for a module; every second sample is in eval mode."""
-    info, count, lines = module(name), 0, []
+    """The same for a module. Every second sample is in eval mode."""
+    info, count, lines = find_module(name), 0, []
     torch.manual_seed(11)
     random.seed(11)
     samples = info.module_inputs_func(
         info, device="cpu", dtype=dtype, requires_grad=False, training=True
     )
     for i, sample in enumerate(samples):
-        count, training = count + 1, i % 2 == 0
         args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
-        theirs = info.module_cls(*args, **kwargs).to(dtype).train(training)
-        ours = getattr(nn, name)(*args, **kwargs).to(dtype).train(training)
-        exact = copy.deepcopy(theirs).double()
+        if not runs_at_dtype(i, kwargs.get("options"), dtype):
+            continue
+        count += 1
+        training = count % 2 == 1
+        reference = info.module_cls(*args, **kwargs).to(dtype).train(training)
+        module = getattr(nn, name)(*args, **kwargs).to(dtype).train(training)
+        exact = copy.deepcopy(reference).double()
         if hasattr(exact, "options"):
             exact.options = None
 
-        wrong = []
-        if list(ours.state_dict()) != list(theirs.state_dict()):
-            wrong.append(f"state dict: expected {list(theirs.state_dict())}")
-        ours.load_state_dict(theirs.state_dict(), strict=True)
-        if repr(ours) != repr(theirs):
-            wrong.append(f"repr: expected {theirs!r}, got {ours!r}")
+        messages = []
+        if list(module.state_dict()) != list(reference.state_dict()):
+            messages.append(f"state dict: expected {list(reference.state_dict())}")
+        module.load_state_dict(reference.state_dict(), strict=True)
+        if repr(module) != repr(reference):
+            messages.append(f"repr: expected {reference!r}, got {module!r}")
 
         inputs = sample.forward_input
-        tree = (inputs.args, {**inputs.kwargs, "state": theirs.state_dict()})
-        buffers = [f"[1]['state']['{key}']" for key, _ in theirs.named_buffers()]
-        wrong += compare(*(on_tree(of_state(m)) for m in (ours, theirs, exact)), tree, buffers)
-        desc = sample.desc or f"{args} {kwargs}"
-        lines += [f"{name} {dtype} sample {i} ({desc}): {line}" for line in wrong]
+        tree = (inputs.args, {**inputs.kwargs, "state": reference.state_dict()})
+        buffers = [f"[1]['state']['{key}']" for key, _ in reference.named_buffers()]
+        functions = (take_tree(take_state(m)) for m in (module, reference, exact))
+        messages += find_faults(*functions, tree, buffers)
+        description = sample.desc or f"{args} {kwargs}"
+        lines += [f"{name} {dtype} sample {i} ({description}): {line}" for line in messages]
     return count, lines
 
 
-def verdict(count, lines, record_property):
+def assert_no_faults(count, lines, record_property):
     record_property("samples", count)
     assert count > 0
     assert not lines, f"{len(lines)} faults in {count} samples:\n" + "\n".join(lines)
 
 
-def short(x):
-    """Test ids such as float64, linear_cross_entropy."""
+def format_id(x):
+    """For example float64, linear_cross_entropy."""
     return str(x).removeprefix("torch.").removeprefix("nn.functional.")
 
 
 def operator_cases():
-    for name, variant, theirs, ours in OPERATORS:
+    for name, variant, compute_pytorch, compute in OPERATORS:
         marks = [needs_head] if name == HEAD else []
-        label = f"{short(name)}-{variant}" if variant else short(name)
-        yield pytest.param(name, variant, theirs, ours, id=label, marks=marks)
+        label = f"{format_id(name)}-{variant}" if variant else format_id(name)
+        yield pytest.param(name, variant, compute_pytorch, compute, id=label, marks=marks)
 
 
 def module_cases():
@@ -240,22 +246,25 @@ def module_cases():
         yield pytest.param(name, marks=[needs_head] if name == "LinearCrossEntropyLoss" else [])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize(("name", "variant", "theirs", "ours"), list(operator_cases()))
-def test_operator(name, variant, theirs, ours, dtype, record_property):
-    verdict(*check_operator(name, variant, theirs, ours, dtype), record_property)
+@pytest.mark.parametrize("dtype", DTYPES, ids=format_id)
+@pytest.mark.parametrize(("name", "variant", "compute_pytorch", "compute"), list(operator_cases()))
+def test_operator_samples_equal_pytorch(
+    name, variant, compute_pytorch, compute, dtype, record_property
+):
+    result = check_operator(name, variant, compute_pytorch, compute, dtype)
+    assert_no_faults(*result, record_property)
 
 
-def test_no_variant_is_left_out():
-    """PyTorch has no samples of these operators beyond the table's."""
+def test_operator_table_has_every_variant_of_pytorch():
     names = {name for name, *_ in OPERATORS}
-    known = {(name, variant) for name, variant, *_ in OPERATORS}
-    assert {(x.name, x.variant_test_name) for x in database("op_db") if x.name in names} <= known
+    variants = {(name, variant) for name, variant, *_ in OPERATORS}
+    entries = {(x.name, x.variant_test_name) for x in load_database("op_db") if x.name in names}
+    assert entries <= variants
 
 
 @needs_head
-def test_head_errors():
-    samples = list(operator(HEAD, "").error_inputs("cpu"))
+def test_head_errors_have_the_type_of_pytorch_and_name_the_shapes():
+    samples = list(find_operator(HEAD, "").error_inputs("cpu"))
     for error, words in zip(samples, HEAD_ERRORS, strict=True):
         sample = error.sample_input
         with pytest.raises(error.error_type) as raised:
@@ -265,48 +274,48 @@ def test_head_errors():
         assert not missing, f"{error.error_regex!r}: {missing} not in {raised.value}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", DTYPES, ids=format_id)
 @pytest.mark.parametrize("name", list(module_cases()))
-def test_module(name, dtype, record_property):
-    verdict(*check_module(name, dtype), record_property)
+def test_module_samples_equal_pytorch(name, dtype, record_property):
+    assert_no_faults(*check_module(name, dtype), record_property)
 
 
 @pytest.mark.parametrize("name", list(module_cases()))
-def test_module_errors(name):
-    info = module(name)
+def test_module_errors_have_the_type_of_pytorch(name):
+    info = find_module(name)
     if info.module_error_inputs_func is None:
         pytest.skip("PyTorch has no error samples of it")
     for error in info.module_error_inputs_func(
         info, device="cpu", dtype=torch.float32, requires_grad=False, training=True
     ):
         sample = error.module_error_input
-        made, called = sample.constructor_input, sample.forward_input
+        init, inputs = sample.constructor_input, sample.forward_input
         with pytest.raises(error.error_type) as raised:
-            getattr(nn, name)(*made.args, **made.kwargs)(*called.args, **called.kwargs)
+            getattr(nn, name)(*init.args, **init.kwargs)(*inputs.args, **inputs.kwargs)
         assert type(raised.value) is error.error_type, error.error_regex
 
 
 def main():
-    torch.set_num_threads(1)
-    rows = [
-        (f"{name} {variant}", dtype, check_operator(name, variant, theirs, ours, dtype))
-        for name, variant, theirs, ours in OPERATORS
-        if theirs is not None
-        for dtype in DTYPES
-    ]
-    rows += [
-        (f"nn.{name}", dtype, check_module(name, dtype))
-        for name in MODULES
-        if hasattr(torch.nn, name)
-        for dtype in DTYPES
-    ]
+    with limit_threads():
+        rows = [
+            (f"{name} {variant}", dtype, check_operator(name, variant, reference, compute, dtype))
+            for name, variant, reference, compute in OPERATORS
+            if reference is not None
+            for dtype in DTYPES
+        ]
+        rows += [
+            (f"nn.{name}", dtype, check_module(name, dtype))
+            for name in MODULES
+            if hasattr(torch.nn, name)
+            for dtype in DTYPES
+        ]
     print(f"{'samples of PyTorch ' + torch.__version__:50} {'dtype':9} samples faults")
     for label, dtype, (count, lines) in rows:
-        print(f"{label:50} {short(dtype):9} {count:7} {len(lines):6}")
+        print(f"{label:50} {format_id(dtype):9} {count:7} {len(lines):6}")
     for _, _, (_, lines) in rows:
         print(*lines, sep="\n", end="\n" if lines else "")
-    for what, why in EXCLUDED.items():
-        print(f"not compared: {what} ({why})")
+    for excluded, reason in EXCLUDED.items():
+        print(f"not compared: {excluded} ({reason})")
 
 
 if __name__ == "__main__":

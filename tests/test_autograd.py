@@ -1,4 +1,4 @@
-"""What users do around a formula: transforms over batches, compilers, autocast, edits in place."""
+"""The formulas inside a user's graph: in-place edits, saved tensors, autocast, infinite logits."""
 
 import math
 
@@ -15,7 +15,7 @@ Y = torch.tensor([0, 1, 2, 0])
 
 
 @pytest.mark.parametrize("head", [False, True])
-def test_the_mean_of_nothing_inside_compile(head):
+def test_compiled_mean_of_empty_batch_equals_eager(head):
     torch._dynamo.reset()
     W = torch.randn(3, 4, requires_grad=True)
 
@@ -25,10 +25,10 @@ def test_the_mean_of_nothing_inside_compile(head):
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for n in (2, 3, 0):
         x, y = torch.randn(n, 4, requires_grad=True), torch.zeros(n, dtype=torch.long)
-        c = compiled(x, y)
-        torch.testing.assert_close(c, loss(x, y), equal_nan=True)
+        result, expected = compiled(x, y), loss(x, y)
+        torch.testing.assert_close(result, expected, equal_nan=True)
         torch.testing.assert_close(
-            torch.autograd.grad(c, W)[0], torch.autograd.grad(loss(x, y), W)[0], equal_nan=True
+            torch.autograd.grad(result, W)[0], torch.autograd.grad(expected, W)[0], equal_nan=True
         )
 
 
@@ -43,12 +43,12 @@ def test_the_mean_of_nothing_inside_compile(head):
         lambda x: F.categorical_cross_entropy(x.softmax(-1), Y),
     ],
 )
-def test_a_loss_may_be_divided_in_place(loss):
+def test_loss_divided_in_place_has_the_scaled_gradient(loss):
     x = torch.randn(4, 3, requires_grad=True)
-    (want,) = torch.autograd.grad(loss(x) / 4, x)
+    (expected,) = torch.autograd.grad(loss(x) / 4, x)
     divided = loss(x)
     divided /= 4
-    torch.testing.assert_close(torch.autograd.grad(divided, x)[0], want)
+    torch.testing.assert_close(torch.autograd.grad(divided, x)[0], expected)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3), (0, 2, 3)])
@@ -57,32 +57,33 @@ def test_a_loss_may_be_divided_in_place(loss):
     "layer",
     [nn.Linear, lambda n, m, b: nn.Feedforward((n, m), output_activation="identity", bias=b)],
 )
-def test_what_a_layer_gives_may_be_changed_in_place(layer, shape, bias):
-    """Its output is no view of something that a Function made."""
+def test_layer_output_changed_in_place_has_the_right_gradient(layer, shape, bias):
+    """A Function whose output is a view would forbid the change."""
     layer, x = layer(3, 2, bias), torch.randn(shape)
-    plain = torch.nn.Linear(3, 2, bias)
-    plain.load_state_dict({k.removeprefix("layers.0."): v for k, v in layer.state_dict().items()})
+    reference = torch.nn.Linear(3, 2, bias)
+    state = {name.removeprefix("layers.0."): v for name, v in layer.state_dict().items()}
+    reference.load_state_dict(state)
     results = []
-    for net in (layer, plain):
+    for net in (layer, reference):
         y = net(x)
         y += torch.ones(2)
         y[..., 0] *= 3
         results.append([y, *torch.autograd.grad(y.square().sum(), [*net.parameters()])])
-    for found, want in zip(*results, strict=True):
-        torch.testing.assert_close(found, want)
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected)
 
 
-def test_only_what_backward_reads_is_saved():
+def test_linear_saves_only_what_its_backward_reads():
     x, W = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3)
     z = F.linear(x, W)
     with torch.no_grad():
-        x.add_(1)  # W is frozen: nothing reads x
+        x.add_(1)  # W is frozen, so the backward does not read x
     torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], W.sum(0).expand(2, 3))
     features = torch.randn(2, 3)
     W.requires_grad_()
     z = F.linear(features, W)
     with torch.no_grad():
-        W.add_(1)  # the features are data: nothing reads W
+        W.add_(1)  # the features need no gradient, so the backward does not read W
     torch.testing.assert_close(
         torch.autograd.grad(z.sum(), W)[0], features.sum(0).expand(4, 3), rtol=1e-6, atol=1e-6
     )
@@ -91,7 +92,7 @@ def test_only_what_backward_reads_is_saved():
     y.sum().backward()
 
 
-def test_what_backward_reads_may_not_be_edited():
+def test_saved_weight_changed_in_place_makes_backward_raise():
     x, W = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     z = F.linear(x, W)
     with torch.no_grad():
@@ -100,28 +101,26 @@ def test_what_backward_reads_may_not_be_edited():
         z.sum().backward()
 
 
-def test_gradients_of_frozen_layers_are_not_computed():
-    """A network of which only the last layer learns costs one product in backward."""
+def test_feedforward_with_frozen_layers_computes_one_product_in_backward():
     net = nn.Feedforward((3, 4, 4, 2), dtype=torch.float64)
     for parameter in net.layers[:2].parameters():
         parameter.requires_grad_(False)
     x = torch.randn(5, 3, dtype=torch.float64)
-    out = net(x)
+    output = net(x)
     with torch.profiler.profile(acc_events=True) as profile:
-        out.sum().backward()
+        output.sum().backward()
     products = [e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm")]
     assert sum(products) == 1
-    hidden = net(x).detach()
-    assert hidden.shape == (5, 2)
     assert net.layers[0].weight.grad is None
-    delta = out.detach() * (1 - out.detach())
-    below = torch.sigmoid(x @ net.layers[0].weight.T + net.layers[0].bias)
-    below = torch.sigmoid(below @ net.layers[1].weight.T + net.layers[1].bias)
-    torch.testing.assert_close(net.layers[2].weight.grad, delta.T @ below)
+    delta = output.detach() * (1 - output.detach())
+    hidden = x
+    for layer in net.layers[:2]:
+        hidden = torch.sigmoid(hidden @ layer.weight.T + layer.bias)
+    torch.testing.assert_close(net.layers[2].weight.grad, delta.T @ hidden)
 
 
 @pytest.mark.parametrize("z", [1e-12, 1e-8, 1e-5, 1e-3, 3.0])
-def test_the_second_derivative_of_tanh_near_0(z):
+def test_second_derivative_of_tanh_near_0_keeps_its_digits(z):
     z = torch.tensor(z, dtype=torch.float32, requires_grad=True)
     (g,) = torch.autograd.grad(F.tanh(z), z, create_graph=True)
     (h,) = torch.autograd.grad(g, z)
@@ -129,14 +128,14 @@ def test_the_second_derivative_of_tanh_near_0(z):
     torch.testing.assert_close(h.double(), -2 * a * (1 - a * a), rtol=1e-5, atol=0)
 
 
-def test_relu_has_a_second_derivative_of_0():
+def test_second_derivative_of_relu_is_0():
     x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
     (g,) = torch.autograd.grad((F.relu(x) * x.detach()).sum(), x, create_graph=True)
     (h,) = torch.autograd.grad(g.sum(), x)
     assert torch.equal(h, torch.zeros(3))
 
 
-def test_third_order_of_the_head_inside_autocast():
+def test_third_order_of_head_inside_autocast_equals_outside():
     x, W = torch.randn(4, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
 
     def third(loss, autocast):
@@ -150,14 +149,13 @@ def test_third_order_of_the_head_inside_autocast():
 
 
 @pytest.mark.parametrize("head", [False, True])
-def test_a_forbidden_class_of_weight_or_target_0_leaves_no_nan(head):
+def test_logit_of_minus_infinity_with_weight_or_target_0_leaves_no_nan(head):
     z = torch.tensor([[0.0, 1.0, -math.inf]], dtype=torch.float64)
 
     def loss(t, w):
         if head:
-            eye, bias = torch.zeros(3, 1).double(), z[0]
-            x = torch.zeros(1, 1).double()
-            return F.linear_cross_entropy(x, eye, t, linear_bias=bias, weight=w)
+            x, W = torch.zeros(1, 1).double(), torch.zeros(3, 1).double()
+            return F.linear_cross_entropy(x, W, t, linear_bias=z[0], weight=w)
         return F.cross_entropy(z, t, w)
 
     l = z.log_softmax(-1)[0]
@@ -169,26 +167,27 @@ def test_a_forbidden_class_of_weight_or_target_0_leaves_no_nan(head):
     torch.testing.assert_close(dt, torch.tensor([[-l[0], -l[1], 0.0]]).double())
 
 
-def test_an_ignored_row_is_clean_beside_an_infinite_weight():
+def test_ignored_row_beside_an_infinite_weight_has_gradient_0():
     x = torch.randn(2, 3, requires_grad=True)
     W = torch.randn(4, 3)
     W[2] = math.inf
-    loss = F.linear_cross_entropy(x, W, torch.tensor([0, -100]), reduction="sum")
+    y = torch.tensor([0, -100])
+    loss = F.linear_cross_entropy(x, W, y, reduction="sum")
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     assert torch.equal(dx[1], torch.zeros(3))
-    none = F.linear_cross_entropy(x, W, torch.tensor([0, -100]), reduction="none")
-    assert math.copysign(1, none[1].item()) == 1
+    losses = F.linear_cross_entropy(x, W, y, reduction="none")
+    assert math.copysign(1, losses[1].item()) == 1  # 0, not -0
 
 
-def test_the_derivative_of_a_product_of_class_weights():
+def test_weighted_target_passes_gradcheck():
     t, w = (torch.rand(2, 3).double().requires_grad_(), torch.rand(1, 3).double().requires_grad_())
     assert torch.autograd.gradcheck(formulas.Weighted.apply, (t, w), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(formulas.Weighted.apply, (t, w))
 
 
 @pytest.fixture
-def cuda_autocast():
-    """Autocast on for CUDA, whose tensors are fake where there is no device."""
+def make_cuda_tensor():
+    """Makes fake CUDA tensors, with CUDA's autocast on: no device is needed."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.float16)
@@ -201,9 +200,9 @@ def cuda_autocast():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_the_rule_of_autocast_for_cuda(cuda_autocast, dtype):
-    """PyTorch's lists: products in float16, softmax and losses in float32, float64 left alone."""
-    x, W, t = (cuda_autocast(*shape, dtype=dtype) for shape in ((4, 3), (5, 3), (4, 3)))
+def test_cuda_autocast_casts_as_pytorch_lists(make_cuda_tensor, dtype):
+    """Products in float16, softmax and losses in float32; float64 stays."""
+    x, W, t = (make_cuda_tensor(*shape, dtype=dtype) for shape in ((4, 3), (5, 3), (4, 3)))
     wide = torch.promote_types(dtype, torch.float32)
     assert F.linear(x, W).dtype == (torch.float64 if dtype == torch.float64 else torch.float16)
     assert F.softmax(x, -1).dtype == wide
@@ -213,21 +212,21 @@ def test_the_rule_of_autocast_for_cuda(cuda_autocast, dtype):
         assert elementwise(x).dtype == dtype
 
 
-def test_a_network_whose_softmax_autocast_takes_to_float32(monkeypatch):
-    """As CUDA's autocast does; its products are half."""
-    plain = ACTIVATIONS["softmax"]
-    wide = plain._replace(f=lambda z: plain.f(z.float()))
-    monkeypatch.setitem(ACTIVATIONS, "softmax", wide)
+def test_feedforward_in_half_precision_with_float32_softmax_stays_accurate(monkeypatch):
+    """As CUDA's autocast has it: products in half precision, softmax in float32."""
+    softmax = ACTIVATIONS["softmax"]
+    float32_softmax = softmax._replace(f=lambda z: softmax.f(z.float()))
+    monkeypatch.setitem(ACTIVATIONS, "softmax", float32_softmax)
     torch.manual_seed(0)
     shapes = (4, 3), (5, 3), (2, 5), (5,), (2,)
-    exact = [torch.randn(shape).bfloat16().double() for shape in shapes]
+    points = [torch.randn(shape).bfloat16().double() for shape in shapes]
     t = torch.randn(4, 2, dtype=torch.float64)
 
     def network(x, *parameters):
         return F.feedforward(x, parameters[:2], parameters[2:], output_activation="softmax")
 
-    def results(dtype):
-        leaves = [v.to(dtype).requires_grad_() for v in exact]
+    def compute_results(dtype):
+        leaves = [v.to(dtype).requires_grad_() for v in points]
         a = network(*leaves)
         gradients = torch.autograd.grad((a * t.to(a.dtype)).sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum(g.double().sin().sum() for g in gradients), leaves)
@@ -237,9 +236,9 @@ def test_a_network_whose_softmax_autocast_takes_to_float32(monkeypatch):
         assert tangent.dtype == a.dtype
         return a.detach(), tangent, *gradients, *second
 
-    half = results(torch.bfloat16)
-    assert half[0].dtype == torch.float32
-    monkeypatch.setitem(ACTIVATIONS, "softmax", plain)
-    for got, want in zip(half, results(torch.float64), strict=True):
-        scale = want.detach().abs().max().item()
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=0.05 * scale)
+    results = compute_results(torch.bfloat16)
+    assert results[0].dtype == torch.float32
+    monkeypatch.setitem(ACTIVATIONS, "softmax", softmax)
+    for result, expected in zip(results, compute_results(torch.float64), strict=True):
+        scale = expected.detach().abs().max().item()
+        torch.testing.assert_close(result.double(), expected, rtol=0, atol=0.05 * scale)
