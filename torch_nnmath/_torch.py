@@ -110,6 +110,11 @@ def assert_async(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether forward hooks are registered with a module. No public function tells."""
+    return bool(module._forward_hooks)
+
+
 def make_wrapper(cls: type[Tensor], shape: torch.Size, **options: Any) -> Any:
     """A tensor subclass's instance without memory."""
     return Tensor._make_wrapper_subclass(cls, shape, **options)

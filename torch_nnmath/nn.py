@@ -40,10 +40,8 @@ class Linear(torch.nn.Linear):
     Where `swap` made it the head, its logits are deferred until something needs them.
     """
 
-    _nnmath_swapped: Any = None
-
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(self._nnmath_swapped, deferred.HeadLog):
+        if deferred.get_head_log(self) is not None:
             return deferred.linear(input, self.weight, self.bias, self)
         return F.linear(input, self.weight, self.bias)
 
