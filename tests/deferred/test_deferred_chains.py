@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from deferred_helpers import (
     F64,
-    FILTERS,
     IGNORED,
+    MARKS,
     assert_agree,
     compute_results,
     make_inputs,
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from torch_nnmath import functional as ours
 
-pytestmark = FILTERS
+pytestmark = MARKS
 
 
 class Chain:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from deferred_helpers import (
     BF16,
-    FILTERS,
     IGNORED,
+    MARKS,
     assert_fused,
     ce,
     compute_results,
@@ -23,7 +23,7 @@ from torch import nn
 
 from torch_nnmath import functional as ours
 
-pytestmark = FILTERS
+pytestmark = MARKS
 
 
 def smoothed_by_trainer(z, o):

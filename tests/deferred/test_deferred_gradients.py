@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from deferred_helpers import FILTERS, C, assert_agree, ce, make_inputs, make_pair, make_params
+from deferred_helpers import MARKS, C, assert_agree, ce, make_inputs, make_pair, make_params
 
-pytestmark = FILTERS
+pytestmark = MARKS
 
 
 def head_without_gradient(model, o):

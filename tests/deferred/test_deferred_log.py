@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from deferred_helpers import FILTERS, Model, ce, collect_warnings, make_inputs, make_pair, seed
+from deferred_helpers import MARKS, Model, ce, collect_warnings, make_inputs, make_pair, seed
 
 from torch_nnmath import swap
 
-pytestmark = FILTERS
+pytestmark = MARKS
 FILE = Path(__file__).name
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from deferred_helpers import (
     F64,
-    FILTERS,
     IGNORED,
+    MARKS,
     C,
     T,
     assert_agree,
@@ -26,7 +26,7 @@ from torch import nn
 from torch_nnmath import functional as ours
 from torch_nnmath import swap
 
-pytestmark = FILTERS
+pytestmark = MARKS
 
 
 class TripledGradient(torch.autograd.Function):

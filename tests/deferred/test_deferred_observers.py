@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deferred_helpers import (
-    FILTERS,
+    MARKS,
     assert_agree,
     ce,
     compute_results,
@@ -17,7 +17,7 @@ from deferred_helpers import (
 from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 
-pytestmark = FILTERS
+pytestmark = MARKS
 
 
 def record(o, g):

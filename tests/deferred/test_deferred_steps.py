@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from deferred_helpers import (
     F64,
-    FILTERS,
+    MARKS,
     B,
     C,
     T,
@@ -20,7 +20,7 @@ from deferred_helpers import (
     make_params,
 )
 
-pytestmark = FILTERS
+pytestmark = MARKS
 
 
 AMBIGUOUS: dict[str, Any] = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from deferred_helpers import (
     F64,
-    FILTERS,
+    MARKS,
     B,
     C,
     D,
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_nnmath import swap
 
-pytestmark = FILTERS
+pytestmark = MARKS
 
 
 # Checkpoints
