@@ -69,6 +69,7 @@ def test_compiled_body_keeps_the_fused_head(when):
     pair.assert_trains_alike(loss_in_model)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of Dynamo
 def test_body_compiled_by_inductor_keeps_the_fused_head():
     torch.compiler.reset()
     pair = Pair(make_lm())
