@@ -1,12 +1,13 @@
 """Losses without logits: the same values and gradients, and no tensor of tokens x classes."""
 
+import contextlib
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OperationRecorder
+from conftest import OperationRecorder, limit_head_blocks
 from deferred_helpers import (
     BF16,
     F64,
@@ -28,7 +29,7 @@ from torch import nn
 import torch_nnmath
 from torch_nnmath import functional as ours
 from torch_nnmath import kernels, swap
-from torch_nnmath.kernels import blocked
+from torch_nnmath.kernels._block import count_block_rows
 
 pytestmark = MARKS
 
@@ -275,16 +276,11 @@ def test_losses_in_several_blocks_of_rows_agree(name, rows):
     sizes = {"examples": 2, "tokens": rows // 2, "classes": 700 if rows == 3500 else 70}
     loss = (FUSED | FUSED_WITHOUT_BIAS)[name]
     plain, swapped, log = make_pair(bias=name in FUSED, classes=sizes["classes"])
-    bound = (0, 1) if rows == 150 else blocked.BLOCK_BYTES
-    with (
-        mock.patch.object(blocked, "BLOCK_BYTES", bound),
-        mock.patch.dict(globals(), C=sizes["classes"]),
-    ):
-        assert blocked.block_rows(rows, sizes["classes"]) < rows
-        assert_agree(
-            *(compute_results(model, loss, make_inputs(**sizes)) for model in (swapped, plain)),
-            atol=1e-10,
-        )
+    block_size = limit_head_blocks() if rows == 150 else contextlib.nullcontext()
+    with block_size, mock.patch.dict(globals(), C=sizes["classes"]):
+        assert count_block_rows(rows, sizes["classes"]) < rows
+        results = [compute_results(model, loss, make_inputs(**sizes)) for model in (swapped, plain)]
+    assert_agree(*results, atol=1e-10)
     assert_fused(log)
 
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torch_nnmath import _torch, formulas
 from torch_nnmath import functional as F
-from torch_nnmath._precision import for_product, without_autocast
+from torch_nnmath._precision import cast_for_product, disable_autocast
 from torch_nnmath.deferred.log import HeadLog, find_user_frame
 from torch_nnmath.deferred.mark import get_head_log
 from torch_nnmath.deferred.steps import (
@@ -29,7 +29,7 @@ from torch_nnmath.deferred.steps import (
     aten,
     make_packed_layout,
 )
-from torch_nnmath.kernels.choice import PLAIN
+from torch_nnmath.kernels.dispatch import PLAIN_TYPES
 
 # The head
 
@@ -48,10 +48,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
         log.count_materialization("by forward hooks of the head", is_training=is_training)
         return F.linear(input, weight, bias)
     # Autocast's cast belongs here: the loss may stand outside of autocast's region.
-    operands = for_product(input, weight, bias)
+    operands = cast_for_product(input, weight, bias)
     if not _are_operands_of_head(*operands):
         return F.linear(input, weight, bias)
-    logits = DeferredAffine.of(*operands)
+    logits = DeferredAffine.evaluate(*operands)
     call = logits.recipe.call
     call.log, call.grad_fn, call.is_training = log, get_grad_fn(logits), module.training
     return logits
@@ -62,7 +62,7 @@ def _are_untraced_plain(*tensors: Tensor | None) -> bool:
     if _torch.is_transformed() or torch.is_inference_mode_enabled() or is_traced():
         return False
     given = [x for x in tensors if x is not None]
-    return all(type(x) in PLAIN and not x.is_meta and not x.is_inference() for x in given)
+    return all(type(x) in PLAIN_TYPES and not x.is_meta and not x.is_inference() for x in given)
 
 
 def is_traced() -> bool:
@@ -147,7 +147,7 @@ class HeadCall:
         is_training = self.is_training and self.grad_fn is not None
         self.log.count_materialization(reason, is_training=is_training)
         features, weight, bias = self.operands
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(features):
+        with torch.inference_mode(False), torch.no_grad(), disable_autocast(features):
             for reference in self.recipes:
                 recipe = reference()
                 if recipe is not None and recipe.tensor is None:
@@ -276,7 +276,7 @@ def overrides(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., A
 
 def _call_function(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Calls a function of PyTorch or of this library, above autograd."""
-    if not all(cls in (DeferredLogits, *PLAIN) for cls in types):  # another subclass decides
+    if not all(cls in (DeferredLogits, *PLAIN_TYPES) for cls in types):  # another subclass decides
         return call_with_plain_tensors(func, *args, **kwargs)
     rule = FUNCTIONS.get(func)
     with _torch.disable_torch_function():

@@ -14,7 +14,9 @@ from torch.autograd.function import BackwardCFunction
 
 from torch_nnmath import _check as check
 from torch_nnmath import functional as F
-from torch_nnmath._precision import is_autocast, wide, wide_type, without_autocast
+from torch_nnmath._head import Head, LogitOptions, LogitSource, is_scaled, prepare_head
+from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, widen
+from torch_nnmath._target import TargetOptions
 from torch_nnmath.deferred.logits import DeferredLogits, get_grad_fn, is_traced, overrides
 
 # The fused head
@@ -39,56 +41,27 @@ class HeadRows(NamedTuple):
     def prepare_head(
         self,
         target: Tensor,
-        *,
-        logit_scale: Any = 1.0,
-        softcap: float | None = None,
-        **options: Any,
-    ) -> Any:
-        """Returns the fused head of this target; the options are those of `cross_entropy`."""
-        return _Head(
-            F._head(
-                self.features,
-                self.weight,
-                target,
-                self.bias,
-                options.get("weight"),
-                options.get("ignore_index"),
-                options.get("label_smoothing", 0.0),
-                options.get("base", torch.e),
-                self.scale * logit_scale,
-                self.softcap if softcap is None else softcap,
-                self.dtype,
-                self.row,
-                self.row_scale,
-            )
+        target_options: TargetOptions = TargetOptions(),  # noqa: B008 (immutable)
+        logit_options: LogitOptions = LogitOptions(),  # noqa: B008
+    ) -> Head:
+        """Returns the fused head of this target; the options are those of the loss."""
+        base, scale, softcap = logit_options
+        return prepare_head(
+            self.features,
+            self.weight,
+            target,
+            self.bias,
+            target_options,
+            LogitOptions(base, self.scale * scale, self.softcap if softcap is None else softcap),
+            LogitSource(self.dtype, self.row, self.row_scale),
         )
 
-    def prepare_head_of_any_class(self, **options: Any) -> Any:
+    def prepare_head_of_any_class(self, target_options: TargetOptions = TargetOptions()) -> Head:  # noqa: B008
         """Returns the fused head of a value that does not depend on the target."""
         shape = self.features.shape[:-1]
         target = torch.zeros(shape, dtype=torch.int64, device=self.features.device)
-        return self.prepare_head(target, **options)
+        return self.prepare_head(target, target_options)
 
-
-class _Head(NamedTuple):
-    """The fused head, by the methods that it is going to have."""
-
-    head: Any
-
-    def loss(self, reduction: str, z_loss: float, return_stats: bool) -> Any:
-        return F._loss_of_head(self.head, reduction, z_loss, return_stats)
-
-    def log_probs(self, return_entropy: bool) -> Any:
-        return F._log_probs_of_head(self.head, return_entropy)
-
-    def log_sum_exp(self) -> Tensor:
-        return F._log_sum_exp_of_head(self.head)
-
-    def target_logits(self) -> Tensor:
-        return F._logits_of_head(self.head)
-
-
-is_scaled = F._is_scale
 
 # From deferred logits to the fused head
 
@@ -205,7 +178,7 @@ def fused_loss(*functions: Any) -> Callable[..., Any]:
             if not isinstance(input, DeferredLogits):
                 return NotImplemented
             is_loss_autocast = is_autocast(input)
-            with without_autocast(input):
+            with disable_autocast(input):
                 result = rule(func, input, is_loss_autocast, *args, **kwargs)
             if result is not NotImplemented:
                 call = input.recipe.call
@@ -266,15 +239,12 @@ def cross_entropy(
         return NotImplemented
     if is_loss_autocast:
         rows = rows._replace(dtype=wide_type(rows.dtype))
-        target, weight = wide(target), None if weight is None else wide(weight)
+        target, weight = widen(target), None if weight is None else widen(weight)
+    ignore_index = None if is_distribution else given.ignore_index
     head = rows.prepare_head(
         target,
-        weight=weight,
-        ignore_index=None if is_distribution else given.ignore_index,
-        label_smoothing=given.label_smoothing,
-        base=given.base,
-        logit_scale=given.logit_scale,
-        softcap=given.softcap,
+        TargetOptions(weight, ignore_index, given.label_smoothing),
+        LogitOptions(given.base, given.logit_scale, given.softcap),
     )
     reduction = check.reduction(given.reduction, given.size_average, given.reduce)
     return head.loss(reduction, given.z_loss, given.return_stats)
@@ -294,10 +264,11 @@ def gather(
     if rows is NotImplemented:
         return NotImplemented
     try:
-        head = rows.prepare_head(index.squeeze(axis), ignore_index=torch.iinfo(torch.int64).min)
+        ignore_nothing = TargetOptions(ignore_index=torch.iinfo(torch.int64).min)
+        head = rows.prepare_head(index.squeeze(axis), ignore_nothing)
     except IndexError:  # `gather` itself raises a RuntimeError
         return NotImplemented
-    result = form.log_sign * head.log_probs(False) if form.log_sign else head.target_logits()
+    result = form.log_sign * head.log_probs(False) if form.log_sign else head.class_logits()
     return result.to(input.dtype).unsqueeze(axis)
 
 
@@ -322,7 +293,7 @@ def sum_over_classes(
     rows = make_rows(input, is_log=True, axis=axis)
     if rows is NotImplemented:
         return NotImplemented
-    head = rows._replace(dtype=dtype).prepare_head_of_any_class(label_smoothing=1.0)
+    head = rows._replace(dtype=dtype).prepare_head_of_any_class(TargetOptions(label_smoothing=1.0))
     factor = -form.log_sign * (1 if func in MEANS else input.shape[form.axis])
     result = factor * head.loss("none", 0.0, False).to(dtype)
     return result.unsqueeze(form.axis) if keepdim else result
