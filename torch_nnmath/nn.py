@@ -81,7 +81,7 @@ class MSELoss(torch.nn.MSELoss):
 
 
 class _CrossEntropyOptions:
-    """The options of this library's cross entropies that PyTorch's lack; the repr shows changed ones.
+    """Options that PyTorch's cross entropies lack; the repr shows those that are not default.
 
     A `logit_scale` that is a Parameter is learnt; any other tensor becomes a buffer.
     """
@@ -109,14 +109,14 @@ class _CrossEntropyOptions:
         else:
             self.logit_scale = logit_scale
 
-    def _get_options(self) -> dict[str, Any]:
+    def options_of_ours(self) -> dict[str, Any]:
         scale = getattr(self, "logit_scale", 1.0)  # a class-level default would hide a Parameter
         names = "base", "softcap", "z_loss", "return_stats"
         return {"logit_scale": scale} | {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]  # type: ignore[misc]
-        for name, value in self._get_options().items():
+        for name, value in self.options_of_ours().items():
             if isinstance(value, Tensor):
                 parts.append(f"{name}={type(value).__name__}")
             elif value != getattr(_CrossEntropyOptions, name, 1.0):
@@ -138,7 +138,7 @@ class CrossEntropyLoss(_CrossEntropyOptions, torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            **self._get_options(),
+            **self.options_of_ours(),
         )
 
 
@@ -209,7 +209,7 @@ class LinearCrossEntropyLoss(_CrossEntropyOptions, _LinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
-            **self._get_options(),
+            **self.options_of_ours(),
         )
 
 

@@ -247,7 +247,7 @@ def cross_entropy(
         LogitOptions(given.base, given.logit_scale, given.softcap),
     )
     reduction = check.reduction(given.reduction, given.size_average, given.reduce)
-    return head.loss(reduction, given.z_loss, given.return_stats)
+    return head.compute_loss(reduction, given.z_loss, given.return_stats)
 
 
 @fused_loss(torch.gather, Tensor.gather)
@@ -268,7 +268,11 @@ def gather(
         head = rows.prepare_head(index.squeeze(axis), ignore_nothing)
     except IndexError:  # `gather` itself raises a RuntimeError
         return NotImplemented
-    result = form.log_sign * head.log_probs(False) if form.log_sign else head.class_logits()
+    result = (
+        form.log_sign * head.compute_log_probs(False)
+        if form.log_sign
+        else head.compute_class_logits()
+    )
     return result.to(input.dtype).unsqueeze(axis)
 
 
@@ -295,7 +299,7 @@ def sum_over_classes(
         return NotImplemented
     head = rows._replace(dtype=dtype).prepare_head_of_any_class(TargetOptions(label_smoothing=1.0))
     factor = -form.log_sign * (1 if func in MEANS else input.shape[form.axis])
-    result = factor * head.loss("none", 0.0, False).to(dtype)
+    result = factor * head.compute_loss("none", 0.0, False).to(dtype)
     return result.unsqueeze(form.axis) if keepdim else result
 
 
@@ -315,7 +319,7 @@ def log_sum_exp(
     rows = make_rows(input, is_log=False, axis=axis)
     if rows is NotImplemented:
         return NotImplemented
-    result = rows.prepare_head_of_any_class().log_sum_exp().to(input.dtype)
+    result = rows.prepare_head_of_any_class().compute_log_sum_exp().to(input.dtype)
     return result.unsqueeze(form.axis) if keepdim else result
 
 
