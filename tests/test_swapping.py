@@ -61,9 +61,9 @@ def compute_results(model, x, target):
     return losses, *torch.autograd.grad(losses.square().sum(), [x, *model.parameters()])
 
 
-def assert_agree(found, truth):
-    for x, expected in zip(found, truth, strict=True):
-        torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-14)
+def assert_agree(results, truth):
+    for result, expected in zip(results, truth, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-14)
 
 
 def list_attributes(model):
@@ -84,8 +84,8 @@ def test_values_and_gradients_agree_after_swap_and_unswap(model, batch):
 def test_swap_changes_the_functions_that_run(small, batch):
     truth = small(batch[0])
     swap(small)
-    found = small(batch[0])
-    assert type(found.grad_fn) is not type(truth.grad_fn)
+    result = small(batch[0])
+    assert type(result.grad_fn) is not type(truth.grad_fn)
     unswap(small)
     assert type(small(batch[0]).grad_fn) is type(truth.grad_fn)
 
@@ -143,12 +143,12 @@ def test_report_is_a_sequence(small):
 
 def test_everything_but_classes_stays_the_same_object(model):
     def everything():
-        found = [*model.modules(), *model.parameters(), *model.buffers()]
+        objects = [*model.modules(), *model.parameters(), *model.buffers()]
         names = [n for n, _ in [*model.named_parameters(), *model.named_buffers()]]
         attributes = [
             {k: id(v) for k, v in vars(m).items() if k != mark.ATTRIBUTE} for m in model.modules()
         ]
-        return list(map(id, found)), names, attributes, repr(model)
+        return list(map(id, objects)), names, attributes, repr(model)
 
     model.body.eval()
     model.ce.note = object()
@@ -254,9 +254,9 @@ def test_hooks_fire_once_after_each_swap_and_unswap(model, batch):
     for step in (lambda _: None, swap, swap, unswap, unswap, swap):
         step(model)
         train_and_load(model, batch)
-        for name, found in hooks.items():
-            assert found.calls == dict.fromkeys(found.calls, 1), name
-            found.reset()
+        for name, module_hooks in hooks.items():
+            assert module_hooks.calls == dict.fromkeys(module_hooks.calls, 1), name
+            module_hooks.reset()
 
 
 @pytest.mark.parametrize("steps", [(swap,), (swap, unswap)])
@@ -264,11 +264,11 @@ def test_handles_remove_hooks_after_swap(model, batch, steps):
     hooks = add_hooks(model)
     for step in steps:
         step(model)
-    for found in hooks.values():
-        for handle in found.handles:
+    for module_hooks in hooks.values():
+        for handle in module_hooks.handles:
             handle.remove()
     train_and_load(model, batch)
-    assert all(not any(found.calls.values()) for found in hooks.values())
+    assert all(not any(module_hooks.calls.values()) for module_hooks in hooks.values())
 
 
 def test_hooks_added_after_swap_fire_after_unswap(model, batch):
@@ -276,8 +276,8 @@ def test_hooks_added_after_swap_fire_after_unswap(model, batch):
     hooks = add_hooks(model)
     unswap(model)
     train_and_load(model, batch)
-    for found in hooks.values():
-        assert found.calls == dict.fromkeys(found.calls, 1)
+    for module_hooks in hooks.values():
+        assert module_hooks.calls == dict.fromkeys(module_hooks.calls, 1)
 
 
 def test_always_call_hook_runs_after_an_error_of_ours():

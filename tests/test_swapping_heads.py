@@ -44,7 +44,7 @@ class Declares(nn.Module):
 
 
 class DeclaresWithArgument(Declares):
-    def get_output_embeddings(self, which):
+    def get_output_embeddings(self, name):
         return self.lm_head
 
 

@@ -227,6 +227,13 @@ def test_assert_async():
         _torch.assert_async(torch.tensor(False), "a class index")
 
 
+def test_has_forward_hooks():
+    layer = torch.nn.Linear(1, 1)
+    assert not _torch.has_forward_hooks(layer)
+    layer.register_forward_hook(lambda *args: None)
+    assert _torch.has_forward_hooks(layer)
+
+
 def test_make_wrapper():
     class Wrapper(Tensor):
         @classmethod

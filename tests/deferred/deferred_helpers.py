@@ -117,12 +117,12 @@ def compute_results(model, loss, o=None, backward=False):
 
 
 def assert_agree(results, truth, **tolerance):
-    for found, expected in zip(results, truth, strict=True):
-        assert (found is None) == (expected is None)
+    for result, expected in zip(results, truth, strict=True):
+        assert (result is None) == (expected is None)
         if expected is not None:
-            assert type(found) in (torch.Tensor, nn.Parameter)
+            assert type(result) in (torch.Tensor, nn.Parameter)
             options = {"rtol": 1e-10, "atol": 1e-11, "equal_nan": True} | tolerance
-            torch.testing.assert_close(found.detach(), expected.detach(), **options)
+            torch.testing.assert_close(result.detach(), expected.detach(), **options)
 
 
 def assert_fused(log, losses=None):

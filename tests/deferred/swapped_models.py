@@ -321,8 +321,8 @@ def assert_no_larger_errors(step: Step, plain: Step, truth: Step, roundings: int
     if truth.loss is not None:
         compared["loss"] = [step.loss, plain.loss, truth.loss]
     largest = max(float(t.abs().max()) for t in truth.gradients.values())
-    for name, (found, plain_value, expected) in compared.items():
-        assert found.dtype == plain_value.dtype
-        error, allowed = (float((x.double() - expected).abs().max()) for x in (found, plain_value))
+    for name, (value, plain_value, expected) in compared.items():
+        assert value.dtype == plain_value.dtype
+        error, allowed = (float((x.double() - expected).abs().max()) for x in (value, plain_value))
         scale = float(expected.abs().max()) + largest / 8
         assert error <= allowed + eps * scale, f"{name}: {error}, plain {allowed}, scale {scale}"

@@ -18,7 +18,7 @@ from deferred_helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_nnmath import functional as ours
+from torch_nnmath import functional
 
 pytestmark = MARKS
 
@@ -44,7 +44,7 @@ class Chain:
         self.is_foldable, self.is_scaled, self.is_capped, self.is_by_row = (True, *[False] * 3)
         for _ in range(self.draw(0, 1, 2, 3, 4, 5)):
             getattr(self, self.draw(*self.KINDS))()
-        self.loss = self.draw("cross_entropy", "ours", "nll_loss", "gather", "sum")
+        self.loss = self.draw("cross_entropy", "nnmath_cross_entropy", "nll_loss", "gather", "sum")
         getattr(self, f"draw_{self.loss}")()
 
     KINDS = (
@@ -239,11 +239,13 @@ class Chain:
 
         self.steps.append(loss)
 
-    def draw_ours(self):
+    def draw_nnmath_cross_entropy(self):
         cap, scale = self.draw(None, 3.0), self.draw(1.0, -0.5)
         more_options = {"base": self.draw(math.e, 2.0), "z_loss": self.draw(0.0, 0.1)}
         self.is_foldable &= not self.is_capped or (cap is None and scale == 1.0)
-        self.draw_cross_entropy(ours.cross_entropy, softcap=cap, logit_scale=scale, **more_options)
+        self.draw_cross_entropy(
+            functional.cross_entropy, softcap=cap, logit_scale=scale, **more_options
+        )
 
     def draw_nll_loss(self):
         self.move_classes()

@@ -138,7 +138,7 @@ CASES: dict[str, Any] = {
 @pytest.mark.parametrize("name", make_params(CASES))
 def test_gradients_agree_and_exist_where_they_do_in_pytorch(name):
     plain, swapped, _ = make_pair()
-    found = []
+    results = []
     for model in (swapped, plain):
         o = make_inputs()
         out = CASES[name](model, o)
@@ -146,9 +146,9 @@ def test_gradients_agree_and_exist_where_they_do_in_pytorch(name):
         if out[0].requires_grad:
             out[0].backward()
         leaves = [*model.parameters(), *(getattr(o, leaf) for leaf in o.learnt)]
-        found.append([*out, *(leaf.grad for leaf in leaves)])
-        assert [x.requires_grad for x in out] == [x.requires_grad for x in found[0][: len(out)]]
-    assert_agree(*found)
+        results.append([*out, *(leaf.grad for leaf in leaves)])
+        assert [x.requires_grad for x in out] == [x.requires_grad for x in results[0][: len(out)]]
+    assert_agree(*results)
 
 
 def test_setting_data_raises_and_copy_works():

@@ -27,8 +27,7 @@ from deferred_helpers import (
 from torch import nn
 
 import torch_nnmath
-from torch_nnmath import functional as ours
-from torch_nnmath import kernels, swap
+from torch_nnmath import functional, kernels, swap
 from torch_nnmath.kernels._block import count_block_rows
 
 pytestmark = MARKS
@@ -46,7 +45,7 @@ def of_module(loss):
 
 def with_stats(z, o):
     options = {"softcap": 5.0, "z_loss": 0.01, "base": 2.0, "reduction": "none"}
-    loss, stats = ours.cross_entropy(z.mT, o.y, **options, return_stats=True)
+    loss, stats = functional.cross_entropy(z.mT, o.y, **options, return_stats=True)
     assert not any(v.requires_grad for v in stats)
     return torch.stack([loss, *(v.to(loss.dtype) for v in stats)])
 
@@ -164,17 +163,17 @@ FUSED: dict[str, Any] = {
     ),
     "learnt probabilities": lambda z, o: F.cross_entropy(z.mT, o.probs.mT),
     "module of PyTorch": lambda z, o: nn.CrossEntropyLoss(o.weight, label_smoothing=0.1)(z.mT, o.y),
-    "module of ours": of_module(lambda o: torch_nnmath.nn.CrossEntropyLoss(o.weight, base=2)),
-    "module of ours, capped": of_module(
+    "module of nnmath": of_module(lambda o: torch_nnmath.nn.CrossEntropyLoss(o.weight, base=2)),
+    "module of nnmath, capped": of_module(
         lambda o: torch_nnmath.nn.CrossEntropyLoss(softcap=4.0, logit_scale=o.s, z_loss=0.1)
     ),
-    "function of ours": lambda z, o: ours.cross_entropy(
+    "function of nnmath": lambda z, o: functional.cross_entropy(
         z.mT, o.y, base=2, softcap=5.0, z_loss=1e-2, reduction="sum"
     ),
-    "function of ours, scaled": lambda z, o: ours.cross_entropy(
+    "function of nnmath, scaled": lambda z, o: functional.cross_entropy(
         (z * 0.5).flatten(0, 1), o.y.flatten(), logit_scale=o.s, softcap=5.0, label_smoothing=0.1
     ),
-    "function of ours, capped": lambda z, o: ours.cross_entropy(
+    "function of nnmath, capped": lambda z, o: functional.cross_entropy(
         4 * torch.tanh(z.mT * o.s / 4), o.y, z_loss=1e-2, weight=o.weight
     ),
     "stats": with_stats,
@@ -227,7 +226,7 @@ FUSED_WITHOUT_BIAS: dict[str, Any] = {
     "temperatures, logarithms": lambda z, o: (z / o.t).log_softmax(-1).mean(-1),
     "temperatures, logsumexp": lambda z, o: (z / o.t).logsumexp(-1),
     "temperatures, gather of logits": lambda z, o: (z / o.t).gather(-1, o.all_y[..., None]),
-    "temperatures, cap": lambda z, o: ours.cross_entropy((z / o.t).mT, o.y, softcap=3.0),
+    "temperatures, cap": lambda z, o: functional.cross_entropy((z / o.t).mT, o.y, softcap=3.0),
     "no bias": lambda z, o: ce(4 * torch.tanh((z + o.row) * o.s / 4), o.y),
 }
 LOSS_COUNTS = {
@@ -250,8 +249,8 @@ def test_fused_losses_agree_and_make_no_logits(name):
     assert_fused(log, LOSS_COUNTS.get(name, 1))
     o = make_inputs()
     with OperationRecorder() as recorder:
-        found = compute_results(swapped, loss, o)
-    assert_agree(found, truth)
+        results = compute_results(swapped, loss, o)
+    assert_agree(results, truth)
     has_large_target = "probabilities" in name
     assert has_large_target or not recorder.list_outputs(has_logits_shape)
 

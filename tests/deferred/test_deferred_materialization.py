@@ -23,8 +23,7 @@ from deferred_helpers import (
 )
 from torch import nn
 
-from torch_nnmath import functional as ours
-from torch_nnmath import swap
+from torch_nnmath import functional, swap
 
 pytestmark = MARKS
 
@@ -188,13 +187,13 @@ MATERIALIZED: dict[str, tuple[str, Any]] = {
     "rounded": ("div", lambda z, o: ce(torch.div(z, 3, rounding_mode="floor"), o.y)),
     "capped twice": ("tanh", lambda z, o: ce((2 * (z / 2).tanh()).tanh(), o.y)),
     "capped, times a learnt number": ("mul", lambda z, o: ce(z.tanh() * o.s, o.y)),
-    "capped, of ours capped": (
+    "capped, of nnmath capped": (
         "masked_fill",
-        lambda z, o: ours.cross_entropy(2 * z.mT.tanh(), o.y, softcap=3.0),
+        lambda z, o: functional.cross_entropy(2 * z.mT.tanh(), o.y, softcap=3.0),
     ),
-    "capped, of ours scaled": (
+    "capped, of nnmath scaled": (
         "masked_fill",
-        lambda z, o: ours.cross_entropy(2 * z.mT.tanh(), o.y, logit_scale=o.s / o.s.item()),
+        lambda z, o: functional.cross_entropy(2 * z.mT.tanh(), o.y, logit_scale=o.s / o.s.item()),
     ),
     "clamp": ("clamp", lambda z, o: ce(z.clamp(-5, 5), o.y)),
     "where": ("where", lambda z, o: ce(torch.where(o.fixed_row > 0, z, -100.0), o.y)),
@@ -268,8 +267,8 @@ ALSO_FUSED = ["accuracy", "topk", "a second term", "logarithms scaled", "out", "
 def test_uses_that_need_logits_agree_and_are_logged(name):
     operation, use = MATERIALIZED[name]
     plain, swapped, log = make_pair(bias="no bias" not in name)
-    found, truth = (run_seeded(compute_results, model, use) for model in (swapped, plain))
-    assert_agree(found, truth)
+    results, truth = (run_seeded(compute_results, model, use) for model in (swapped, plain))
+    assert_agree(results, truth)
     assert bool(log.fused) == (name in ALSO_FUSED)
     assert log.materialized
     for reason in log.materialized:
@@ -347,7 +346,7 @@ def test_invalid_operands_of_the_head_raise_at_once():
     x = torch.randn(3, 4, dtype=F64)
     for bad in (x.float(), x[..., 1:], x[0, 0]):
         with pytest.raises(RuntimeError) as expected:
-            ours.linear(bad, head[0].weight, head[0].bias)
+            functional.linear(bad, head[0].weight, head[0].bias)
         with pytest.raises(RuntimeError, match=f"^{re.escape(str(expected.value))}$"):
             head(bad)
 

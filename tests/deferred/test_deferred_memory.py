@@ -106,7 +106,7 @@ READ: dict[str, Any] = {
 @pytest.mark.parametrize("name", make_params(READ))
 def test_readers_of_memory_get_plain_tensors(name, grad):
     plain, swapped, _ = make_pair()
-    found = []
+    results = []
     for model in (swapped, plain):
         with torch.set_grad_enabled(grad):
             z = model(make_inputs().x)
@@ -114,8 +114,8 @@ def test_readers_of_memory_get_plain_tensors(name, grad):
                 out = READ[name](z)
             except RuntimeError as error:
                 out = str(error)
-        found.append(re.sub("grad_fn=<.*>", "", out) if isinstance(out, str) else out)
-    result, expected = found
+        results.append(re.sub("grad_fn=<.*>", "", out) if isinstance(out, str) else out)
+    result, expected = results
     assert isinstance(result, type(expected))
     if isinstance(expected, torch.Tensor):
         torch.testing.assert_close(result, expected, rtol=0, atol=0)

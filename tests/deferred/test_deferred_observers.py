@@ -125,15 +125,15 @@ OBSERVERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", make_params(OBSERVERS))
 def test_observers_of_deferred_logits_get_plain_gradients(name):
     plain, swapped, log = make_pair()
-    found = []
+    results = []
     for model in (swapped, plain):
         o = make_inputs()
         o.recorded, o.after = [], lambda: None
-        found.append(compute_results(model, OBSERVERS[name], o, backward=True))
+        results.append(compute_results(model, OBSERVERS[name], o, backward=True))
         o.after()
         assert o.recorded
-        found[-1] += o.recorded
-    assert_agree(*found)
+        results[-1] += o.recorded
+    assert_agree(*results)
     assert not log.fused
     assert log.materialized
 
@@ -175,15 +175,17 @@ HOOKS: dict[str, Any] = {
 @pytest.mark.parametrize("name", make_params(HOOKS))
 def test_module_hooks_get_plain_values(name):
     plain, swapped, log = make_pair()
-    found = []
+    results = []
     for model in (swapped, plain):
         recorded: list[Any] = []
         handle = HOOKS[name](model, recorded)
-        found.append(compute_results(model, lambda z, o: F.cross_entropy(z.mT, o.y), backward=True))
+        results.append(
+            compute_results(model, lambda z, o: F.cross_entropy(z.mT, o.y), backward=True)
+        )
         handle.remove()
         assert recorded
-        found[-1] += recorded
-    assert_agree(*found)
+        results[-1] += recorded
+    assert_agree(*results)
     assert bool(log.fused) == (name == "forward pre-hook")
     assert bool(log.materialized) == (name != "forward pre-hook")
 
@@ -216,19 +218,19 @@ def test_grad_of_logits_after_a_fused_loss_warns(backward):
     backward(ce(z, o.y), inputs=[z])
     with pytest.warns(UserWarning, match=r"call logits.retain_grad\(\) before the loss"):
         assert z.grad is None
-    found = []
+    results = []
     for model in (swapped, plain):
         z = model(o.x)
         z.retain_grad()
         backward(ce(z, o.y), inputs=[z])
-        found.append([z.grad])
-    assert_agree(*found)
+        results.append([z.grad])
+    assert_agree(*results)
 
 
 @pytest.mark.parametrize("name", ["hook", "retain_grad"])
 def test_observer_after_a_loss_without_gradient_gets_plain_gradients(name):
     plain, swapped, _ = make_pair()
-    found = []
+    results = []
 
     def loss(z, o):
         with torch.no_grad():
@@ -238,7 +240,7 @@ def test_observer_after_a_loss_without_gradient_gets_plain_gradients(name):
     for model in (swapped, plain):
         o = make_inputs()
         o.recorded, o.after = [], lambda: None
-        found.append(compute_results(model, loss, o, backward=True))
+        results.append(compute_results(model, loss, o, backward=True))
         o.after()
-        found[-1] += o.recorded
-    assert_agree(*found)
+        results[-1] += o.recorded
+    assert_agree(*results)

@@ -102,23 +102,23 @@ def describe(z):
 def test_attributes_are_known_without_values(name, grad):
     plain, swapped, log = make_pair()
     with torch.set_grad_enabled(grad):
-        found, truth = (DESCRIBED[name](model(make_inputs().x)) for model in (swapped, plain))
-    attributes, expected = describe(found), describe(truth)
+        logits, truth = (DESCRIBED[name](model(make_inputs().x)) for model in (swapped, plain))
+    attributes, expected = describe(logits), describe(truth)
     if name == "itself":  # PyTorch's addmm may return a view
         expected["view"] = attributes["view"]
     assert attributes == expected
     if name not in ("cast", "index of transposed"):
         assert not log.materialized
-    assert_agree([found + 0], [truth + 0])
-    assert found.stride() == truth.stride()
+    assert_agree([logits + 0], [truth + 0])
+    assert logits.stride() == truth.stride()
 
 
 @pytest.mark.parametrize("name", ["slice", "select", "unbind"])
 def test_storage_offset_is_known_without_values(name):
     plain, swapped, _ = make_pair()
-    found, truth = (DESCRIBED[name](model(make_inputs().x)) for model in (swapped, plain))
-    assert found.storage_offset() == truth.storage_offset()
-    assert (2 * found).storage_offset() == 0
+    logits, truth = (DESCRIBED[name](model(make_inputs().x)) for model in (swapped, plain))
+    assert logits.storage_offset() == truth.storage_offset()
+    assert (2 * logits).storage_offset() == 0
 
 
 def test_layout_cache_distinguishes_complex_from_real_factors():
@@ -167,7 +167,7 @@ def change_in_place(v):
 def test_operand_changed_after_the_step_has_no_effect(name, is_read):
     step, operand = OPERANDS[name]
     plain, swapped, log = make_pair(bias=False)
-    found = []
+    results = []
     for model in (swapped, plain):
         v = operand.clone()
         z = step(model(make_inputs().x), v)
@@ -175,6 +175,6 @@ def test_operand_changed_after_the_step_has_no_effect(name, is_read):
             z = z.detach().clone()
         change_in_place(v)
         y = torch.arange(z.shape[:-1].numel())
-        found.append([z.exp() if is_read else F.cross_entropy(z.flatten(0, -2), y)])
-    assert_agree(*found)
+        results.append([z.exp() if is_read else F.cross_entropy(z.flatten(0, -2), y)])
+    assert_agree(*results)
     assert log.fused == (not is_read)

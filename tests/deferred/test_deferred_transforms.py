@@ -206,7 +206,7 @@ TRANSFORMS: dict[str, Any] = {
 @pytest.mark.parametrize("name", make_params(TRANSFORMS))
 def test_transforms_agree(name):
     plain, swapped, _ = make_pair()
-    found = []
+    results = []
     for model in (swapped, plain):
         o = make_inputs()
         out = tree_leaves(TRANSFORMS[name](model, o))
@@ -214,8 +214,8 @@ def test_transforms_agree(name):
         total = sum(x.sum() for x in out)
         if total.requires_grad:
             out += torch.autograd.grad(total, leaves, allow_unused=True)
-        found.append([None if x is None else x.detach() for x in out])
-    assert_agree(*found)
+        results.append([None if x is None else x.detach() for x in out])
+    assert_agree(*results)
 
 
 class BreaksAroundHead(nn.Module):

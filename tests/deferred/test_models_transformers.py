@@ -32,7 +32,7 @@ import torch_nnmath
 from torch_nnmath.deferred import MaterializedLogits
 
 pytestmark = IGNORED_WARNINGS
-LOSS_OF_OURS = torch_nnmath.nn.CrossEntropyLoss(z_loss=1e-3)
+NNMATH_LOSS = torch_nnmath.nn.CrossEntropyLoss(z_loss=1e-3)
 
 # Architectures
 
@@ -207,11 +207,14 @@ def test_trainer_reaches_the_same_weights_and_metrics(tmp_path, plain_results, o
         )
         trainer.train()
         fused_in_training = pair.fused
-        found = trainer.predict(make_sequences()[:5])
+        prediction = trainer.predict(make_sequences()[:5])
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        losses += [found.metrics["test_loss"], found.metrics["test_accuracy"]]
+        losses += [prediction.metrics["test_loss"], prediction.metrics["test_accuracy"]]
         state = {name: x.detach() for name, x in model.named_parameters()}
-        state |= {"losses": torch.tensor(losses), "logits": torch.from_numpy(found.predictions)}
+        state |= {
+            "losses": torch.tensor(losses),
+            "logits": torch.from_numpy(prediction.predictions),
+        }
         return state, fused_in_training
 
     key = () if is_checkpointed else tuple(options)
@@ -381,7 +384,7 @@ def test_bfloat16_error_is_no_larger_than_the_plain_models(name, kind):
     ("loss_of", "fused", "reason"),
     [
         (lambda z, y: nn.CrossEntropyLoss(label_smoothing=0.1)(z.transpose(1, 2), y), 1, None),
-        (lambda z, y: LOSS_OF_OURS(z.flatten(0, 1), y.flatten()), 1, None),
+        (lambda z, y: NNMATH_LOSS(z.flatten(0, 1), y.flatten()), 1, None),
         (lambda z, y: -z.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None]).mean(), 1, None),
         (lambda z, y: sum(F.cross_entropy(a, b) for a, b in zip(z, y, strict=True)), 2, None),
         (lambda z, y: F.cross_entropy(z[y != -100], y[y != -100]), 1, None),
@@ -391,7 +394,7 @@ def test_bfloat16_error_is_no_larger_than_the_plain_models(name, kind):
         (lambda z, y: shifted_loss(z, y) + z.softmax(-1)[..., 3].mean(), 1, "softmax"),
     ],
     ids=[
-        *("module", "ours", "log-probability", "sequences", "masked", "capped", "logsumexp"),
+        *("module", "nnmath", "log-probability", "sequences", "masked", "capped", "logsumexp"),
         *("sums of exponentials", "two"),
     ],
 )
@@ -414,8 +417,8 @@ def test_logits_read_after_the_weights_changed_raise_unless_read_before():
 
     pair = Pair(make_causal())
     with pytest.warns(MaterializedLogits, match="argmax at"):
-        found = logits_after_a_step(pair.swapped, True)
-    assert_agree(found, logits_after_a_step(pair.plain, True))
+        logits = logits_after_a_step(pair.swapped, True)
+    assert_agree(logits, logits_after_a_step(pair.plain, True))
     with pytest.raises(RuntimeError, match="changed in place since, as by an optimizer's step"):
         logits_after_a_step(pair.swapped, False)
 

@@ -101,8 +101,7 @@ class HeadCall:
     """
 
     log: HeadLog
-    grad_fn: Any
-    """The node of the logits in the graph; None without gradient."""
+    grad_fn: Any  # the node of the logits in the graph; None without gradient
     is_training = False
 
     def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None):
@@ -201,7 +200,7 @@ class Recipe:
         self.tensor = tensor.contiguous() if self.operation.func in INDEXING else tensor
         self.parent = self.operation = None
 
-    def steps(self) -> list[Recipe]:
+    def list_steps(self) -> list[Recipe]:
         """Returns the recipes from the first one after the head to this one."""
         recipes, recipe = [], self
         while recipe.parent is not None:

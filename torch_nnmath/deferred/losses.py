@@ -19,30 +19,28 @@ from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, wi
 from torch_nnmath._target import TargetOptions
 from torch_nnmath.deferred.logits import DeferredLogits, get_grad_fn, is_traced, overrides
 
+DEFAULT_TARGET_OPTIONS, DEFAULT_LOGIT_OPTIONS = TargetOptions(), LogitOptions()
+
 # The fused head
 
 
 class HeadRows(NamedTuple):
     """The arguments of the fused head that take the place of deferred logits."""
 
-    features: Tensor
-    """(*, in_features), in the order of the logits' axes other than the classes."""
+    features: Tensor  # (*, in_features), in the order of the logits' axes without the classes
     weight: Tensor
     bias: Tensor | None
     scale: Any
     softcap: float | None
-    dtype: torch.dtype
-    """The logits' dtype."""
-    row: Tensor | None
-    """Added to each row of logits."""
-    row_scale: Tensor | None
-    """(*, 1), a scale of each row."""
+    dtype: torch.dtype  # of the logits
+    row: Tensor | None  # added to each row of logits
+    row_scale: Tensor | None  # (*, 1), a scale for each row
 
     def prepare_head(
         self,
         target: Tensor,
-        target_options: TargetOptions = TargetOptions(),  # noqa: B008 (immutable)
-        logit_options: LogitOptions = LogitOptions(),  # noqa: B008
+        target_options: TargetOptions = DEFAULT_TARGET_OPTIONS,
+        logit_options: LogitOptions = DEFAULT_LOGIT_OPTIONS,
     ) -> Head:
         """Returns the fused head of this target; the options are those of the loss."""
         base, scale, softcap = logit_options
@@ -56,7 +54,9 @@ class HeadRows(NamedTuple):
             LogitSource(self.dtype, self.row, self.row_scale),
         )
 
-    def prepare_head_of_any_class(self, target_options: TargetOptions = TargetOptions()) -> Head:  # noqa: B008
+    def prepare_head_of_any_class(
+        self, target_options: TargetOptions = DEFAULT_TARGET_OPTIONS
+    ) -> Head:
         """Returns the fused head of a value that does not depend on the target."""
         shape = self.features.shape[:-1]
         target = torch.zeros(shape, dtype=torch.int64, device=self.features.device)
@@ -75,7 +75,7 @@ def find_obstacle(logits: DeferredLogits) -> str | None:
     call, node = logits.recipe.call, get_grad_fn(logits)
     if call.observer or not (torch.is_grad_enabled() and logits.requires_grad):
         return call.observer
-    for recipe in reversed(logits.recipe.steps()):
+    for recipe in reversed(logits.recipe.list_steps()):
         operation = recipe.operation
         assert operation is not None
         if not _is_node_of(node, operation.func):
@@ -127,11 +127,11 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int) -> Any:
         shape = [width if d == form.axis else size for d, size in enumerate(logits.shape)]
         if x is not None and [*x.shape] != shape:
             return NotImplemented  # a step did something else to the features than to the classes
-    scale, softcap = detach(form.scale.value(logits.dtype)), None
+    scale, softcap = detach(form.scale.evaluate(logits.dtype)), None
     if form.inner_scale is not None:  # t tanh(s z) = |t| tanh((s t) z / |t|)
         softcap = abs(scale)
         inner_scale = form.inner_scale.multiply(form.scale.numerator, form.scale.denominator)
-        scale = detach(inner_scale.value(logits.dtype))
+        scale = detach(inner_scale.evaluate(logits.dtype))
     row = [detach(r).flatten().to(wide_type(weight.dtype)) for r in form.row]
     return HeadRows(
         rows.movedim(form.axis, -1),
@@ -150,7 +150,7 @@ def _apply_steps(
 ) -> tuple[Tensor, Tensor | None]:
     """Applies the recorded steps to the features, and to the scales of their rows."""
     rows, row_scale = features, None
-    for recipe in logits.recipe.steps():
+    for recipe in logits.recipe.list_steps():
         apply = recipe.result.apply_to_rows
         if apply is not None:
             rows = apply(rows)
@@ -232,7 +232,7 @@ def cross_entropy(
     if is_distribution and not is_log:
         check.probabilities(target, given.ignore_index)
         target = target.movedim(axis, -1)
-    elif target.shape != form.rows_shape() or target.dtype not in (torch.int64, torch.uint8):
+    elif target.shape != form.rows_shape or target.dtype not in (torch.int64, torch.uint8):
         return NotImplemented
     rows = make_rows(input, is_log=is_log, axis=axis)
     if rows is NotImplemented:

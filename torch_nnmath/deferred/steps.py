@@ -56,7 +56,7 @@ class Scale(NamedTuple):
             self.numerator * numerator, self.denominator * denominator, self.tensors + tensors
         )
 
-    def value(self, dtype: torch.dtype) -> Any:
+    def evaluate(self, dtype: torch.dtype) -> Any:
         """Returns the scale as a number, or as a tensor of at least `dtype`'s precision."""
         product: Any = self.numerator / self.denominator
         for tensor, power in self.tensors:
@@ -72,30 +72,22 @@ class Form(NamedTuple):
     -log softmax z'.
     """
 
-    axis: int
-    """The axis of the classes."""
-    probe: Tensor
-    """An empty tensor shaped as the logits with 0 classes; its empty axis tells where the classes
-    went."""
-    has_bias: bool
-    """Whether the head has a bias."""
-    scale: Scale = Scale()
-    """s; if capped, t."""
-    inner_scale: Scale | None = None
-    """s if capped."""
-    row: tuple[Tensor, ...] = ()
-    """r, as a sum."""
-    log_sign: int = 0
-    """1 for log-probabilities, -1 for negated ones, 0 for logits."""
-    has_row_scales: bool = False
-    """Whether each row has a scale of its own besides s."""
+    axis: int  # of the classes
+    probe: Tensor  # shaped as the logits with 0 classes; its empty axis tells where classes went
+    has_bias: bool  # of the head
+    scale: Scale = Scale()  # s; if capped, t
+    inner_scale: Scale | None = None  # if capped, s
+    row: tuple[Tensor, ...] = ()  # r, as a sum
+    log_sign: int = 0  # 1 for log-probabilities, -1 for negated ones, 0 for logits
+    has_row_scales: bool = False  # whether each row has a scale of its own besides s
 
     @property
     def is_capped(self) -> bool:
         return self.inner_scale is not None
 
+    @property
     def rows_shape(self) -> torch.Size:
-        """Returns the shape without the axis of the classes."""
+        """The shape without the axis of the classes."""
         return self.probe.shape[: self.axis] + self.probe.shape[self.axis + 1 :]
 
 
@@ -119,13 +111,10 @@ class Operation(NamedTuple):
     """A call of a PyTorch operation with deferred logits as one argument."""
 
     func: Any
-    args: tuple[Any, ...]
-    """With None in place of the logits."""
+    args: tuple[Any, ...]  # with None in place of the logits
     kwargs: dict[str, Any]
-    position: int
-    """The position of the logits in `args`."""
-    output: int | None = None
-    """Which output it is, if there are several."""
+    position: int  # of the logits in `args`
+    output: int | None = None  # the index of the output, if there are several
 
     @property
     def other_operand(self) -> Any:
