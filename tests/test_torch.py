@@ -81,6 +81,15 @@ def test_is_dynamo_tracing():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_is_dynamo_loaded():
+    code = (
+        "import torch; from torch_nnmath import _torch; before = _torch.is_dynamo_loaded();"
+        "torch.compiler.disable(print); print(before, _torch.is_dynamo_loaded())"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert printed.split() == ["False", "True"]
+
+
 def test_is_jit_tracing():
     answers = []
 

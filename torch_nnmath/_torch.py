@@ -6,6 +6,7 @@ Each docstring gives the reason, and the public replacement if a later release h
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -36,6 +37,11 @@ def is_dynamo_tracing() -> bool:
     There `torch.compiler.is_compiling()` is False up to PyTorch 2.12.
     """
     return CompileContext.try_get() is not None
+
+
+def is_dynamo_loaded() -> bool:
+    """Whether the compiler has been imported. `torch.compiler.disable` imports it."""
+    return "torch._dynamo" in sys.modules
 
 
 def is_jit_tracing() -> bool:

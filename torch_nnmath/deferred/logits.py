@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -247,7 +246,7 @@ class DeferredLogits(Tensor):
 
 def _hide_from_compiler(function: Any) -> Any:
     """Applies `torch.compiler.disable`, which imports the compiler, once that is imported."""
-    if "torch._dynamo" not in sys.modules:
+    if not _torch.is_dynamo_loaded():
         return function
     if function not in _HIDDEN:
         _HIDDEN[function] = torch.compiler.disable(function)
