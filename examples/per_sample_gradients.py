@@ -1,20 +1,21 @@
-"""The gradient of each example by itself, through the fused head: `torch.func.vmap` of `grad`.
+"""Computes the gradient of every single example through the fused head, by `vmap(grad)`.
 
-A batch's gradient is the mean of its examples'. Who clips each of them (differential privacy),
-weighs or prunes data, or looks for wrong labels, needs them one by one, and `vmap(grad(loss))`
-gives them all at once, also where the loss is `linear_cross_entropy`. Two models are trained first:
+A batch's gradient is the mean of its examples' gradients. Differential privacy (which clips each of
+them), data weighting, data pruning and the search for wrong labels need them individually, and
+`torch.func.vmap(grad(loss))` computes them together, also for `linear_cross_entropy`. Two models
+are trained first:
 
-    digits   a small network on scikit-learn's bundled digits; of the half that it has not seen
-             there is a gradient for each digit
-    text     a small Transformer on real text (`language_model.py`), one for each sequence of its
+    digits   a small network on half of scikit-learn's digits; gradients of each digit of the other
+             half
+    text     a small transformer on real text (`text_model.py`); gradients of each sequence of the
              validation text
 
-and the examples with the largest norms are those that the model finds hardest. What to see:
+The examples with the largest norms are the hardest for the model. Results:
 
-- a table: how the norms are distributed, and that the mean of all gradients is the gradient of the
-  whole batch, from one ordinary backward, to rounding;
-- the sequences with the largest and with the smallest norm, printed;
-- a picture: histograms of the norms, and the hardest digits with what they are taken for.
+- a table: the distribution of the norms, and the difference of the mean of all gradients from the
+  batch's gradient by an ordinary backward pass, which is rounding;
+- the sequences with the largest and the smallest norms;
+- a picture: histograms of the norms, and the hardest digits with their predictions.
 
     python examples/per_sample_gradients.py
     python examples/per_sample_gradients.py --sequences 1024 --chunk 32 --seed 1
@@ -32,57 +33,68 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from curvature import SIZES, LossOf, one_thread, trained
-from language_model import add_accelerator, bar, blocks, device_of, positive, tokens
-from matplotlib.figure import Figure  # without pyplot, a PNG is drawn by Agg and needs no display
+from matplotlib.figure import Figure  # without pyplot, which may need a display
 from matplotlib.ticker import LogLocator, MaxNLocator
+from shared import (
+    BLUE,
+    RED,
+    add_accelerator,
+    make_bar,
+    one_thread,
+    parse_positive,
+    select_device,
+)
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from text_model import END, SIZES, NextTokenLoss, encode_corpus, split_blocks, train_transformer
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from torch_nnmath.nn import LinearCrossEntropyLoss
 
-SHOWN = 18  # digits in the picture
+SHOWN = 18  # number of digits in the picture
 Params = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Of a data set: each example's loss and norm of its gradient, and how the sum compares."""
+    """The loss and the gradient norm of each example of a data set, and two gradients of all."""
 
     losses: Tensor
     norms: Tensor
-    mean: Params  # of the gradients of all examples
-    batch: Params  # the gradient of the mean loss
+    mean: Params  # the mean of all examples' gradients
+    batch: Params  # the gradient of the mean loss, by an ordinary backward pass
 
     @property
     def difference(self) -> float:
-        """Of the mean of the gradients from the batch's gradient, over the latter's norm."""
-        off = sum(((self.mean[k] - g) ** 2).sum() for k, g in self.batch.items())
-        return (off / sum((g**2).sum() for g in self.batch.values())).sqrt().item()
+        """The norm of `mean - batch`, relative to the norm of `batch`."""
+        squares = sum(((self.mean[k] - g) ** 2).sum() for k, g in self.batch.items())
+        return (squares / sum((g**2).sum() for g in self.batch.values())).sqrt().item()
 
     @property
     def hardest(self) -> list[int]:
+        """The examples' indices, by descending norm."""
         return self.norms.argsort(descending=True).tolist()
 
 
-def per_sample(module: nn.Module, data: Sequence[Tensor], chunk: int, title: str) -> Norms:
-    """Of a module that gives the mean loss of a batch, which `data` are the arguments of.
+def compute_norms(module: nn.Module, data: Sequence[Tensor], chunk: int, title: str) -> Norms:
+    """Computes the gradients of a module whose output is the mean loss of a batch.
 
-    A gradient of each example takes memory of examples times parameters: a chunk's at a time.
+    Args:
+        data: the module's arguments, with the examples along the first axis.
+        chunk: the number of examples at a time; their gradients take chunk x parameters of memory.
     """
     params = {name: p.detach() for name, p in module.named_parameters()}
 
-    def of_one(params: Params, *example: Tensor) -> Tensor:
+    def compute_loss(params: Params, *example: Tensor) -> Tensor:
         return functional_call(module, params, tuple(x[None] for x in example))
 
-    each = vmap(grad_and_value(of_one), in_dims=(None, *[0] * len(data)))
+    compute_gradients = vmap(grad_and_value(compute_loss), in_dims=(None, *[0] * len(data)))
     losses, norms = [], []
     total = {name: torch.zeros_like(p) for name, p in params.items()}
-    with bar(f"{title}: gradients", len(data[0]), "example") as progress:
+    with make_bar(f"{title}: gradients", len(data[0]), "example") as progress:
         for examples in zip(*(x.split(chunk) for x in data), strict=True):
-            gradients, c = each(params, *examples)
+            gradients, c = compute_gradients(params, *examples)
             losses.append(c)
             norms.append(sum(g.flatten(1).square().sum(1) for g in gradients.values()).sqrt())
             for name, g in gradients.items():
@@ -90,7 +102,7 @@ def per_sample(module: nn.Module, data: Sequence[Tensor], chunk: int, title: str
             progress.update(len(c))
     n = len(data[0])
     batch = {name: torch.zeros_like(p) for name, p in params.items()}
-    for examples in zip(*(x.split(chunk) for x in data), strict=True):  # no vmap in this one
+    for examples in zip(*(x.split(chunk) for x in data), strict=True):  # without vmap
         c = module(*examples) * (len(examples[0]) / n)
         for name, g in zip(params, torch.autograd.grad(c, list(module.parameters())), strict=True):
             batch[name] += g
@@ -102,7 +114,7 @@ def per_sample(module: nn.Module, data: Sequence[Tensor], chunk: int, title: str
 
 
 class Digits(nn.Module):
-    """Pixels (N, 64) and digits (N) to the mean loss: a hidden layer, and the fused head."""
+    """Pixels (N, 64) and digits (N) to the mean loss, by a hidden layer and the fused head."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -112,20 +124,24 @@ class Digits(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.head(self.body(x), y)
 
-    def read(self, x: Tensor) -> Tensor:
-        """The digits that the pixels are taken for."""
+    def predict(self, x: Tensor) -> Tensor:
+        """Pixels (N, 64) to the predicted digits (N)."""
         return self.head.linear(self.body(x)).argmax(-1)
 
 
 @dataclass(frozen=True)
-class ReadDigits:
+class DigitResults:
     x: Tensor
     y: Tensor
-    read: Tensor
-    its: Norms
+    predictions: Tensor
+    norms: Norms
+
+    @property
+    def is_wrong(self) -> Tensor:
+        return self.predictions != self.y
 
 
-def digits(epochs: int, seed: int, device: str) -> ReadDigits:
+def examine_digits(epochs: int, seed: int, device: str) -> DigitResults:
     pixels, labels = load_digits(return_X_y=True)
     x = torch.tensor(pixels / 16, dtype=torch.float32, device=device)
     y = torch.tensor(labels, device=device)
@@ -134,92 +150,86 @@ def digits(epochs: int, seed: int, device: str) -> ReadDigits:
     )
     torch.manual_seed(seed)
     net = Digits(64).to(device)
-    adam = torch.optim.Adam(net.parameters(), 3e-3)
-    with bar("digits: training", epochs, "epoch") as progress:
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    with make_bar("digits: training", epochs, "epoch") as progress:
         for _ in range(epochs):
-            for chosen in torch.from_numpy(train)[torch.randperm(len(train))].split(64):
-                adam.zero_grad()
-                net(x[chosen], y[chosen]).backward()
-                adam.step()
+            for indices in torch.from_numpy(train)[torch.randperm(len(train))].split(64):
+                optimizer.zero_grad()
+                net(x[indices], y[indices]).backward()
+                optimizer.step()
             progress.update()
     x, y = x[test], y[test]
-    its = per_sample(net, (x, y), chunk=256, title="digits")
+    norms = compute_norms(net, (x, y), chunk=256, title="digits")
     with torch.no_grad():
-        return ReadDigits(x.cpu(), y.cpu(), net.read(x).cpu(), its)
+        return DigitResults(x.cpu(), y.cpu(), net.predict(x).cpu(), norms)
 
 
 # Text
 
 
 @dataclass(frozen=True)
-class ReadText:
+class TextResults:
     texts: list[str]
-    its: Norms
+    norms: Norms
 
 
-def text(args: argparse.Namespace, device: str) -> ReadText:
+def examine_text(args: argparse.Namespace, device: str) -> TextResults:
     setting = SIZES[args.size][1]
-    tokenizer, training, held_out = tokens(
-        "large" if args.size == "large" else "small", setting.vocabulary
-    )
+    text = "large" if args.size == "large" else "small"
+    tokenizer, training, validation = encode_corpus(text, setting.vocabulary)
     if args.steps is not None:
         setting = replace(setting, steps=args.steps)
-    model = trained(setting, training, args.seed, device, "text")
-    # chosen all over the text
-    all_of_it = blocks(held_out, setting.context)
-    chosen = torch.linspace(0, len(all_of_it) - 1, min(args.sequences, len(all_of_it))).long()
-    ids = all_of_it[chosen]
-    its = per_sample(LossOf(model), (ids.to(device),), args.chunk, "text")
-    return ReadText([tokenizer.decode(i) for i in ids.tolist()], its)
+    model = train_transformer(setting, training, args.seed, device, "text")
+    blocks = split_blocks(validation, setting.context)
+    # evenly spaced over the text
+    ids = blocks[torch.linspace(0, len(blocks) - 1, min(args.sequences, len(blocks))).long()]
+    norms = compute_norms(NextTokenLoss(model), (ids.to(device),), args.chunk, "text")
+    return TextResults([tokenizer.decode(i) for i in ids.tolist()], norms)
 
 
-# What is shown
+# The report
 
 
 @dataclass(frozen=True)
 class Results:
-    digits: ReadDigits
-    text: ReadText
+    digits: DigitResults
+    text: TextResults
     picture: Path
 
 
-def table(results: Results) -> str:
+def format_table(results: Results) -> str:
     lines = [
-        f"{'':8}{'':10}{'norm of the gradient':^32}{'mean of all':>15}",
-        f"{'':8}{'examples':>10}{'median':>10}{'90 %':>10}{'largest':>12}{'- batch gradient':>18}",
-        "-" * 68,
+        f"{'':18}{'norm of the gradient':^32}{'relative difference':>21}",
+        f"{'':8}{'examples':>10}{'median':>10}{'90 %':>10}{'largest':>12}{'mean from batch':>21}",
+        "-" * 71,
     ]
-    for name, its in (("digits", results.digits.its), ("text", results.text.its)):
-        median, high = its.norms.quantile(its.norms.new_tensor([0.5, 0.9])).tolist()
+    for name, norms in (("digits", results.digits.norms), ("text", results.text.norms)):
+        median, high = norms.norms.quantile(norms.norms.new_tensor([0.5, 0.9])).tolist()
         lines.append(
-            f"{name:8}{len(its.norms):10}{median:10.4f}{high:10.4f}{its.norms.max():12.4f}"
-            f"{its.difference:18.1e}"
+            f"{name:8}{len(norms.norms):10}{median:10.4f}{high:10.4f}{norms.norms.max():12.4f}"
+            f"{norms.difference:21.1e}"
         )
-    d = results.digits
-    wrong = d.read != d.y
+    is_wrong = results.digits.is_wrong
+    hardest = results.digits.norms.hardest[:SHOWN]
     lines.append(
-        f"\nOf the {SHOWN} digits with the largest norms {wrong[d.its.hardest[:SHOWN]].sum()} are "
-        f"misread, of all {len(wrong)}: {wrong.sum()}."
+        f"\nWrong predictions: {is_wrong.sum()} of all {len(is_wrong)} digits, and "
+        f"{is_wrong[hardest].sum()} of the {SHOWN} digits with the largest norms."
     )
     return "\n".join(lines)
 
 
-def excerpt(text: str, characters: int = 150) -> str:
-    """In a line."""
-    line = " ".join(text.replace("<|end|>", " ").split())
+def shorten(text: str, characters: int = 150) -> str:
+    """Puts the beginning of a text into one line."""
+    line = " ".join(text.replace(END, " ").split())
     return line if len(line) <= characters else line[: characters - 1] + "…"
 
 
-def sequences(results: Results, n: int = 3) -> str:
-    its, lines = results.text.its, []
-    for what, chosen in (("largest", its.hardest[:n]), ("smallest", its.hardest[::-1][:n])):
-        lines.append(f"\nText with the {what} norms:")
-        for i in chosen:
-            lines.append(f"  {its.norms[i]:8.3f}  {excerpt(results.text.texts[i])}")
+def format_sequences(results: Results, n: int = 3) -> str:
+    norms, lines = results.text.norms, []
+    for label, indices in (("largest", norms.hardest[:n]), ("smallest", norms.hardest[::-1][:n])):
+        lines.append(f"\nText with the {label} norms:")
+        lines += [f"  {norms.norms[i]:8.3f}  {shorten(results.text.texts[i])}" for i in indices]
     return "\n".join(lines)
-
-
-BLUE, ORANGE, RED = "#14365d", "#f5a65b", "#c0143c"
 
 
 def draw(results: Results, path: Path) -> None:
@@ -229,33 +239,35 @@ def draw(results: Results, path: Path) -> None:
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     left, middle, right = above.subplots(1, 3)
 
-    d, its = results.digits, results.digits.its
-    norms, wrong = its.norms.cpu(), d.read != d.y
+    digits = results.digits
+    norms, is_wrong = digits.norms.norms.cpu(), digits.is_wrong
     bins = np.geomspace(norms.min().item(), norms.max().item() * 1.01, 40)
     left.hist(
-        [norms[wrong].numpy(), norms[~wrong].numpy()],
+        [norms[is_wrong].numpy(), norms[~is_wrong].numpy()],
         bins,
         stacked=True,
         color=(RED, BLUE),
-        label=(f"misread ({wrong.sum()})", f"read ({(~wrong).sum()})"),
+        label=(f"wrong ({is_wrong.sum()})", f"right ({(~is_wrong).sum()})"),
     )
     left.set(xscale="log", xlabel="norm of a digit's gradient", ylabel="digits")
-    left.set_title("Digits that the network has not seen")
+    left.set_title("Digits of the test set")
     left.legend(loc="upper left")
 
-    its = results.text.its
-    norms, losses = its.norms.cpu().numpy(), its.losses.cpu().numpy()
+    text = results.text.norms
+    norms, losses = text.norms.cpu().numpy(), text.losses.cpu().numpy()
     middle.hist(norms, np.geomspace(norms.min(), norms.max() * 1.01, 40), color=BLUE)
     middle.set(xscale="log", xlabel="norm of a sequence's gradient", ylabel="sequences")
     middle.yaxis.set_major_locator(MaxNLocator(integer=True))
     middle.set_title("Validation text")
     right.scatter(losses, norms, s=12, color=BLUE, alpha=0.5, lw=0)
-    hard = its.hardest[:3]
-    right.scatter(losses[hard], norms[hard], s=50, facecolor="none", edgecolor=RED, label="hardest")
+    hardest = text.hardest[:3]
+    right.scatter(
+        losses[hardest], norms[hardest], s=50, facecolor="none", edgecolor=RED, label="hardest"
+    )
     right.set(
         yscale="log", xlabel="loss of the sequence (nats per token)", ylabel="norm of its gradient"
     )
-    right.set_title("Hard is not the same as unlikely")
+    right.set_title("Norm against loss")
     right.legend()
     for axis in (middle.xaxis, right.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -265,14 +277,13 @@ def draw(results: Results, path: Path) -> None:
         axes.grid(alpha=0.25)
 
     below.suptitle(f"The {SHOWN} digits with the largest gradients")
-    shown = results.digits.its.hardest[:SHOWN]
-    for axes, i in zip(below.subplots(2, SHOWN // 2).flat, shown, strict=False):
-        axes.imshow(d.x[i].reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
-        is_read = d.read[i] == d.y[i]
-        axes.set(xticks=[], yticks=[], title=f"a {d.y[i]}")
+    hardest = digits.norms.hardest[:SHOWN]
+    for axes, i in zip(below.subplots(2, SHOWN // 2).flat, hardest, strict=False):
+        axes.imshow(digits.x[i].reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[], title=f"digit {digits.y[i]}")
+        prediction = f"predicted {digits.predictions[i]} {'✗' if is_wrong[i] else '✓'}"
         axes.set_xlabel(
-            f"read as {d.read[i]} {'✓' if is_read else '✗'}\nnorm {d.its.norms[i]:.1f}",
-            color=BLUE if is_read else RED,
+            f"{prediction}\nnorm {digits.norms.norms[i]:.1f}", color=RED if is_wrong[i] else BLUE
         )
     figure.savefig(path, dpi=100)
 
@@ -280,42 +291,53 @@ def draw(results: Results, path: Path) -> None:
 # The command
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Per-sample gradients by vmap(grad) through the fused head: their norms, and "
-        "the examples that are hardest by them.",
+        description="Compute per-sample gradients by vmap(grad) through the fused head, and show "
+        "the distribution of their norms and the examples with the largest ones.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_accelerator(parser)
     parser.add_argument(
-        "--size", choices=SIZES, default="small", help="of the language model; large is for a GPU"
+        "--size",
+        choices=SIZES,
+        default="small",
+        help="size of the language model; large needs a GPU",
     )
     parser.add_argument(
-        "--epochs", type=positive, default=40, help="passes of training over the digits"
+        "--epochs", type=parse_positive, default=40, help="training epochs on the digits"
     )
     parser.add_argument(
-        "--steps", type=positive, help="steps of training on text; None is the size's own"
+        "--steps", type=parse_positive, help="training steps on text; by default those of --size"
     )
-    parser.add_argument("--sequences", type=positive, default=256, help="sequences of text")
     parser.add_argument(
-        "--chunk", type=positive, default=8, help="sequences whose gradients are in memory at once"
+        "--sequences", type=parse_positive, default=256, help="number of text sequences"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of split, weights and order")
     parser.add_argument(
-        "--out", type=Path, default=Path("per_sample_gradients_out"), help="the picture's folder"
+        "--chunk",
+        type=parse_positive,
+        default=8,
+        help="text sequences whose gradients are in memory together",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, weights and order")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("per_sample_gradients_out"),
+        help="output folder for the picture",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
-    args = parse(argv)
-    device = device_of(args.accelerator).type
+    args = parse_arguments(argv)
+    device = select_device(args.accelerator).type
     args.out.mkdir(parents=True, exist_ok=True)
-    with one_thread():  # matrices as small as these only lose by sharing the work
-        of_digits = digits(args.epochs, args.seed, device)
-    results = Results(of_digits, text(args, device), args.out / "per_sample_gradients.png")
+    with one_thread():
+        digits = examine_digits(args.epochs, args.seed, device)
+    results = Results(digits, examine_text(args, device), args.out / "per_sample_gradients.png")
     draw(results, results.picture)
-    print(f"\n{table(results)}\n{sequences(results)}\n\npicture: {results.picture}")
+    print(f"\n{format_table(results)}\n{format_sequences(results)}\n\npicture: {results.picture}")
     return results
 
 

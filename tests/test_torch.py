@@ -279,6 +279,15 @@ def test_tree_map():
     assert _torch.tree_map(lambda v: v + 1, [1, (2, {"a": 3})]) == [2, (3, {"a": 4})]
 
 
+def test_buffers():
+    module = torch.nn.Module()
+    module.register_buffer("unset", None)
+    module.register_buffer("calls", x)
+    assert _torch.buffers(module) == {"unset": None, "calls": x}
+    _torch.buffers(module)["calls"] = None
+    assert module.calls is None
+
+
 def test_every_function_has_a_test():
     functions = {
         name
@@ -303,6 +312,6 @@ def test_no_other_module_uses_a_private_api():
 
 def test_import_loads_no_optional_dependency():
     optional = ["lightning", "triton", "torch._dynamo"]
-    code = f"import sys, torch_nnmath; print([m for m in {optional} if m in sys.modules])"
+    code = f"import sys, torch_nnmath.testing; print([m for m in {optional} if m in sys.modules])"
     found = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert found.strip() == "[]"

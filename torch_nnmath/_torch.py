@@ -147,3 +147,11 @@ def tree_leaves(tree: Any) -> list[Any]:
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """`function` of every leaf, in the same nesting."""
     return _pytree.tree_map(function, tree)
+
+
+# Modules
+
+
+def buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
+    """The dict of a module's own buffers. The public `named_buffers` skips those that are None."""
+    return module._buffers

@@ -164,10 +164,26 @@ class LinearCrossEntropyGradient(KernelFormula):
     """
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        *flat, γ, ω, η, sums, needs, gradients = inputs
+    def forward(  # named, since Dynamo miscounts the arguments of `*inputs` here
+        x: Any,
+        W: Any,
+        b: Any,
+        y: Any,
+        p: Any,
+        t: Any,
+        keep: Any,
+        base: float,
+        cap: float | None,
+        γ: Any,
+        ω: Any,
+        η: Any,
+        sums: Any,
+        needs: PerInput,
+        gradients: PerInput | None,
+    ) -> Any:
         if gradients is None:
-            outputs = kernels.head(*flat, γ, ω, η, sums, [False] * 2, list(needs))
+            inputs = x, W, b, y, p, t, keep, base, cap
+            outputs = kernels.head(*inputs, γ, ω, η, sums, [False] * 2, list(needs))
             gradients = _select_gradients(outputs, needs)
         return tuple(gradients.only(needs))
 

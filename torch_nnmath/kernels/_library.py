@@ -27,13 +27,13 @@ def operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[...
 
     def register(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
-        def run_below_autograd(*args: Any) -> Any:
+        def run_without_gradients(*args: Any) -> Any:
             tensor = next(arg for arg in args if isinstance(arg, Tensor))
             with torch.no_grad(), disable_autocast(tensor):
                 return function(*args)
 
         LIBRARY.define(signature)
-        LIBRARY.impl(name, run_below_autograd, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, run_without_gradients, "CompositeExplicitAutograd")
         torch.library.register_fake(f"torch_nnmath::{name}", fake, lib=LIBRARY)
         return getattr(torch.ops.torch_nnmath, name).default
 

@@ -1,0 +1,53 @@
+"""The state that `swap` leaves in modules: marks to save and restore, classes to undo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from torch_nnmath.deferred import HeadLog
+from torch_nnmath.swapping import _MARK, _THEIRS, unswap
+
+
+class SwapState:
+    """Remembers which modules of a model were swapped, and which were heads."""
+
+    def __init__(self, model: Module):
+        self._marks = {module: vars(module).get(_MARK) for module in model.modules()}
+
+    def restore_heads(self) -> None:
+        """Makes the modules heads again that were heads, with their logs."""
+        for module, mark in self._marks.items():
+            if isinstance(mark, HeadLog):
+                vars(module)[_MARK] = mark
+
+    def restore(self, model: Module) -> None:
+        """Undoes the swaps made since, also in modules that are new, and restores all marks."""
+        for module in model.modules():
+            if _MARK in vars(module) and self._marks.get(module) is None:
+                unswap(module)
+        for module, mark in self._marks.items():
+            if mark is not None:
+                vars(module)[_MARK] = mark
+
+
+def use_pytorch_classes(model: Module) -> None:
+    """Changes this library's modules to PyTorch's, in place, also those that were never swapped.
+
+    A module with options that PyTorch's class lacks stays.
+    """
+    unswap(model)
+    for module in model.modules():
+        if type(module) in _THEIRS and not has_own_options(module):
+            module.__class__ = _THEIRS[type(module)]
+
+
+def has_own_options(module: Any) -> bool:
+    """Whether an option that PyTorch's class lacks, such as `base`, has not its default value."""
+    options = module.options_of_ours() if hasattr(module, "options_of_ours") else {}
+    return any(
+        isinstance(value, Tensor) or value != getattr(type(module), name, 1.0)
+        for name, value in options.items()
+    )
