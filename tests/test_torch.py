@@ -80,7 +80,6 @@ def test_is_dynamo_tracing():
     assert not _torch.is_dynamo_tracing()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_is_dynamo_loaded():
     code = (
         "import torch; from torch_nnmath import _torch; before = _torch.is_dynamo_loaded();"
@@ -90,6 +89,7 @@ def test_is_dynamo_loaded():
     assert printed.split() == ["False", "True"]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_is_jit_tracing():
     answers = []
 
