@@ -80,6 +80,15 @@ def test_is_dynamo_tracing():
     assert not _torch.is_dynamo_tracing()
 
 
+def test_is_dynamo_loaded():
+    code = (
+        "import torch; from torch_nnmath import _torch; before = _torch.is_dynamo_loaded();"
+        "torch.compiler.disable(print); print(before, _torch.is_dynamo_loaded())"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert printed.split() == ["False", "True"]
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_is_jit_tracing():
     answers = []
@@ -225,6 +234,13 @@ def test_assert_async():
     _torch.assert_async(torch.tensor(True), "not raised")
     with pytest.raises(RuntimeError, match="class index"):
         _torch.assert_async(torch.tensor(False), "a class index")
+
+
+def test_has_forward_hooks():
+    layer = torch.nn.Linear(1, 1)
+    assert not _torch.has_forward_hooks(layer)
+    layer.register_forward_hook(lambda *args: None)
+    assert _torch.has_forward_hooks(layer)
 
 
 def test_make_wrapper():

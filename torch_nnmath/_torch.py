@@ -6,6 +6,7 @@ Each docstring gives the reason, and the public replacement if a later release h
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -37,6 +38,11 @@ def is_dynamo_tracing() -> bool:
     There `torch.compiler.is_compiling()` is False up to PyTorch 2.12.
     """
     return CompileContext.try_get() is not None
+
+
+def is_dynamo_loaded() -> bool:
+    """Whether the compiler has been imported. `torch.compiler.disable` imports it."""
+    return "torch._dynamo" in sys.modules
 
 
 def is_jit_tracing() -> bool:
@@ -109,6 +115,11 @@ def assert_async(condition: Tensor, message: str) -> None:
     """Asserts on the device without a synchronisation. `torch._assert_async` is documented only
     as private."""
     torch._assert_async(condition, message)
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether forward hooks are registered with a module. No public function tells."""
+    return bool(module._forward_hooks)
 
 
 def make_wrapper(cls: type[Tensor], shape: torch.Size, **options: Any) -> Any:

@@ -1,8 +1,7 @@
-"""The formulas as modules: PyTorch's, with `forward` replaced, and the document's own.
+"""The formulas as modules: subclasses of PyTorch's with another `forward`, and the document's own.
 
-What PyTorch's module brings (parameters, their init, state dict, repr, hooks) is inherited, and
-options of ours have a class-level default, so that PyTorch's modules become these by a change of
-their class alone.
+Parameters, their initialisation, state dict, repr and hooks are inherited from PyTorch's modules.
+This library's options have class-level defaults. So `swap` only needs to change a module's class.
 """
 
 from __future__ import annotations
@@ -37,13 +36,11 @@ __all__ = [
 class Linear(torch.nn.Linear):
     """`torch.nn.Linear` by F1 and F8: (*, in_features) -> (*, out_features).
 
-    Where `swap` made it the head, its logits are deferred until something needs them.
+    If `swap` made it the head, its logits are deferred until an operation needs them.
     """
 
-    _nnmath_swapped: Any = None
-
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(self._nnmath_swapped, deferred.HeadLog):
+        if deferred.get_head_log(self) is not None:
             return deferred.linear(input, self.weight, self.bias, self)
         return F.linear(input, self.weight, self.bias)
 
@@ -83,10 +80,10 @@ class MSELoss(torch.nn.MSELoss):
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
-class _Options:
-    """What a cross entropy of ours takes beside PyTorch's options; shown where it is not default.
+class _CrossEntropyOptions:
+    """Options that PyTorch's cross entropies lack; the repr shows those that are not default.
 
-    A `logit_scale` that is a Parameter is learnt; another tensor is a buffer.
+    A `logit_scale` that is a Parameter is learnt; any other tensor becomes a buffer.
     """
 
     base: float = math.e
@@ -113,24 +110,24 @@ class _Options:
             self.logit_scale = logit_scale
 
     def options_of_ours(self) -> dict[str, Any]:
-        scale = getattr(self, "logit_scale", 1.0)  # a class-level default would hide a parameter
+        scale = getattr(self, "logit_scale", 1.0)  # a class-level default would hide a Parameter
         names = "base", "softcap", "z_loss", "return_stats"
         return {"logit_scale": scale} | {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        shown = [super().extra_repr()]  # type: ignore[misc]
+        parts = [super().extra_repr()]  # type: ignore[misc]
         for name, value in self.options_of_ours().items():
             if isinstance(value, Tensor):
-                shown.append(f"{name}={type(value).__name__}")
-            elif value != getattr(_Options, name, 1.0):
-                shown.append(f"{name}={value}")
-        return ", ".join(filter(None, shown))
+                parts.append(f"{name}={type(value).__name__}")
+            elif value != getattr(_CrossEntropyOptions, name, 1.0):
+                parts.append(f"{name}={value}")
+        return ", ".join(filter(None, parts))
 
 
-class CrossEntropyLoss(_Options, torch.nn.CrossEntropyLoss):
+class CrossEntropyLoss(_CrossEntropyOptions, torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` by F13, with the options of `functional.cross_entropy`.
 
-    Those of ours are keyword-only: base, logit_scale, softcap, z_loss and return_stats.
+    Those that PyTorch's lacks are keyword-only: base, logit_scale, softcap, z_loss, return_stats.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
@@ -150,7 +147,7 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):
 else:
 
     class _LinearCrossEntropyLoss(torch.nn.Module):  # type: ignore[no-redef]
-        """The constructor and the state of PyTorch 2.13's module, where PyTorch is older."""
+        """The constructor and the state of PyTorch 2.13's module, for older releases."""
 
         def __init__(
             self,
@@ -192,11 +189,11 @@ else:
             )
 
 
-class LinearCrossEntropyLoss(_Options, _LinearCrossEntropyLoss):
+class LinearCrossEntropyLoss(_CrossEntropyOptions, _LinearCrossEntropyLoss):
     """`torch.nn.LinearCrossEntropyLoss`, the head (F15), with the options of
     `functional.linear_cross_entropy`, keyword-only.
 
-    A weight is tied by `loss.linear.weight = embedding.weight`.
+    To tie the weight, set `loss.linear.weight = embedding.weight`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
@@ -256,8 +253,8 @@ class CategoricalCrossEntropyLoss(torch.nn.Module):
 class Feedforward(torch.nn.Module):
     """A feed-forward network of `sizes` (n_0, ..., n_L), one formula for all its layers (F10, F12).
 
-    Before a fused loss, which takes pre-activations, `output_activation` is "identity".
-    Parameters are `layers.{i}.weight` and `layers.{i}.bias`, with `torch.nn.Linear`'s init.
+    If a fused loss follows, which takes pre-activations, use the `output_activation` "identity".
+    Parameters are `layers.{i}.weight` and `layers.{i}.bias`, initialised as `torch.nn.Linear`'s.
     """
 
     def __init__(

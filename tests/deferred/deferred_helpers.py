@@ -1,0 +1,147 @@
+"""A model with a head, its swapped copy, and the comparison of the two.
+
+The truth is the plain model in float64. In the tables of the tests, `z` are the logits and `o` the
+inputs of `make_inputs`.
+"""
+
+import copy
+import math
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torch_nnmath import swap
+from torch_nnmath.deferred import MaterializedLogits
+
+MARKS = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # Dynamo's
+    pytest.mark.filterwarnings("ignore::torch_nnmath.deferred.MaterializedLogits"),
+    pytest.mark.filterwarnings("ignore:size_average and reduce args"),
+]
+
+F64, BF16 = torch.float64, torch.bfloat16
+B, T, D, C = 2, 9, 3, 301  # examples, tokens, features, classes: no weight has as many as logits
+IGNORED = -100
+
+
+def make_params(table):
+    """Returns a pytest param for each name, or tuple of names, of a table."""
+    rows = [(name, name if isinstance(name, tuple) else (name,)) for name in table]
+    return [pytest.param(*row, id="-".join(row)) for _, row in rows]
+
+
+def seed(number):
+    """`torch.manual_seed` of the CPU alone, without its stack traces for each other device."""
+    torch.default_generator.manual_seed(number)
+
+
+def run_seeded(function, *args):
+    seed(5)
+    return function(*args)
+
+
+class Model(nn.Module):
+    def __init__(self, bias=True, features=D, classes=C):
+        super().__init__()
+        self.body = nn.Linear(D, features)
+        self.lm_head = nn.Linear(features, classes, bias=bias)
+
+    def forward(self, x):
+        return self.lm_head(self.body(x).tanh())
+
+
+def make_pair(bias=True, dtype=F64, **sizes):
+    """Returns a model with logits of about ±10, its swapped copy and the log of its head."""
+    seed(0)
+    plain = Model(bias, **sizes)
+    nn.init.normal_(plain.lm_head.weight, std=4)
+    plain = plain.to(dtype)
+    swapped = copy.deepcopy(plain)
+    return plain, swapped, swap(swapped).heads["lm_head"]
+
+
+def make_inputs(dtype=F64, examples=B, tokens=T, classes=C, exact=False):
+    """Returns features and everything that a loss may take besides logits.
+
+    Those named in `learnt` require grad; each has a constant copy `fixed_...`. If `exact`, values
+    that were rounded to `dtype` are float64.
+    """
+    g = torch.Generator().manual_seed(1)
+    o = SimpleNamespace(learnt=["x", "row", "wide_row", "s", "narrow_s", "t", "narrow_t", "probs"])
+    narrow, wide = (F64, F64) if dtype == F64 else (BF16, torch.float32)
+    dtypes = {"wide_row": wide, "wide_t": wide, "narrow_t": narrow, "narrow_s": narrow}
+
+    def add(name, *shape, transform=lambda x: x):
+        for key in (name, "fixed_" + name):
+            value = transform(torch.randn(shape, generator=g, dtype=F64))
+            value = value.to(dtypes.get(name, dtype))
+            value = value.to(F64 if exact else value.dtype)
+            setattr(o, key, value.requires_grad_(key in o.learnt))
+
+    def make_positive(x):
+        return x.abs() + 0.5
+
+    add("x", examples, tokens, D)
+    add("row", classes)
+    add("wide_row", classes, transform=lambda x: 60 + x)
+    for name in ("s", "narrow_s"):
+        add(name, transform=make_positive)
+    for name in ("t", "wide_t", "narrow_t"):
+        add(name, examples, tokens, 1, transform=make_positive)
+    add("probs", examples, tokens, classes, transform=lambda x: x.softmax(-1))
+    add("weight", classes, transform=make_positive)
+    o.y = torch.randint(classes, (examples, tokens), generator=g)
+    o.y[0, :3] = IGNORED
+    o.all_y = o.y.clamp(min=0)
+    return o
+
+
+def compute_results(model, loss, o=None, backward=False):
+    """Returns the loss of the model's logits, and its gradient in everything that requires grad."""
+    o = o or make_inputs()
+    out = loss(model(o.x), o)
+    leaves = [*model.parameters(), *(getattr(o, name) for name in o.learnt)]
+    factors = torch.linspace(1, 2, out.numel()).to(out.dtype).view(out.shape)
+    total = (out * factors).sum()
+    if backward:
+        for leaf in leaves:
+            leaf.grad = None
+        total.backward()
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+    return [out.detach(), *torch.autograd.grad(total, leaves, allow_unused=True)]
+
+
+def assert_agree(results, truth, **tolerance):
+    for result, expected in zip(results, truth, strict=True):
+        assert (result is None) == (expected is None)
+        if expected is not None:
+            assert type(result) in (torch.Tensor, nn.Parameter)
+            options = {"rtol": 1e-10, "atol": 1e-11, "equal_nan": True} | tolerance
+            torch.testing.assert_close(result.detach(), expected.detach(), **options)
+
+
+def assert_fused(log, losses=None):
+    assert log.fused == losses if losses else log.fused
+    assert not log.materialized
+
+
+def has_logits_shape(shape):
+    """Whether a tensor has the entries of C classes for several tokens."""
+    return math.prod(shape) > D * C and math.prod(shape) % C == 0
+
+
+def collect_warnings(function):
+    """Returns the `MaterializedLogits` warnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    return [w for w in caught if w.category is MaterializedLogits]
+
+
+def ce(z, y, **options):
+    return F.cross_entropy(z.flatten(0, -2), y.flatten(), **options)

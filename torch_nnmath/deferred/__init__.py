@@ -1,0 +1,31 @@
+"""Logits that are computed only if an operation needs them, and losses that do not need them.
+
+A head (a Linear whose logits go into a cross entropy) returns `DeferredLogits`: a tensor with the
+logits' shape, strides, dtype and place in the graph, but without memory. It is the output of the
+affine map's Function (F1, F8), whose backward is the gradient in case the logits are computed.
+
+- `steps`: the operations after which logits stay deferred, such as views and scales.
+- `losses`: the losses that apply these steps to the features and call the fused head (F14, F15).
+  They do so only if the graph between head and loss is exactly these steps, so that a hook, a
+  checkpoint or a Function between them still runs.
+- `observers`: the functions that observe logits or read their memory.
+- `logits`: the tensor. Any other operation materialises the logits, once for every tensor that
+  came from the same call of the head; from then on they behave as plain tensors.
+"""
+
+from torch_nnmath.deferred import losses, observers
+from torch_nnmath.deferred.log import HeadLog, MaterializedLogits
+from torch_nnmath.deferred.logits import DeferredLogits, linear
+from torch_nnmath.deferred.mark import get_head_log, get_mark, set_mark
+
+__all__ = [
+    "DeferredLogits",
+    "HeadLog",
+    "MaterializedLogits",
+    "get_head_log",
+    "get_mark",
+    "linear",
+    "losses",
+    "observers",
+    "set_mark",
+]

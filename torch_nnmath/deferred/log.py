@@ -1,0 +1,70 @@
+"""The record of what happened to a head's logits, and the warning when they were computed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+
+from torch_nnmath import _check as check
+
+
+class MaterializedLogits(UserWarning):
+    """The logits of a head were computed while it was trained: memory was not saved."""
+
+
+class HeadLog:
+    """Counts what happened to a head's logits.
+
+    Attributes:
+        name: the head's name in the model; "" is the model itself.
+        is_swapped: whether `swap` changed the head's class, rather than found one of ours.
+        fused: how many losses were computed without logits.
+        materialized: how often logits were computed, by operation and line of code.
+    """
+
+    def __init__(self, name: str, *, is_swapped: bool = True):
+        self.name, self.is_swapped, self.fused = name, is_swapped, 0
+        self.materialized: Counter[str] = Counter()
+        self.has_warned = False
+
+    def __repr__(self) -> str:
+        losses = f"{self.fused or 'no'} loss{'es' * (self.fused != 1)} without logits"
+        lines = [f"head {self.name or '(root)'}: {losses} so far"]
+        for reason, count in self.materialized.most_common():
+            lines.append(f"  logits computed {count} x: {reason}")
+        return "\n".join(lines)
+
+    def count_materialization(self, reason: str, *, is_training: bool = False) -> None:
+        """Counts the reason for which logits are computed; warns the first time in training."""
+        if is_training and not self.has_warned:
+            self.has_warned = True
+            warnings.warn(
+                f"the logits of head {self.name or '(root)'} were computed, and memory was not "
+                f"saved: {reason}. What to do is in docs/swapping.md; the report of swap() counts "
+                "how often. If another Linear makes the logits, swap(model, head=NAME) names it; "
+                "swap(model, head=None) leaves all plain",
+                MaterializedLogits,
+                stacklevel=find_user_frame()[0],
+            )
+        self.materialized[reason] += 1
+
+
+_PACKAGES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (torch, check))
+
+
+def find_user_frame() -> tuple[int, str]:
+    """Returns the nearest frame outside of PyTorch and this library: its level and its location.
+
+    The level counts from the caller, as `stacklevel` of `warnings.warn` does.
+    """
+    frame: Any = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGES):
+        frame, level = frame.f_back, level + 1
+    code = frame.f_code
+    return level, f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"

@@ -1,0 +1,328 @@
+"""Losses of deferred logits that call the fused head instead of computing the logits."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from torch_nnmath import _check as check
+from torch_nnmath import functional as F
+from torch_nnmath._head import Head, LogitOptions, LogitSource, is_scaled, prepare_head
+from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, widen
+from torch_nnmath._target import TargetOptions
+from torch_nnmath.deferred.logits import DeferredLogits, get_grad_fn, is_traced, overrides
+
+DEFAULT_TARGET_OPTIONS, DEFAULT_LOGIT_OPTIONS = TargetOptions(), LogitOptions()
+
+# The fused head
+
+
+class HeadRows(NamedTuple):
+    """The arguments of the fused head that take the place of deferred logits."""
+
+    features: Tensor  # (*, in_features), in the order of the logits' axes without the classes
+    weight: Tensor
+    bias: Tensor | None
+    scale: Any
+    softcap: float | None
+    dtype: torch.dtype  # of the logits
+    row: Tensor | None  # added to each row of logits
+    row_scale: Tensor | None  # (*, 1), a scale for each row
+
+    def prepare_head(
+        self,
+        target: Tensor,
+        target_options: TargetOptions = DEFAULT_TARGET_OPTIONS,
+        logit_options: LogitOptions = DEFAULT_LOGIT_OPTIONS,
+    ) -> Head:
+        """Returns the fused head of this target; the options are those of the loss."""
+        base, scale, softcap = logit_options
+        return prepare_head(
+            self.features,
+            self.weight,
+            target,
+            self.bias,
+            target_options,
+            LogitOptions(base, self.scale * scale, self.softcap if softcap is None else softcap),
+            LogitSource(self.dtype, self.row, self.row_scale),
+        )
+
+    def prepare_head_of_any_class(
+        self, target_options: TargetOptions = DEFAULT_TARGET_OPTIONS
+    ) -> Head:
+        """Returns the fused head of a value that does not depend on the target."""
+        shape = self.features.shape[:-1]
+        target = torch.zeros(shape, dtype=torch.int64, device=self.features.device)
+        return self.prepare_head(target, target_options)
+
+
+# From deferred logits to the fused head
+
+
+def find_obstacle(logits: DeferredLogits) -> str | None:
+    """Returns the reason why a loss may not bypass the graph between it and the head, if any.
+
+    The graph must consist of the recorded steps alone: a Function or a checkpoint between them
+    would not run.
+    """
+    call, node = logits.recipe.call, get_grad_fn(logits)
+    if call.observer or not (torch.is_grad_enabled() and logits.requires_grad):
+        return call.observer
+    for recipe in reversed(logits.recipe.list_steps()):
+        operation = recipe.operation
+        assert operation is not None
+        if not _is_node_of(node, operation.func):
+            found = "nothing" if node is None else node.name()
+            return f"{found} stands between head and loss, where {operation.func} was expected"
+        node = node.next_functions[operation.position][0]
+    if node is not call.grad_fn:
+        return f"{'nothing' if node is None else node.name()} stands between head and loss"
+    return None
+
+
+def _is_node_of(node: Any, func: Any) -> bool:
+    """Whether a node of the graph is PyTorch's own for an operation."""
+    if node is None or isinstance(node, BackwardCFunction):
+        return False
+    name = func.overloadpacket.__name__.replace("_", "")
+    return bool(re.sub(r"Backward\d+$", "", node.name()).lower() == name)
+
+
+def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int) -> Any:
+    """Returns the `HeadRows` of a loss over the classes at `axis`, of logits or log-probabilities.
+
+    Returns NotImplemented if the loss is of something else. Materialises the logits if something
+    stands between head and loss.
+    """
+    recipe, form = logits.recipe, logits.recipe.form
+    call = recipe.call
+    is_form_of_loss = bool(form.log_sign) == is_log and form.axis == axis % logits.dim()
+    if call.is_materialized or is_traced() or not is_form_of_loss:
+        return NotImplemented
+    obstacle = find_obstacle(logits)
+    if obstacle is not None:
+        call.materialize(obstacle)
+        return NotImplemented
+    call.check_operands()
+
+    def detach_unless(has_gradient: bool, value: Any) -> Any:
+        return value if has_gradient or not isinstance(value, Tensor) else value.detach()
+
+    # If the logits have no gradient, neither has anything that they were made from.
+    detach = functools.partial(detach_unless, logits.requires_grad)
+    has_head_gradient = logits.requires_grad and call.grad_fn is not None
+    operands = [detach_unless(has_head_gradient, x) for x in call.operands]
+    if logits.dtype == torch.float64:
+        operands = [x if x is None else x.double() for x in operands]
+    features, weight, bias = operands
+    rows, row_scale = _apply_steps(logits, features, detach)
+    for x, width in ((rows, features.shape[-1]), (row_scale, 1)):
+        shape = [width if d == form.axis else size for d, size in enumerate(logits.shape)]
+        if x is not None and [*x.shape] != shape:
+            return NotImplemented  # a step did something else to the features than to the classes
+    scale, softcap = detach(form.scale.evaluate(logits.dtype)), None
+    if form.inner_scale is not None:  # t tanh(s z) = |t| tanh((s t) z / |t|)
+        softcap = abs(scale)
+        inner_scale = form.inner_scale.multiply(form.scale.numerator, form.scale.denominator)
+        scale = detach(inner_scale.evaluate(logits.dtype))
+    row = [detach(r).flatten().to(wide_type(weight.dtype)) for r in form.row]
+    return HeadRows(
+        rows.movedim(form.axis, -1),
+        weight,
+        bias,
+        scale,
+        softcap,
+        logits.dtype,
+        sum(row) if row else None,
+        None if row_scale is None else row_scale.movedim(form.axis, -1),
+    )
+
+
+def _apply_steps(
+    logits: DeferredLogits, features: Tensor, detach: Callable[[Any], Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Applies the recorded steps to the features, and to the scales of their rows."""
+    rows, row_scale = features, None
+    for recipe in logits.recipe.list_steps():
+        apply = recipe.result.apply_to_rows
+        if apply is not None:
+            rows = apply(rows)
+            row_scale = None if row_scale is None else apply(row_scale)
+        if recipe.result.row_scale is not None:
+            factor = detach(recipe.result.row_scale())
+            row_scale = factor if row_scale is None else row_scale * factor
+    return rows, row_scale
+
+
+# The losses
+
+
+def fused_loss(*functions: Any) -> Callable[..., Any]:
+    """Enters a rule into the table, under functions that it computes without logits if it can.
+
+    The rule gets the function, the deferred logits, whether autocast is on (for the loss: the
+    product has been cast at the head) and the function's other arguments.
+    """
+
+    def enter(rule: Callable[..., Any]) -> Callable[..., Any]:
+        @overrides(*functions)
+        @functools.wraps(rule)
+        def loss(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(input, DeferredLogits):
+                return NotImplemented
+            is_loss_autocast = is_autocast(input)
+            with disable_autocast(input):
+                result = rule(func, input, is_loss_autocast, *args, **kwargs)
+            if result is not NotImplemented:
+                call = input.recipe.call
+                call.log.fused += 1
+                call.has_fused_loss |= torch.is_grad_enabled() and input.requires_grad
+            return result
+
+        return loss
+
+    return enter
+
+
+@dataclass
+class CrossEntropyArguments:
+    """The arguments of `cross_entropy` after the logits, PyTorch's and this library's.
+
+    Those of `nll_loss` begin with the same ones.
+    """
+
+    target: Any
+    weight: Tensor | None = None
+    size_average: bool | None = None
+    ignore_index: int = -100
+    reduce: bool | None = None
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    _: KW_ONLY
+    base: float = torch.e
+    logit_scale: Any = 1.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+    return_stats: bool = False
+
+    def changes_logits(self) -> bool:
+        return self.softcap is not None or is_scaled(self.logit_scale)
+
+
+@fused_loss(torch.nn.functional.cross_entropy, F.cross_entropy, torch.nn.functional.nll_loss)
+def cross_entropy(
+    func: Any, input: DeferredLogits, is_loss_autocast: bool, *args: Any, **kwargs: Any
+) -> Any:
+    """F14, F15 in place of `cross_entropy` or, of log-probabilities, of `nll_loss`."""
+    given = CrossEntropyArguments(*args, **kwargs)
+    target, weight, is_log = given.target, given.weight, func is torch.nn.functional.nll_loss
+    form, axis = input.recipe.form, min(input.dim() - 1, 1)
+    if not isinstance(target, Tensor):
+        return NotImplemented
+    if form.log_sign < 0 or (form.is_capped and given.changes_logits()):
+        return NotImplemented
+    is_distribution = target.shape == input.shape and target.is_floating_point()
+    if is_distribution and not is_log:
+        check.probabilities(target, given.ignore_index)
+        target = target.movedim(axis, -1)
+    elif target.shape != form.rows_shape or target.dtype not in (torch.int64, torch.uint8):
+        return NotImplemented
+    rows = make_rows(input, is_log=is_log, axis=axis)
+    if rows is NotImplemented:
+        return NotImplemented
+    if is_loss_autocast:
+        rows = rows._replace(dtype=wide_type(rows.dtype))
+        target, weight = widen(target), None if weight is None else widen(weight)
+    ignore_index = None if is_distribution else given.ignore_index
+    head = rows.prepare_head(
+        target,
+        TargetOptions(weight, ignore_index, given.label_smoothing),
+        LogitOptions(given.base, given.logit_scale, given.softcap),
+    )
+    reduction = check.reduction(given.reduction, given.size_average, given.reduce)
+    return head.compute_loss(reduction, given.z_loss, given.return_stats)
+
+
+@fused_loss(torch.gather, Tensor.gather)
+def gather(
+    func: Any, input: DeferredLogits, is_loss_autocast: bool, dim: Any, index: Any, **kwargs: Any
+) -> Any:
+    """One class of each row: of log-probabilities F22, of logits F1."""
+    form, axis = input.recipe.form, input.recipe.form.axis
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or "out" in kwargs:
+        return NotImplemented
+    if [*index.shape] != [1 if d == axis else size for d, size in enumerate(input.shape)]:
+        return NotImplemented
+    rows = make_rows(input, is_log=bool(form.log_sign), axis=dim)
+    if rows is NotImplemented:
+        return NotImplemented
+    try:
+        ignore_nothing = TargetOptions(ignore_index=torch.iinfo(torch.int64).min)
+        head = rows.prepare_head(index.squeeze(axis), ignore_nothing)
+    except IndexError:  # `gather` itself raises a RuntimeError
+        return NotImplemented
+    result = (
+        form.log_sign * head.compute_log_probs(False)
+        if form.log_sign
+        else head.compute_class_logits()
+    )
+    return result.to(input.dtype).unsqueeze(axis)
+
+
+MEANS = (torch.mean, Tensor.mean)
+
+
+@fused_loss(torch.sum, Tensor.sum, *MEANS)
+def sum_over_classes(
+    func: Any,
+    input: DeferredLogits,
+    is_loss_autocast: bool,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """The sum or mean of log-probabilities over the classes: a cross entropy of equal targets."""
+    form, axis, dtype = input.recipe.form, _get_only_axis(dim), dtype or input.dtype
+    if kwargs or axis is None or torch.promote_types(dtype, input.dtype) != dtype:
+        return NotImplemented
+    rows = make_rows(input, is_log=True, axis=axis)
+    if rows is NotImplemented:
+        return NotImplemented
+    head = rows._replace(dtype=dtype).prepare_head_of_any_class(TargetOptions(label_smoothing=1.0))
+    factor = -form.log_sign * (1 if func in MEANS else input.shape[form.axis])
+    result = factor * head.compute_loss("none", 0.0, False).to(dtype)
+    return result.unsqueeze(form.axis) if keepdim else result
+
+
+@fused_loss(torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp)
+def log_sum_exp(
+    func: Any,
+    input: DeferredLogits,
+    is_loss_autocast: bool,
+    dim: Any,
+    keepdim: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """F7's denominator: the cross entropy without its target's logit."""
+    form, axis = input.recipe.form, _get_only_axis(dim)
+    if kwargs or axis is None or (is_loss_autocast and input.dtype.itemsize < 4):
+        return NotImplemented  # autocast of half precision has another dtype on some devices
+    rows = make_rows(input, is_log=False, axis=axis)
+    if rows is NotImplemented:
+        return NotImplemented
+    result = rows.prepare_head_of_any_class().compute_log_sum_exp().to(input.dtype)
+    return result.unsqueeze(form.axis) if keepdim else result
+
+
+def _get_only_axis(dim: Any) -> int | None:
+    axes = dim if isinstance(dim, list | tuple) else [dim]
+    return axes[0] if len(axes) == 1 and isinstance(axes[0], int) else None

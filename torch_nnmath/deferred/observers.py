@@ -1,0 +1,102 @@
+"""Functions that observe the gradient in deferred logits, or read their memory."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_nnmath.deferred.log import find_user_frame
+from torch_nnmath.deferred.logits import (
+    DeferredLogits,
+    call_with_plain_tensors,
+    function_name,
+    overrides,
+)
+
+HOOKS = (Tensor.register_hook, Tensor.retain_grad)
+GET_GRAD_FN, GET_GRAD, GET_DATA = (
+    getattr(Tensor, name).__get__ for name in ("grad_fn", "grad", "data")
+)
+SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009 (mypy knows no descriptor)
+MEMORY_READERS = [
+    getattr(Tensor, name)
+    for name in (
+        *("numpy", "tolist", "data_ptr", "storage", "untyped_storage", "_typed_storage"),
+        *("share_memory_", "is_shared", "apply_", "map_", "__array__", "__dlpack__"),
+        *("__deepcopy__", "__reduce_ex__", "__repr__", "__format__", "new_tensor"),
+    )
+]
+
+
+@overrides(*HOOKS, GET_GRAD_FN)
+def observe_gradient(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
+    """Records the observer: losses after it are computed from plain logits."""
+    if isinstance(logits, DeferredLogits):
+        call = logits.recipe.call
+        name = function_name(func)
+        if call.has_fused_loss and func in HOOKS and not _is_fsdp_hook(args):
+            raise RuntimeError(
+                f"{name} on logits of head {call.log.name!r} after their loss was computed without "
+                "them: no gradient will reach them. Call it before the loss, or "
+                "swap(model, head=None)"
+            )
+        call.observer = call.observer or f"{name} of logits"
+    return NotImplemented
+
+
+def _is_fsdp_hook(args: Any) -> bool:
+    """Whether a hook comes from a wrapper of `torch.distributed`.
+
+    Such a wrapper puts a hook on every output; after a fused loss it does not fire.
+    """
+    modules = [getattr(hook, "__module__", None) or "" for hook in args]
+    return any(module.startswith("torch.distributed") for module in modules)
+
+
+@overrides(torch.autograd.grad)
+def check_gradient_inputs(func: Any, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Raises RuntimeError for the gradient in logits that a fused loss has bypassed."""
+    for x in inputs if isinstance(inputs, list | tuple) else [inputs]:
+        if isinstance(x, DeferredLogits) and x.recipe.call.has_fused_loss:
+            raise RuntimeError(
+                f"the gradient in logits of head {x.recipe.call.log.name!r} is needed, but their "
+                "loss was computed without them: call logits.retain_grad() before the loss, or "
+                "swap(model, head=None)"
+            )
+    return NotImplemented
+
+
+@overrides(GET_GRAD)
+def get_grad(func: Any, logits: Any) -> Any:
+    """Warns that logits have no gradient. PyTorch warns too, but not after `backward(inputs=)`."""
+    if not isinstance(logits, DeferredLogits) or not logits.recipe.call.has_fused_loss:
+        return NotImplemented
+    warnings.warn(
+        f"the gradient in logits of head {logits.recipe.call.log.name!r} is read, but their loss "
+        "was computed without them: call logits.retain_grad() before the loss, or "
+        "swap(model, head=None)",
+        stacklevel=find_user_frame()[0],
+    )
+    return None
+
+
+@overrides(Tensor.detach, torch.detach, GET_DATA)
+def materialize_first(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
+    """Materialises logits that leave the graph: later their operands may have changed."""
+    if isinstance(logits, DeferredLogits):
+        logits.recipe.call.materialize(function_name(func))
+    return NotImplemented
+
+
+@overrides(SET_DATA)
+def refuse_data(func: Any, *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("deferred logits have no memory that could be set: use copy_()")
+
+
+@overrides(*MEMORY_READERS)
+def read_memory(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Gives a function that reads memory tensors that have some."""
+    return call_with_plain_tensors(func, *args, **kwargs)
