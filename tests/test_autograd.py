@@ -181,8 +181,8 @@ def test_ignored_row_beside_an_infinite_weight_has_gradient_0():
 
 def test_weighted_target_passes_gradcheck():
     t, w = (torch.rand(2, 3).double().requires_grad_(), torch.rand(1, 3).double().requires_grad_())
-    assert torch.autograd.gradcheck(formulas.Weighted.apply, (t, w), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(formulas.Weighted.apply, (t, w))
+    assert torch.autograd.gradcheck(formulas.WeightedTarget.apply, (t, w), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(formulas.WeightedTarget.apply, (t, w))
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ from torch.func import grad, jvp, vmap
 
 from torch_nnmath import functional as F
 from torch_nnmath import nn
+from torch_nnmath._records import HeadInputs, Requests, Target
 from torch_nnmath.formulas import LinearCrossEntropy
-from torch_nnmath.kernels import blocked
+from torch_nnmath.kernels import _block
 
 F64 = torch.float64
 D, C = 4, 7  # features, classes
@@ -33,14 +34,16 @@ IGNORE = -100
 
 def weighted_log_sum_exp(x: Tensor, W: Tensor, p: Tensor, b: Any, keep: Any, base: float, cap: Any):
     """F14 of a target that has a weight p, but no class: p log_base Σ e^v."""
-    return LinearCrossEntropy.of(x, W, b, p, None, None, keep, base, cap, (False,) * 3)[0]
+    p, keep = (None if v is None else v[:, None] for v in (p, keep))
+    inputs = HeadInputs(x, W, b, Target(None, p, None), keep, base, cap)
+    return LinearCrossEntropy.evaluate(*inputs.flat(), Requests())[0].squeeze(1)
 
 
 @pytest.fixture
 def gather_or_mask_ignored_rows(request, monkeypatch):
     """The CPU leaves ignored rows out of the products; a GPU masks them, to not synchronise."""
     if request.param == "mask":
-        monkeypatch.setattr(blocked, "_is_counted", lambda keep: False)
+        monkeypatch.setattr(_block, "gathers_kept_rows", lambda keep: False)
 
 
 class DrawnHead:

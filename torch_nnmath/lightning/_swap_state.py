@@ -7,30 +7,30 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from torch_nnmath.deferred import HeadLog
-from torch_nnmath.swapping import _MARK, _THEIRS, unswap
+from torch_nnmath.deferred import HeadLog, get_mark, set_mark
+from torch_nnmath.swapping import TORCH_CLASSES, unswap
 
 
 class SwapState:
     """Remembers which modules of a model were swapped, and which were heads."""
 
     def __init__(self, model: Module):
-        self._marks = {module: vars(module).get(_MARK) for module in model.modules()}
+        self._marks = {module: get_mark(module) for module in model.modules()}
 
     def restore_heads(self) -> None:
         """Makes the modules heads again that were heads, with their logs."""
         for module, mark in self._marks.items():
             if isinstance(mark, HeadLog):
-                vars(module)[_MARK] = mark
+                set_mark(module, mark)
 
     def restore(self, model: Module) -> None:
         """Undoes the swaps made since, also in modules that are new, and restores all marks."""
         for module in model.modules():
-            if _MARK in vars(module) and self._marks.get(module) is None:
+            if get_mark(module) and not self._marks.get(module):
                 unswap(module)
         for module, mark in self._marks.items():
-            if mark is not None:
-                vars(module)[_MARK] = mark
+            if mark:
+                set_mark(module, mark)
 
 
 def use_pytorch_classes(model: Module) -> None:
@@ -40,8 +40,8 @@ def use_pytorch_classes(model: Module) -> None:
     """
     unswap(model)
     for module in model.modules():
-        if type(module) in _THEIRS and not has_own_options(module):
-            module.__class__ = _THEIRS[type(module)]
+        if type(module) in TORCH_CLASSES and not has_own_options(module):
+            module.__class__ = TORCH_CLASSES[type(module)]
 
 
 def has_own_options(module: Any) -> bool:
