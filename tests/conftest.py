@@ -1,0 +1,152 @@
+"""Helpers that several test files use. They import them by name: `from conftest import ...`."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torch_nnmath.kernels import blocked, choice, elementwise, rowwise
+
+# Observing operations
+
+
+class Operation(NamedTuple):
+    """An operator that ran, and the shapes of the plain tensors that it returned."""
+
+    operator: Any
+    shapes: list[tuple[int, ...]]
+
+    @property
+    def name(self) -> str:
+        """Without namespace and overload: "mm"."""
+        return self.operator.name().split("::")[1].split(".")[0]
+
+
+class OperationRecorder(TorchDispatchMode):
+    """Records every operator that runs inside a `with` block.
+
+    An operator on a tensor subclass is left to the subclass; what that calls is recorded in turn.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if {*types} - {Tensor, nn.Parameter}:
+            return NotImplemented
+        out = func(*args, **(kwargs or {}))
+        plain = (x for x in tree_leaves(out) if type(x) is Tensor and not x.is_meta)
+        self.operations.append(Operation(func, [tuple(x.shape) for x in plain]))
+        return out
+
+    @property
+    def names(self) -> list[str]:
+        return [operation.name for operation in self.operations]
+
+    def count(self, operator: Any) -> int:
+        return sum(operation.operator is operator for operation in self.operations)
+
+    def list_outputs(self, is_selected: Callable[[tuple[int, ...]], bool]) -> list[str]:
+        """A line for each returned tensor with a selected shape: "aten.mm.default (6, 4)"."""
+        return [
+            f"{operator} {shape}"
+            for operator, shapes in self.operations
+            for shape in shapes
+            if is_selected(shape)
+        ]
+
+
+# Peak memory
+
+needs_linux_maxrss = pytest.mark.skipif(
+    sys.platform != "linux", reason="ru_maxrss is in other units elsewhere"
+)
+
+
+def measure_peak_growth(setup: str, body: str, *arguments: object) -> float:
+    """Returns by how many MiB `body` raises the peak memory of a new process after `setup`.
+
+    Both are Python code and read the arguments from `sys.argv`.
+    """
+    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
+    code = (
+        f"import resource, sys\n{setup}\nbefore = {peak}\n{body}\nprint(({peak} - before) / 1024)"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return float(subprocess.check_output(command, text=True))
+
+
+# Operators of torch.library
+
+OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def check_operator(operator: Any, args: Sequence[Any], checks: Sequence[str] = OPCHECKS) -> None:
+    """Asserts schema, aliasing, fake and AOT tracing, and that no result has unwritten memory."""
+    results = torch.library.opcheck(operator, args, test_utils=checks)
+    assert set(results.values()) == {"SUCCESS"}
+    plain = operator(*args)
+    with fill_new_memory_with_nan():
+        filled = operator(*args)
+    torch.testing.assert_close(filled, plain, rtol=0, atol=0)
+
+
+@contextlib.contextmanager
+def fill_new_memory_with_nan() -> Iterator[None]:
+    """`torch.empty` is filled with nan, so that an element that is never written shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def new_memory_is_nan() -> Iterator[None]:
+    with fill_new_memory_with_nan():
+        yield
+
+
+# Kernels and threads
+
+
+def limit_head_blocks(block_bytes: int = 1) -> Any:
+    """The head works in blocks of at most so many bytes of logits, and of at least 32 rows."""
+    return mock.patch.object(blocked, "BLOCK_BYTES", (0, block_bytes))
+
+
+@pytest.fixture
+def small_blocks() -> Iterator[None]:
+    """Kernels run for few entries too, in blocks of 32 rows and slices of 64 entries."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(limit_head_blocks())
+        stack.enter_context(mock.patch.object(choice, "FEW", 0))
+        for module in (blocked, elementwise, rowwise):
+            stack.enter_context(mock.patch.object(module, "SLICE", 64))
+        yield
+
+
+@contextlib.contextmanager
+def limit_threads(number: int = 1) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors are faster on one thread, and results do not depend on the machine."""
+    with limit_threads():
+        yield

@@ -1,0 +1,102 @@
+"""Cross entropy with every option, written out in differentiable PyTorch operations.
+
+Tests take it as the truth in float64. Results have the dtype of the inputs, so a test can also run
+it in float32 or bfloat16 to see how far a plain implementation is from the truth there.
+
+Options have the names and the defaults of the public functions. Every tensor may need a gradient,
+also the class weights, the temperature and probabilities.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def compute_logits(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """z = x Wᵀ + b: (*, D), (C, *d, D), (C, *d) -> (*, C, *d)."""
+    z = torch.nn.functional.linear(x, W.flatten(0, -2), None if b is None else b.flatten())
+    return z.reshape(*x.shape[:-1], *W.shape[:-1])
+
+
+def scale_and_cap(z: Tensor, logit_scale: float | Tensor = 1.0, softcap: float | None = None):
+    """v = κ tanh(s z / κ), or s z without a cap."""
+    v = z * logit_scale
+    return v if softcap is None else softcap * torch.tanh(v / softcap)
+
+
+def log_sum_exp(v: Tensor, dim: int) -> Tensor:
+    """Computed with the maximum as a constant: derivatives of `torch.logsumexp` are less exact."""
+    m = v.detach().amax(dim, keepdim=True)
+    return (m + (v - m).exp().sum(dim, keepdim=True).log()).squeeze(dim)
+
+
+def reduce_losses(c: Tensor, reduction: str, count: float | Tensor) -> Tensor:
+    return {"none": lambda: c, "sum": c.sum, "mean": lambda: c.sum() / count}[reduction]()
+
+
+def cross_entropy(
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    base: float = math.e,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    class_dim: int | None = None,
+) -> Tensor:
+    """Cross entropy and z-loss of logits z with the classes at `class_dim`.
+
+    By default that is axis 1, or 0 of a vector. The target has class indices in z's shape without
+    that axis, or probabilities in z's shape. Ignored rows may hold any logits.
+    """
+    dim = class_dim if class_dim is not None else min(1, z.dim() - 1)
+    z, C, s = z.movedim(dim, -1), z.shape[dim], label_smoothing
+    w = z.new_ones(C) if weight is None else weight
+    if target.is_floating_point():
+        keep = torch.ones(z.shape[:-1], dtype=torch.bool)
+        n = n_rows = keep.sum()
+        v = scale_and_cap(z, logit_scale, softcap)
+        l = v.log_softmax(-1)
+        c = -(w * ((1 - s) * target.movedim(dim, -1) + s / C) * l).sum(-1)
+    else:
+        keep = target.long() != (-100 if ignore_index is None else ignore_index)
+        y = target.long().masked_fill(~keep, 0)
+        n, n_rows = (w[y] * keep).sum(), keep.sum()
+        v = scale_and_cap(z.masked_fill(~keep.unsqueeze(-1), 0), logit_scale, softcap)
+        l = v.log_softmax(-1)
+        # the true class is gathered, so that a logit of -inf elsewhere is not multiplied by 0
+        c = -(1 - s) * w[y] * l.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        c = c - s / C * (w * l).sum(-1) if s else c
+    loss = reduce_losses(c.masked_fill(~keep, 0), reduction, n) / math.log(base)
+    if not z_loss:
+        return loss
+    q = z_loss * log_sum_exp(v, -1).square().masked_fill(~keep, 0)
+    return loss + reduce_losses(q, reduction, n_rows)
+
+
+def linear_cross_entropy(
+    x: Tensor, W: Tensor, target: Tensor, b: Tensor | None = None, **options
+) -> Tensor:
+    """Cross entropy of the logits of a head: the classes come after x's batch axes."""
+    return cross_entropy(compute_logits(x, W, b), target, class_dim=x.dim() - 1, **options)
+
+
+def linear_log_probs(
+    x: Tensor,
+    W: Tensor,
+    y: Tensor,
+    b: Tensor | None = None,
+    *,
+    base: float = math.e,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log a_y and the entropy of each row, of x (*, D), W (C, D), y (*)."""
+    l = scale_and_cap(compute_logits(x, W, b), logit_scale, softcap).log_softmax(-1)
+    log_probs, entropy = l.gather(-1, y.unsqueeze(-1)).squeeze(-1), -(l.exp() * l).sum(-1)
+    return log_probs / math.log(base), entropy / math.log(base)
