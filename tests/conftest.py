@@ -120,8 +120,8 @@ def new_memory_is_nan() -> Iterator[None]:
 
 
 def limit_head_blocks(block_bytes: int = 1) -> Any:
-    """The head works in blocks of at most so many bytes of logits, and of at least 32 rows."""
-    return mock.patch.object(blocked, "BLOCK_BYTES", (0, block_bytes))
+    """The head works in blocks of so many bytes of logits, and of at least 32 rows."""
+    return mock.patch.object(blocked, "BLOCK_BYTES", (block_bytes, block_bytes))
 
 
 @pytest.fixture

@@ -38,8 +38,7 @@ def _seed():
 @every_entry
 @pytest.mark.parametrize("kind", ["indices", "smoothed", "probabilities"])
 def test_loss_has_the_same_bits_whichever_inputs_need_gradients(entry, kind):
-    dtypes = (torch.float64, torch.float32, torch.bfloat16)
-    for reduction, dtype in itertools.product(REDUCTIONS, dtypes):
+    for reduction, dtype in itertools.product(REDUCTIONS, (torch.float64, torch.bfloat16)):
         options = {"label_smoothing": 0.1 if kind == "smoothed" else 0.0, "reduction": reduction}
         leaves = [x.detach() for x in draw_leaves(entry.shapes, dtype)]
         if kind == "probabilities":

@@ -47,9 +47,8 @@ def _seed():
 @every_entry
 @every_reduction
 def test_all_labels_ignored_mean_is_nan_others_zero_gradients_zero(entry, reduction):
-    smoothed = {"label_smoothing": 0.1, "ignore_index": 2}
-    weighted = {"weight": make_class_weight()}
-    for options in ({}, smoothed, weighted, smoothed | weighted):
+    others = {"label_smoothing": 0.1, "ignore_index": 2, "weight": make_class_weight()}
+    for options in ({}, others):
         check_loss_of_ignored_labels(entry, reduction, options)
 
 
@@ -217,7 +216,7 @@ def test_ignored_rows_with_nan_or_inf_change_no_derivative(entry, value):
         target[0] = -100
     hostile = [leaves[0].clone(), *leaves[1:]]
     hostile[0][row] = value
-    for reduction, label_smoothing in itertools.product(REDUCTIONS, (0.0, 0.3)):
+    for reduction, label_smoothing in zip(REDUCTIONS, (0.3, 0.0, 0.3), strict=True):
         options = {"label_smoothing": label_smoothing, "weight": make_class_weight()}
 
         def compute_loss(*leaves, reduction=reduction, options=options):
@@ -234,8 +233,12 @@ def test_ignored_rows_with_nan_or_inf_change_no_derivative(entry, value):
 
 @every_entry
 def test_probabilities_match_truth_also_in_their_gradient(entry):
-    variants = ((0.0, None), (0.1, make_class_weight()), (1.0, None))
-    for reduction, (label_smoothing, weight) in itertools.product(REDUCTIONS, variants):
+    for reduction, label_smoothing, weight in (
+        ("mean", 0.0, None),
+        ("mean", 0.1, make_class_weight()),
+        ("none", 0.1, make_class_weight()),
+        ("sum", 1.0, None),
+    ):
         options = {"label_smoothing": label_smoothing, "weight": weight, "reduction": reduction}
 
         def compute_loss(*leaves, options=options):
@@ -258,9 +261,12 @@ REFUSED = (
 
 @every_entry
 def test_labels_as_bytes_match_truth(entry):
-    smoothing = itertools.cycle((0.2, 0.0))
-    pairs = itertools.product((-100, 255, 2), REDUCTIONS)
-    for (ignore_index, reduction), label_smoothing in zip(pairs, smoothing, strict=False):
+    for ignore_index, reduction, label_smoothing in (
+        (-100, "mean", 0.2),
+        (255, "mean", 0.2),
+        (255, "none", 0.0),
+        (2, "sum", 0.2),
+    ):
         marks = (1, ignore_index, ignore_index) if ignore_index >= 0 else (1,)
         target = draw_labels(entry.batch, *marks).to(torch.uint8)
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
