@@ -20,13 +20,13 @@ HALF = (torch.bfloat16, torch.float16)
 class EntryPoint(NamedTuple):
     """A function or module, and the shapes of one call.
 
-    `loss(leaves, target, **options)` is the call. `logits(*leaves)` computes its logits in PyTorch.
+    `compute_logits` is in plain PyTorch. `compute_loss(leaves, target, **options)` is the call.
     """
 
     shapes: tuple[tuple[int, ...], ...]  # of the logits, or of x, W and b
     batch: tuple[int, ...]  # of class indices and of the losses
-    logits: Callable[..., Tensor]
-    loss: Callable[..., Tensor]
+    compute_logits: Callable[..., Tensor]
+    compute_loss: Callable[..., Tensor]
     class_dim: int  # of the logits and of probabilities
 
 
@@ -77,7 +77,7 @@ HEADS = {
 ENTRY_POINTS = ON_LOGITS | HEADS
 BATCHED = {name: entry for name, entry in ENTRY_POINTS.items() if entry.batch}
 UNBATCHED = {name: entry for name, entry in ENTRY_POINTS.items() if not entry.batch}
-BASIC = {  # each goes another way inside
+BASIC = {  # each takes another code path
     name: ENTRY_POINTS[name]
     for name in ("logits", "logits K-dimensional", "head with bias", "head K-dimensional")
 }
@@ -121,7 +121,7 @@ def make_class_weight(dtype=torch.float64):
 
 
 def compute_truth(entry, leaves, target, **options):
-    z = entry.logits(*leaves)
+    z = entry.compute_logits(*leaves)
     return truth.cross_entropy(z, target, class_dim=entry.class_dim, **options)
 
 
@@ -179,7 +179,7 @@ def assert_derivatives_match(f, g, leaves, plain_leaves=None, cotangent=None):
 def assert_matches_truth(entry, leaves, target, **options):
     """The entry point's loss and derivatives are the truth's."""
     assert_derivatives_match(
-        lambda *leaves: entry.loss(leaves, target, **options),
+        lambda *leaves: entry.compute_loss(leaves, target, **options),
         lambda *leaves: compute_truth(entry, leaves, target, **options),
         leaves,
     )

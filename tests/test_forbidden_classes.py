@@ -74,10 +74,10 @@ def test_forbidden_class_matches_truth_without_the_class(entry, kind):
     for reduction in REDUCTIONS:
 
         def compute_loss(*leaves, reduction=reduction):
-            return entry.loss(leaves, target, reduction=reduction, **options)
+            return entry.compute_loss(leaves, target, reduction=reduction, **options)
 
         def compute_expected(*leaves, reduction=reduction):
-            z = entry.logits(*leaves).narrow(entry.class_dim, 1, C - 1)
+            z = entry.compute_logits(*leaves).narrow(entry.class_dim, 1, C - 1)
             if "label_smoothing" not in options:
                 return truth.cross_entropy(
                     z, plain, weight, reduction=reduction, class_dim=entry.class_dim
@@ -105,7 +105,9 @@ def test_mass_on_a_forbidden_class_costs_infinity_and_no_gradient_is_nan(entry, 
         target = draw_probabilities(entry)
     label_smoothing = 0.1 if kind == "smoothed" else 0.0
     for reduction in REDUCTIONS:
-        loss = entry.loss(leaves, target, reduction=reduction, label_smoothing=label_smoothing)
+        loss = entry.compute_loss(
+            leaves, target, reduction=reduction, label_smoothing=label_smoothing
+        )
         assert (loss == math.inf).all()
         assert not any(d.isnan().any() for d in torch.autograd.grad(loss.sum(), leaves))
 

@@ -44,9 +44,9 @@ def test_unbatched_loss_is_a_scalar_and_pytorchs(entry, target_kind):
     for reduction in REDUCTIONS:
         for options in ({}, {"label_smoothing": 0.1, "weight": make_class_weight()}):
             leaves, named = draw_leaves(entry.shapes), {"reduction": reduction, **options}
-            loss = entry.loss(leaves, target, **named)
+            loss = entry.compute_loss(leaves, target, **named)
             assert loss.shape == ()
-            z = entry.logits(*leaves)
+            z = entry.compute_logits(*leaves)
             assert_close(loss, torch.nn.functional.cross_entropy(z, target, **named))
             assert_matches_truth(entry, leaves, target, **named)
 
@@ -110,8 +110,8 @@ def test_cross_entropy_of_an_empty_batch(entry, reduction):
             (draw_probabilities(variant), {}),
         ):
             check_empty_loss(
-                lambda *leaves, variant=variant, target=target, options=options: variant.loss(
-                    leaves, target, reduction=reduction, **options
+                lambda *leaves, variant=variant, target=target, options=options: (
+                    variant.compute_loss(leaves, target, reduction=reduction, **options)
                 ),
                 variant.shapes,
                 reduction,
@@ -258,14 +258,14 @@ def test_sums_over_micro_batches_divided_by_total_count_are_the_mean(
     weight = make_class_weight(dtype) if has_options else None
     options = {"weight": weight, "label_smoothing": 0.1 if has_options else 0.0}
 
-    full = entry.loss(leaves, target, **options)
+    full = entry.compute_loss(leaves, target, **options)
     expected = torch.autograd.grad(full, leaves)
 
     y = target[target != -100]
     count = y.numel() if weight is None else weight[y].sum()
     total = 0.0
     for rows in (slice(0, 3), slice(3, 8), slice(8, 10), slice(10, 12)):
-        part = entry.loss([x[rows], *leaves[1:]], target[rows], reduction="sum", **options)
+        part = entry.compute_loss([x[rows], *leaves[1:]], target[rows], reduction="sum", **options)
         (part / count).backward()
         total += part.item()
     assert_close(torch.tensor(total / float(count), dtype=dtype), full.detach(), tolerance)

@@ -46,17 +46,17 @@ def test_loss_has_the_same_bits_whichever_inputs_need_gradients(entry, kind):
         else:
             target = draw_labels(entry.batch, *[-100] * (len(entry.batch) > 0))
         with torch.no_grad():
-            value = entry.loss(leaves, target, **options)
+            value = entry.compute_loss(leaves, target, **options)
         with torch.inference_mode():
-            assert_same_bits(entry.loss(leaves, target, **options), value)
+            assert_same_bits(entry.compute_loss(leaves, target, **options), value)
         for needs_grad in itertools.product((False, True), repeat=len(leaves)):
             pairs = zip(leaves, needs_grad, strict=True)
             some = [x.clone().requires_grad_(needed) for x, needed in pairs]
-            loss = entry.loss(some, target, **options)
+            loss = entry.compute_loss(some, target, **options)
             assert loss.requires_grad == any(needs_grad)
             assert_same_bits(loss.detach(), value)
         with torch.no_grad():
-            assert_same_bits(entry.loss(some, target, **options), value)
+            assert_same_bits(entry.compute_loss(some, target, **options), value)
         exact = [x.double() for x in leaves]
         target = target.double() if kind == "probabilities" else target
         eps = torch.finfo(dtype).eps
@@ -129,8 +129,8 @@ def test_autocast_loss_is_float32_and_no_less_exact_than_pytorchs(entry, half):
 
 def check_autocast_loss(entry, half, leaves, target, weight, options):
     with torch.autocast("cpu", half):
-        loss = entry.loss(leaves, target, weight=weight, **options)
-        z = entry.logits(*leaves).float()
+        loss = entry.compute_loss(leaves, target, weight=weight, **options)
+        z = entry.compute_logits(*leaves).float()
         dims = entry.class_dim, min(1, z.dim() - 1)  # PyTorch takes classes at axis 1
         is_dense = target.is_floating_point()
         theirs = torch.nn.functional.cross_entropy(
@@ -228,11 +228,11 @@ def test_autocast_keeps_the_types_of_activations(half, f):
 @every_entry
 def test_autocast_leaves_float64_alone(entry):
     leaves, target = draw_leaves(entry.shapes), draw_labels(entry.batch)
-    value = entry.loss(leaves, target)
+    value = entry.compute_loss(leaves, target)
     assert value.dtype == torch.float64
     for half in HALF:
         with torch.autocast("cpu", half):
-            assert_same_bits(entry.loss(leaves, target), value)
+            assert_same_bits(entry.compute_loss(leaves, target), value)
 
 
 # Without autocast
@@ -242,7 +242,7 @@ def test_autocast_leaves_float64_alone(entry):
 def test_without_autocast_loss_and_gradients_have_the_logits_type(entry):
     for dtype in (torch.float32, *HALF):
         leaves = draw_leaves(entry.shapes, dtype)
-        loss = entry.loss(leaves, draw_labels(entry.batch))
+        loss = entry.compute_loss(leaves, draw_labels(entry.batch))
         assert loss.dtype == dtype
         assert {d.dtype for d in torch.autograd.grad(loss, leaves)} == {dtype}
 
@@ -254,7 +254,7 @@ def test_without_autocast_mixed_types_of_a_head_raise(entry):
         leaves = draw_leaves(entry.shapes, torch.float32)
         leaves[i] = leaves[i].to(other)
         with pytest.raises(RuntimeError, match=str(other)):
-            entry.loss(leaves, draw_labels(entry.batch), reduction=reduction)
+            entry.compute_loss(leaves, draw_labels(entry.batch), reduction=reduction)
 
 
 @every_entry
@@ -265,7 +265,7 @@ def test_without_autocast_class_weights_of_another_type_raise(entry):
             "label_smoothing": label_smoothing,
         }
         with pytest.raises(RuntimeError, match="float32"):
-            entry.loss(draw_leaves(entry.shapes, half), draw_labels(entry.batch), **options)
+            entry.compute_loss(draw_leaves(entry.shapes, half), draw_labels(entry.batch), **options)
 
 
 @pytest.mark.parametrize("name", ["logits", "head"])
@@ -275,8 +275,8 @@ def test_float32_probabilities_beside_half_logits_give_pytorchs_type(name, half)
     leaves = draw_leaves(entry.shapes, half)
     target = draw_probabilities(entry, torch.float32)
     for reduction in REDUCTIONS:
-        loss = entry.loss(leaves, target, reduction=reduction)
-        z = entry.logits(*leaves)
+        loss = entry.compute_loss(leaves, target, reduction=reduction)
+        z = entry.compute_logits(*leaves)
         theirs = torch.nn.functional.cross_entropy(z, target, reduction=reduction)
         assert loss.dtype == theirs.dtype
         exact = [x.detach().double() for x in leaves]

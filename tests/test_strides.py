@@ -266,7 +266,7 @@ def test_strides_of_labels_with_ignored_rows_change_nothing(entry, dtype):
         packed = target.contiguous()
         options = {"ignore_index": 255, "reduction": "none", "label_smoothing": 0.1}
         assert_derivatives_match(
-            lambda *leaves, y=target, o=options: entry.loss(leaves, y, **o),
+            lambda *leaves, y=target, o=options: entry.compute_loss(leaves, y, **o),
             lambda *leaves, y=packed, o=options: compute_truth(entry, leaves, y, **o),
             draw_leaves(entry.shapes),
         )

@@ -57,7 +57,7 @@ def check_loss_of_ignored_labels(entry, reduction, options):
     target = torch.full(entry.batch, options.get("ignore_index", -100))
 
     def compute_loss(*leaves):
-        return entry.loss(leaves, target, reduction=reduction, **options)
+        return entry.compute_loss(leaves, target, reduction=reduction, **options)
 
     loss = compute_loss(*leaves)
     assert loss.isnan() if reduction == "mean" else is_zero(loss)
@@ -76,13 +76,17 @@ def check_loss_of_ignored_labels(entry, reduction, options):
 def test_class_weights_sum_to_zero_mean_is_nan_sum_is_zero(entry):
     target = torch.full(entry.batch, 1)
     weight = torch.tensor([1.0, 0, 1, 1], dtype=torch.float64)
-    assert entry.loss(draw_leaves(entry.shapes), target, weight=weight).isnan()
-    assert is_zero(entry.loss(draw_leaves(entry.shapes), target, weight=weight, reduction="sum"))
+    assert entry.compute_loss(draw_leaves(entry.shapes), target, weight=weight).isnan()
+    assert is_zero(
+        entry.compute_loss(draw_leaves(entry.shapes), target, weight=weight, reduction="sum")
+    )
 
 
 # Indices out of range
 
-EXPENSIVE = ("softmax", "logsumexp", "exp", "mm", "linear", "head", "gather", "xlogy")
+EXPENSIVE = (
+    *("softmax", "logsumexp", "exp", "mm", "linear", "head", "cross_entropy", "gather", "xlogy"),
+)
 
 
 def list_expensive_operations(recorder):
@@ -102,10 +106,10 @@ def test_index_out_of_range_raises_before_expensive_operations(entry):
     for (index, ignore_index), reduction in itertools.product(OUT_OF_RANGE, REDUCTIONS):
         target = draw_labels(entry.batch, index, ignore_index)
         with OperationRecorder() as recorder, pytest.raises(IndexError, match=str(index)):
-            entry.loss(leaves, target, reduction=reduction, ignore_index=ignore_index)
+            entry.compute_loss(leaves, target, reduction=reduction, ignore_index=ignore_index)
         assert not list_expensive_operations(recorder)
     with OperationRecorder() as recorder:
-        entry.loss(leaves, draw_labels(entry.batch))
+        entry.compute_loss(leaves, draw_labels(entry.batch))
     assert list_expensive_operations(recorder)
 
 
@@ -163,7 +167,7 @@ def test_index_out_of_range_under_derivatives_raises(entry, transform):
     target = draw_labels(entry.batch, -1)
 
     def compute_loss(*leaves):
-        return entry.loss(leaves, target)
+        return entry.compute_loss(leaves, target)
 
     run = {
         "grad": lambda: grad(compute_loss)(*leaves),
@@ -190,8 +194,8 @@ def test_any_ignore_index_leaves_rows_out(entry):
 @parametrize_entries(BATCHED)
 def test_mean_divides_by_count_of_rows_that_are_not_ignored(entry):
     leaves, target = draw_leaves(entry.shapes), draw_labels(entry.batch, 1, 255, 255)
-    total = entry.loss(leaves, target, ignore_index=255, reduction="sum")
-    mean = entry.loss(leaves, target, ignore_index=255)
+    total = entry.compute_loss(leaves, target, ignore_index=255, reduction="sum")
+    mean = entry.compute_loss(leaves, target, ignore_index=255)
     assert_close(mean, total / (target.numel() - 2))
 
 
@@ -220,7 +224,7 @@ def test_ignored_rows_with_nan_or_inf_change_no_derivative(entry, value):
         options = {"label_smoothing": label_smoothing, "weight": make_class_weight()}
 
         def compute_loss(*leaves, reduction=reduction, options=options):
-            return entry.loss(leaves, target, reduction=reduction, **options)
+            return entry.compute_loss(leaves, target, reduction=reduction, **options)
 
         assert_derivatives_match(compute_loss, compute_loss, hostile, leaves)
         x = hostile[0].clone().requires_grad_()
@@ -242,7 +246,7 @@ def test_probabilities_match_truth_also_in_their_gradient(entry):
         options = {"label_smoothing": label_smoothing, "weight": weight, "reduction": reduction}
 
         def compute_loss(*leaves, options=options):
-            return entry.loss(leaves[:-1], leaves[-1], **options)
+            return entry.compute_loss(leaves[:-1], leaves[-1], **options)
 
         def compute_expected(*leaves, options=options):
             return compute_truth(entry, leaves[:-1], leaves[-1], **options)
@@ -280,7 +284,7 @@ def test_negative_ignore_index_does_not_match_wrapped_bytes(entry):
     for ignore_index in (-100, -1):
         target = draw_labels(entry.batch, ignore_index % 256).to(torch.uint8)
         with pytest.raises(IndexError, match=str(ignore_index % 256)):
-            entry.loss(draw_leaves(entry.shapes), target, ignore_index=ignore_index)
+            entry.compute_loss(draw_leaves(entry.shapes), target, ignore_index=ignore_index)
 
 
 @every_entry
@@ -288,7 +292,7 @@ def test_labels_of_other_integer_types_raise(entry):
     leaves, y = draw_leaves(entry.shapes), draw_labels(entry.batch)
     for dtype, reduction in itertools.product(REFUSED, REDUCTIONS):
         with pytest.raises(RuntimeError, match=str(dtype)):
-            entry.loss(leaves, y.to(dtype), reduction=reduction)
+            entry.compute_loss(leaves, y.to(dtype), reduction=reduction)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, *REFUSED[:-1]])
