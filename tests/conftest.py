@@ -116,7 +116,12 @@ def new_memory_is_nan() -> Iterator[None]:
         yield
 
 
-# Kernels and threads
+# Random numbers, kernels and threads
+
+
+@pytest.fixture
+def fixed_seed() -> None:
+    torch.manual_seed(17)
 
 
 def limit_head_blocks(block_bytes: int = 1) -> Any:

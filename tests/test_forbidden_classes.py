@@ -22,10 +22,7 @@ from entry_points import (
 
 import torch_nnmath.functional as F
 
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(17)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 # a head forbids a class by its bias

@@ -24,10 +24,7 @@ from entry_points import (
 import torch_nnmath.functional as F
 from torch_nnmath import nn
 
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(17)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 def draw_normal(*shape):

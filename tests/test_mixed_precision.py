@@ -27,9 +27,7 @@ import torch_nnmath.functional as F
 every_half_type = pytest.mark.parametrize("half", HALF)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(17)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 # The value does not depend on which inputs need a gradient

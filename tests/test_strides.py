@@ -26,10 +26,7 @@ from torch import Tensor
 
 import torch_nnmath.functional as F
 
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(17)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 # Layouts
@@ -104,16 +101,8 @@ def draw_volume():
     return [draw_normal(4, D, 2)]
 
 
-def compute_sigmoid(z):
-    return 1 / (1 + (-z).exp())
-
-
-def compute_softmax(z, dim):
-    return z.exp() / z.exp().sum(dim, keepdim=True)
-
-
 def compute_jacobian(z):
-    a = compute_softmax(z, 0).T
+    a = truth.softmax(z, 0).T
     return torch.diag_embed(a) - a.unsqueeze(-1) * a.unsqueeze(-2)
 
 
@@ -141,13 +130,13 @@ CALLS = {
         lambda x, W, b: x @ W.T + b,
         lambda: [draw_normal(2, 4, D), draw_normal(5, D), draw_normal(5)],
     ),
-    "sigmoid": Call(F.sigmoid, compute_sigmoid, lambda: [draw_normal(4, D)]),
+    "sigmoid": Call(F.sigmoid, torch.sigmoid, lambda: [draw_normal(4, D)]),
     "tanh": Call(F.tanh, torch.tanh, lambda: [draw_normal(4, D)]),
     "relu": Call(F.relu, lambda z: torch.where(z > 0, z, 0), lambda: [draw_normal(4, D)]),
     **{
         f"softmax over {dim}": Call(
             functools.partial(F.softmax, dim=dim),
-            functools.partial(compute_softmax, dim=dim),
+            functools.partial(truth.softmax, dim=dim),
             draw_volume,
         )
         for dim in (0, 1, -1)
@@ -174,7 +163,7 @@ CALLS = {
     ),
     "sigmoid_squared_error": Call(
         lambda z, t: F.sigmoid_squared_error(z, t, reduction="none", dim=0),
-        lambda z, t: ((compute_sigmoid(z) - t) ** 2).sum(0) / 2,
+        lambda z, t: ((torch.sigmoid(z) - t) ** 2).sum(0) / 2,
         draw_pair,
     ),
     "categorical_cross_entropy": Call(
@@ -228,7 +217,7 @@ CALLS = {
         lambda x, W, V, b, c: F.feedforward(
             x, [W, V], [b, c], activation="sigmoid", output_activation="softmax"
         ),
-        lambda x, W, V, b, c: compute_softmax(compute_sigmoid(x @ W.T + b) @ V.T + c, -1),
+        lambda x, W, V, b, c: truth.softmax(torch.sigmoid(x @ W.T + b) @ V.T + c, -1),
         lambda: [
             *(draw_normal(4, D), draw_normal(5, D), draw_normal(2, 5)),
             *(draw_normal(5), draw_normal(2)),

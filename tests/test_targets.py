@@ -35,10 +35,7 @@ from torch.func import grad, jvp, vmap
 
 import torch_nnmath.functional as F
 
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(17)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 # All labels ignored
