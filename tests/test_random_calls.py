@@ -200,12 +200,15 @@ class CrossEntropyOptions:
             elif kind == "with zeros":
                 t = t.masked_fill(a.uniform(*rows, C) < 0.5, 0)
             self.inputs["target"] = a.lay_out(t.movedim(-1, class_dim).to(a.dtype))
-        if a.choose(False, True):
+        reduction = a.choose(*REDUCTIONS)
+        # the derivative of 0 / 0 in the class weights is not defined
+        is_mean_of_nothing = reduction == "mean" and not self.has_rows_that_count(rows)
+        if not is_mean_of_nothing and a.choose(False, True):
             w = a.positive(C)
-            has_zeros = not a.has_finite_mean and a.choose(False, False, True)
+            has_zeros = reduction != "mean" and a.choose(False, False, True)
             self.inputs["weight"] = torch.zeros_like(w) if has_zeros else w
         self.named = {
-            "reduction": a.choose(*REDUCTIONS),
+            "reduction": reduction,
             "base": a.choose(*BASES),
             "label_smoothing": a.choose(0.0, 0.1, 1.0),
             "ignore_index": self.ignore_index,
@@ -220,15 +223,26 @@ class CrossEntropyOptions:
             y.view(-1)[0] = C - 1 if ignored == 0 else 0
         is_byte_range = not ((y < 0) | (y > 255)).any()
         self.y = a.lay_out(y.to(torch.uint8) if is_byte_range and a.choose(False, True) else y)
-        keeps_row = (self.y.long() != ignored).any()
-        self.ignore_index = ignored if keeps_row or not a.has_finite_mean else -100
+        self.ignore_index = ignored
+        if a.has_finite_mean and not self.has_rows_that_count(rows):
+            self.ignore_index = -100
+
+    def has_rows_that_count(self, rows: Sequence[int]) -> bool:
+        if self.y is None:
+            return math.prod(rows) > 0
+        return bool((self.y.long() != self.ignore_index).any())
 
     def get_target(self, tensors: dict[str, Tensor]) -> Tensor:
         return tensors["target"] if self.y is None else self.y
 
 
+def choose_class_count(a: RandomArguments) -> int:
+    """A single class has the loss 0, relative to which no rounding error is small."""
+    return a.choose(2, 3, 5, 17, *[1] * (a.dtype == F64))
+
+
 def draw_cross_entropy(a: RandomArguments) -> Call:
-    C, rows = a.choose(1, 2, 3, 5, 17), a.choose_shape()
+    C, rows = choose_class_count(a), a.choose_shape()
     if rows and rows[0] > 5 and len(rows) > 1:
         C = min(C, 5)
     class_dim = 1 if rows else 0
@@ -238,7 +252,7 @@ def draw_cross_entropy(a: RandomArguments) -> Call:
 
 
 def draw_linear_cross_entropy(a: RandomArguments) -> Call:
-    C, D = a.choose(2, 3, 1, 5, 17), a.choose(2, 3, 1, 0, 5)
+    C, D = choose_class_count(a), a.choose(2, 3, 1, 0, 5)
     kind = a.choose("rows", "K-dimensional", "vector", "N-dimensional")
     N = max(a.choose(*ROW_COUNTS), 1 if a.has_finite_mean else 0)
     batch: tuple[int, ...] = () if kind == "vector" else (N,)
@@ -333,6 +347,7 @@ DRAWS: dict[str, Callable[[RandomArguments], Call]] = {
     "feedforward": draw_feedforward,
 }
 HAS_MANY_OPTIONS = ("cross_entropy", "linear_cross_entropy")
+ROUNDS_BETWEEN_OPERATIONS = ("softmax_jacobian", "feedforward")  # in half precision
 
 every_function = pytest.mark.parametrize("name", DRAWS)
 
@@ -390,16 +405,17 @@ def watch_unneeded_gradients(result: Tensor) -> list[str]:
     return unneeded
 
 
-def count_examples(name: str, number: int, factor: int = 4) -> int:
+def count_examples(name: str, number: int, factor: int = 3) -> int:
     return number * (factor if name in HAS_MANY_OPTIONS else 1)
 
 
 @every_function
 def test_value_and_gradients_of_some_inputs_match(name: str):
     """They also share no memory with the inputs, which stay as they are."""
+    dtypes = DTYPES[:2] if name in ROUNDS_BETWEEN_OPERATIONS else DTYPES
 
     def check(data: Any) -> None:
-        a = RandomArguments(data, DTYPES)
+        a = RandomArguments(data, dtypes)
         call = DRAWS[name](a)
         needed = a.choose_subset(tuple(call.inputs))
         before = {key: (x.clone(), x._version) for key, x in call.inputs.items()}
@@ -446,7 +462,7 @@ def test_value_and_gradients_of_some_inputs_match(name: str):
             assert call.inputs[key]._version == leaves[key]._version == version, f"{key}: written"
             assert_same_bits(f"{key} was written", call.inputs[key], numbers)
 
-    run_examples(count_examples(name, 35), check)
+    run_examples(count_examples(name, 50), check)
 
 
 @every_function
@@ -466,7 +482,7 @@ def test_derivatives_of_second_and_third_order_match(name: str):
             for key, d, e in zip((*needed, "upstream"), *pairs, strict=True):
                 assert_close(f"order {order + 1} in {key}", d, e, 1e-9)
 
-    run_examples(count_examples(name, 12), check)
+    run_examples(count_examples(name, 16), check)
 
 
 def compute_orders(call: Call, f: Any, needed: Sequence[str], seed: int) -> list[list[Tensor]]:
