@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import truth
 from entry_points import (
     ENTRY_POINTS,
     HALF,
@@ -280,3 +281,16 @@ def test_float32_probabilities_beside_half_logits_give_pytorchs_type(name, half)
         exact = [x.detach().double() for x in leaves]
         expected = compute_truth(entry, exact, target.double(), reduction=reduction)
         assert_no_less_exact(loss, theirs, expected, torch.finfo(half).eps)
+
+
+@every_half_type
+def test_head_adds_gradients_of_positions_in_float32(half):
+    """The gradient in the features is rounded once, not at each of 16 positions."""
+    x, W = draw_leaves(((3, D), (C, 16, D)), half)
+    y = draw_labels((3, 16))
+    (dx,) = torch.autograd.grad(F.linear_cross_entropy(x, W, y, reduction="sum"), x)
+    exact = [v.detach().double().requires_grad_() for v in (x, W)]
+    loss = truth.linear_cross_entropy(*exact, y, reduction="sum")
+    (expected,) = torch.autograd.grad(loss, exact[0])
+    eps = torch.finfo(half).eps
+    torch.testing.assert_close(dx.double(), expected, rtol=eps / 2, atol=eps / 100)

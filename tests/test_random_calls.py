@@ -462,7 +462,7 @@ def test_value_and_gradients_of_some_inputs_match(name: str):
             assert call.inputs[key]._version == leaves[key]._version == version, f"{key}: written"
             assert_same_bits(f"{key} was written", call.inputs[key], numbers)
 
-    run_examples(count_examples(name, 50), check)
+    run_examples(count_examples(name, 40), check)
 
 
 @every_function
