@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch_nnmath.kernels import _block, dispatch, elementwise
 
 cross_entropy_kernel = importlib.import_module("torch_nnmath.kernels.cross_entropy")
+pytest.register_assert_rewrite("deferred_helpers", "swapped_models")
 
 # Observing operations
 
@@ -119,7 +120,12 @@ def new_memory_is_nan() -> Iterator[None]:
         yield
 
 
-# Kernels and threads
+# Random numbers, kernels and threads
+
+
+@pytest.fixture
+def fixed_seed() -> None:
+    torch.manual_seed(17)
 
 
 def limit_head_blocks(block_bytes: int = 1) -> Any:

@@ -1,4 +1,4 @@
-"""Cross entropy with every option, written out in differentiable PyTorch operations.
+"""Softmax, and cross entropy with every option, in differentiable PyTorch operations.
 
 Tests take it as the truth in float64. Results have the dtype of the inputs, so a test can also run
 it in float32 or bfloat16 to see how far a plain implementation is from the truth there.
@@ -29,6 +29,12 @@ def log_sum_exp(v: Tensor, dim: int) -> Tensor:
     """Computed with the maximum as a constant: derivatives of `torch.logsumexp` are less exact."""
     m = v.detach().amax(dim, keepdim=True)
     return (m + (v - m).exp().sum(dim, keepdim=True).log()).squeeze(dim)
+
+
+def softmax(z: Tensor, dim: int) -> Tensor:
+    m = z.detach().amax(dim, keepdim=True) if z.numel() else 0.0
+    e = (z - m).exp()
+    return e / e.sum(dim, keepdim=True)
 
 
 def reduce_losses(c: Tensor, reduction: str, count: float | Tensor) -> Tensor:
