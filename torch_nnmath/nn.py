@@ -109,14 +109,14 @@ class _CrossEntropyOptions:
         else:
             self.logit_scale = logit_scale
 
-    def options_of_ours(self) -> dict[str, Any]:
+    def get_own_options(self) -> dict[str, Any]:
         scale = getattr(self, "logit_scale", 1.0)  # a class-level default would hide a Parameter
         names = "base", "softcap", "z_loss", "return_stats"
         return {"logit_scale": scale} | {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]  # type: ignore[misc]
-        for name, value in self.options_of_ours().items():
+        for name, value in self.get_own_options().items():
             if isinstance(value, Tensor):
                 parts.append(f"{name}={type(value).__name__}")
             elif value != getattr(_CrossEntropyOptions, name, 1.0):
@@ -138,7 +138,7 @@ class CrossEntropyLoss(_CrossEntropyOptions, torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            **self.options_of_ours(),
+            **self.get_own_options(),
         )
 
 
@@ -209,7 +209,7 @@ class LinearCrossEntropyLoss(_CrossEntropyOptions, _LinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
-            **self.options_of_ours(),
+            **self.get_own_options(),
         )
 
 

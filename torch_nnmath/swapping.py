@@ -16,7 +16,7 @@ import torch
 from torch.nn import Module
 
 from torch_nnmath import nn
-from torch_nnmath.deferred import HeadLog, get_head_log, get_mark, mark, set_mark
+from torch_nnmath.deferred import HeadLog, get_head_log, get_mark, set_mark
 
 __all__ = ["Change", "Report", "swap", "unswap"]
 
@@ -28,7 +28,6 @@ OUR_CLASSES: dict[type, type] = {
     theirs: ours for theirs, ours in _PAIRS if issubclass(ours, theirs)
 }
 TORCH_CLASSES = {ours: theirs for theirs, ours in OUR_CLASSES.items()}
-_MARK, _THEIRS = mark.ATTRIBUTE, TORCH_CLASSES
 
 # Modules that read a Linear's weight without calling the Linear.
 _WEIGHT_READERS: Any = (

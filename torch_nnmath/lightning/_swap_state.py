@@ -46,7 +46,7 @@ def use_pytorch_classes(model: Module) -> None:
 
 def has_own_options(module: Any) -> bool:
     """Whether an option that PyTorch's class lacks, such as `base`, has not its default value."""
-    options = module.options_of_ours() if hasattr(module, "options_of_ours") else {}
+    options = module.get_own_options() if hasattr(module, "get_own_options") else {}
     return any(
         isinstance(value, Tensor) or value != getattr(type(module), name, 1.0)
         for name, value in options.items()
