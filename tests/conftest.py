@@ -134,14 +134,12 @@ def limit_head_blocks(block_bytes: int = 1) -> Any:
 
 
 @pytest.fixture
-def small_blocks() -> Iterator[None]:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels run for few entries too, in blocks of 32 rows and slices of 64 entries."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(limit_head_blocks())
-        stack.enter_context(mock.patch.object(dispatch, "MIN_KERNEL_SIZE", 0))
-        for module in (_block, elementwise, cross_entropy_kernel):
-            stack.enter_context(mock.patch.object(module, "SLICE_SIZE", 64))
-        yield
+    monkeypatch.setattr(_block, "BLOCK_BYTES", (1, 1))
+    monkeypatch.setattr(dispatch, "MIN_KERNEL_SIZE", 0)
+    for module in (_block, elementwise, cross_entropy_kernel):
+        monkeypatch.setattr(module, "SLICE_SIZE", 64)
 
 
 @contextlib.contextmanager
