@@ -36,14 +36,14 @@ def weighted_log_sum_exp(x: Tensor, W: Tensor, p: Tensor, b: Any, keep: Any, bas
     """F14 of a target that has a weight p, but no class: p log_base Σ e^v."""
     p, keep = (None if v is None else v[:, None] for v in (p, keep))
     inputs = HeadInputs(x, W, b, Target(None, p, None), keep, base, cap)
-    return LinearCrossEntropy.evaluate(*inputs.flat(), Requests())[0].squeeze(1)
+    return LinearCrossEntropy.evaluate(*inputs.flatten(), Requests())[0].squeeze(1)
 
 
 @pytest.fixture
 def gather_or_mask_ignored_rows(request, monkeypatch):
     """The CPU leaves ignored rows out of the products; a GPU masks them, to not synchronise."""
     if request.param == "mask":
-        monkeypatch.setattr(_block, "gathers_kept_rows", lambda keep: False)
+        monkeypatch.setattr(_block, "may_gather_rows", lambda keep: False)
 
 
 class DrawnHead:

@@ -182,7 +182,7 @@ def test_kernel_equals_formula(small_blocks, monkeypatch, name, upstream):
     monkeypatch.setattr(dispatch, "MIN_KERNEL_SIZE", 2**40)
     head, cost = formulas.LinearCrossEntropy, formulas.LinearCrossEntropyCost
     monkeypatch.setattr(head, "evaluate", head.unfused)
-    monkeypatch.setattr(cost, "needed_gradients", lambda n, inputs: None)
+    monkeypatch.setattr(cost, "may_replace", lambda n, needs_gradient: False)
     formula_results = evaluate(f, leaves, upstream=upstream)
     for got, want in zip(kernel_results, formula_results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
@@ -192,7 +192,7 @@ def test_kernel_equals_formula(small_blocks, monkeypatch, name, upstream):
 def test_head_masking_ignored_rows_equals_gathering(small_blocks, monkeypatch, name):
     f, leaves = CASES[name]
     gathered = evaluate(f, leaves)
-    monkeypatch.setattr(_block, "gathers_kept_rows", lambda keep: False)
+    monkeypatch.setattr(_block, "may_gather_rows", lambda keep: False)
     for got, want in zip(evaluate(f, leaves), gathered, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 

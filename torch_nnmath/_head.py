@@ -17,9 +17,9 @@ from torch_nnmath._target import TargetOptions, read_indices, read_probabilities
 
 
 class LossStats(NamedTuple):
-    """What `return_stats` gives beside a loss, for each row, without gradient.
+    """What `return_stats` adds to a loss: one value for each row, detached.
 
-    An ignored row has 0 everywhere, the class -1 and False.
+    For an ignored row `predicted` is -1, `correct` False, the rest 0.
     """
 
     lse: Tensor  # ln Σ e^logits, of the logits that the loss sees: scaled, then capped
@@ -29,13 +29,16 @@ class LossStats(NamedTuple):
     z_loss: Tensor  # lse² times its coefficient
 
 
-def make_stats(lse: Tensor, entropy: Tensor, predicted: Tensor, label: Any, z: float) -> LossStats:
-    """`LossStats` of rows with these labels; `z` is the z-loss's coefficient.
+def make_stats(
+    lse: Tensor, entropy: Tensor, predicted: Tensor, label: Any, z_loss_coefficient: float
+) -> LossStats:
+    """`LossStats` of rows with these labels.
 
     Ignored rows have predicted class -1, so `correct` is False whatever their label.
     """
     lse, entropy = lse.detach(), entropy.detach()
-    return LossStats(lse, entropy, predicted, predicted == label, z * lse.square())
+    z_loss = z_loss_coefficient * lse.square()
+    return LossStats(lse, entropy, predicted, predicted == label, z_loss)
 
 
 class LogitOptions(NamedTuple):
@@ -47,7 +50,12 @@ class LogitOptions(NamedTuple):
 
 
 def measure_logits(
-    logits: Tensor, keep: Tensor | None, dim: int, options: LogitOptions, label: Any, z: float
+    logits: Tensor,
+    keep: Tensor | None,
+    dim: int,
+    options: LogitOptions,
+    label: Any,
+    z_loss_coefficient: float,
 ) -> LossStats:
     """`LossStats` of logits that are in memory, their classes at `dim`."""
     constant = formulas.mask_ignored(keep, logits.detach())
@@ -60,26 +68,25 @@ def measure_logits(
         predicted = lse.new_full(lse.shape, -1, dtype=torch.int64)
     if keep is not None:
         predicted = predicted.masked_fill(~keep.squeeze(dim), -1)
-    return make_stats(lse, entropy, predicted, label, z)
+    return make_stats(lse, entropy, predicted, label, z_loss_coefficient)
 
 
-class LogitSource(NamedTuple):
-    """Where logits come from that an operation has changed since, as deferred logits.
+class LogitChanges(NamedTuple):
+    """Changes that recorded steps made to the logits of a Linear.
 
-    The head then computes logits of a wider `dtype`, with a row added to each, and, without a bias,
-    each row times its factor.
+    A wider dtype, a bias added to every row, a factor for each row (then without the bias).
     """
 
     dtype: torch.dtype | None = None
-    added_row: Tensor | None = None
-    row_scale: Tensor | None = None
+    added_bias: Tensor | None = None  # (C)
+    row_scale: Tensor | None = None  # (*, 1)
 
 
-PLAIN_LOGITS = LogitSource()
+NO_CHANGES = LogitChanges()
 
 
 def is_scaled(logit_scale: Tensor | float) -> bool:
-    """Whether the scale changes anything. A tensor's value is not looked at."""
+    """Whether the scale changes anything. A tensor's value is not read."""
     return isinstance(logit_scale, Tensor) or logit_scale != 1
 
 
@@ -91,59 +98,74 @@ def scale_logits(x: Any, logit_scale: Tensor | float) -> Any:
 
 
 class Head(NamedTuple):
-    """Checked arguments of the head: `HeadInputs` for each position, and how to reduce."""
+    """Checked arguments of the head: `HeadInputs` for each position, and how to reduce.
 
-    inputs: list[HeadInputs]
-    dtype: torch.dtype  # of the loss
-    loss_type: torch.dtype  # that the loss is computed in
-    shape: tuple[int, ...]  # of one number for each row
-    total_weight: Any  # what a mean divides by: examples or their weights
-    kept_rows: Any  # the number of rows that are not ignored
-    labels: Tensor  # class indices, or probabilities (N, C, positions)
+    The N rows are the features' batch axes in one; every position has its own weight (C, D).
+    """
 
-    def compute_loss(self, reduction: str, z_loss: float, return_stats: bool) -> Any:
-        """The loss with this z-loss coefficient; with `return_stats` also `LossStats`."""
-        requests = Requests(return_stats, return_stats)
+    inputs: list[HeadInputs]  # one for each position
+    output_dtype: torch.dtype  # of the results
+    compute_dtype: torch.dtype  # of the arithmetic
+    shape: tuple[int, ...]  # of the losses: (*batch, *positions)
+    total_weight: Any  # divisor of the loss's mean: number of rows, or their total weight
+    kept_rows: Any  # divisor of the z-loss's mean: number of rows that are not ignored
+    labels: Tensor  # class indices (N, positions), or probabilities (N, C, positions)
+
+    def compute_loss(self, reduction: str, z_loss_coefficient: float, return_stats: bool) -> Any:
+        """The loss; with `return_stats` also `LossStats`."""
+        requests = Requests(entropy=return_stats, predicted=return_stats)
         if reduction == "none":
             rows = self._evaluate_rows(requests)
-            losses = [r.loss + z_loss * r.z_loss if z_loss else r.loss for r in rows]
+            losses = [r.loss for r in rows]
+            if z_loss_coefficient:
+                losses = [r.loss + z_loss_coefficient * r.squared_lse for r in rows]
             loss = self._stack(losses)
         else:
-            zero, rows = self.labels.new_zeros((), dtype=self.loss_type), []
+            zero = self.labels.new_zeros((), dtype=self.compute_dtype)
             n = choose_divisor(reduction, self.total_weight, zero)
-            kept = choose_divisor(reduction, self.kept_rows, zero)
+            kept_rows = choose_divisor(reduction, self.kept_rows, zero)
+            costs, rows = [], []
             for inputs in self.inputs:
-                needs = formulas.LinearCrossEntropyCost.needed_gradients(n, inputs)
-                if needs is None:
-                    rows.append(_compose_cost(inputs, n, kept, z_loss, requests))
-                else:
-                    ω = z_loss / torch.as_tensor(kept).to(zero) if z_loss else None
-                    C, lse, entropy, predicted, *_ = formulas.LinearCrossEntropyCost.apply(
-                        torch.as_tensor(n).to(zero), ω, *inputs.flat(), requests, needs
+                needs_gradient = formulas.LinearCrossEntropyCost.select_gradients(inputs)
+                if formulas.LinearCrossEntropyCost.may_replace(n, needs_gradient):
+                    ω = None
+                    if z_loss_coefficient:
+                        ω = z_loss_coefficient / torch.as_tensor(kept_rows).to(zero)
+                    cost, lse, entropy, predicted, *_ = formulas.LinearCrossEntropyCost.apply(
+                        torch.as_tensor(n).to(zero), ω, *inputs.flatten(), requests, needs_gradient
                     )
-                    rows.append(RowResults(C, lse, None, entropy, predicted))
-            loss = sum((r.loss for r in rows[1:]), rows[0].loss) if rows else zero / n
+                    result = RowResults(None, lse, None, entropy, predicted)
+                else:
+                    result = _evaluate(inputs, requests)
+                    cost = _compose_cost(result, n, kept_rows, z_loss_coefficient)
+                costs.append(cost)
+                rows.append(result)
+            loss = sum(costs[1:], costs[0]) if costs else zero / n
+        loss = loss.to(self.output_dtype)
         if not return_stats:
-            return loss.to(self.dtype)
-        lse, entropy, predicted = (self._stack([r[i] for r in rows]) for i in (1, 3, 4))
+            return loss
+        lse = self._stack([r.lse for r in rows])
+        entropy = self._stack([r.entropy for r in rows])
+        predicted = self._stack([r.predicted for r in rows])
         predicted = predicted.to(torch.int64)  # a float if there is no position
-        return loss.to(self.dtype), make_stats(lse, entropy, predicted, self._label(), z_loss)
+        return loss, make_stats(lse, entropy, predicted, self._get_label(), z_loss_coefficient)
 
     def compute_log_probs(self, return_entropy: bool) -> Any:
         """The log-probability of each row's class, F22; with `return_entropy` also F21."""
         rows = self._evaluate_rows(Requests(entropy=return_entropy))
-        log_probs = self._stack([-r.loss for r in rows]).to(self.dtype)
+        log_probs = self._stack([-r.loss for r in rows]).to(self.output_dtype)
         if not return_entropy:
             return log_probs
-        return log_probs, self._stack([r.entropy for r in rows]).to(self.dtype)
+        return log_probs, self._stack([r.entropy for r in rows]).to(self.output_dtype)
 
     def compute_log_sum_exp(self) -> Tensor:
-        """ln Σ e^v of each row, whatever its target is: F14 of a weight 1 without a class."""
-        rows = [
-            _evaluate(i._replace(target=Target(None, i.target.p, None), base=math.e), Requests())
-            for i in self.inputs
-        ]
-        return self._stack([r.loss for r in rows]).to(self.dtype)
+        """ln Σ e^v of each row. The target must be class indices of weight 1."""
+        rows = []
+        for inputs in self.inputs:
+            weight_alone = Target(None, inputs.target.p, None)  # c is then the log-sum-exp
+            inputs = inputs._replace(target=weight_alone, base=math.e)
+            rows.append(_evaluate(inputs, Requests()))
+        return self._stack([r.loss for r in rows]).to(self.output_dtype)
 
     def compute_class_logits(self) -> Tensor:
         """The logit of each row's class."""
@@ -155,7 +177,7 @@ class Head(NamedTuple):
             z = (widen(x) * widen(W)[y]).sum(1)
             z = z if b is None else z + widen(b)[y]
             logits.append(z if cap is None else formulas.SoftCap.evaluate(z, cap))
-        return self._stack(logits).to(self.dtype)
+        return self._stack(logits).to(self.output_dtype)
 
     def _evaluate_rows(self, requests: Requests) -> list[RowResults]:
         return [_evaluate(inputs, requests) for inputs in self.inputs]
@@ -163,10 +185,10 @@ class Head(NamedTuple):
     def _stack(self, positions: list[Tensor]) -> Tensor:
         """One number for each row and position, in the shape of the losses."""
         if not positions:
-            return self.labels.new_zeros(self.shape, dtype=self.loss_type)
+            return self.labels.new_zeros(self.shape, dtype=self.compute_dtype)
         return torch.stack([v.reshape(-1) for v in positions], -1).reshape(self.shape)
 
-    def _label(self) -> Tensor:
+    def _get_label(self) -> Tensor:
         """The target's class of each row, or its most probable one."""
         y = self.labels
         if y.is_floating_point():
@@ -175,18 +197,15 @@ class Head(NamedTuple):
 
 
 def _evaluate(inputs: HeadInputs, requests: Requests) -> RowResults:
-    return RowResults(*formulas.LinearCrossEntropy.evaluate(*inputs.flat(), requests)[:5])
+    return RowResults(*formulas.LinearCrossEntropy.evaluate(*inputs.flatten(), requests)[:5])
 
 
-def _compose_cost(
-    inputs: HeadInputs, n: Any, kept: Any, z_loss: float, requests: Requests
-) -> RowResults:
-    """F3 of F14, and `z_loss` times that of F20 over the kept rows, in place of the rows' loss."""
-    rows = _evaluate(inputs, requests)
-    C = formulas.Cost.evaluate(rows.loss, n)
-    if z_loss:
-        C = C + z_loss * formulas.Cost.evaluate(rows.z_loss, kept)
-    return rows._replace(loss=C)
+def _compose_cost(rows: RowResults, n: Any, kept_rows: Any, z_loss_coefficient: float) -> Tensor:
+    """F3 of the losses over n, plus `z_loss_coefficient` times F3 of F20 over the kept rows."""
+    cost: Tensor = formulas.Cost.evaluate(rows.loss, n)
+    if z_loss_coefficient:
+        cost = cost + z_loss_coefficient * formulas.Cost.evaluate(rows.squared_lse, kept_rows)
+    return cost
 
 
 def prepare_head(
@@ -196,67 +215,97 @@ def prepare_head(
     linear_bias: Tensor | None,
     target_options: TargetOptions,
     logit_options: LogitOptions,
-    source: LogitSource = PLAIN_LOGITS,
+    changes: LogitChanges = NO_CHANGES,
 ) -> Head:
     """Checks the head's arguments, casts them and splits them into positions."""
     base, logit_scale, cap = logit_options
     check.base(base)
     check.head(input, linear_weight, linear_bias)
     check.smoothing(target_options.label_smoothing)
-    logit_type = source.dtype or input.dtype
-    dtype, target, weight = cast_for_loss(logit_type, target, target_options.weight)
+    logit_dtype = changes.dtype or input.dtype
+    output_dtype, target, weight = cast_for_loss(logit_dtype, target, target_options.weight)
     target_options = target_options._replace(weight=weight)
     if is_autocast(input):
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        output_dtype = torch.float64 if output_dtype == torch.float64 else torch.float32
     input, W, b = cast_for_product(input, linear_weight, linear_bias)
-    if source.added_row is not None:
-        b = source.added_row if b is None else widen(b) + source.added_row
-    (C, *positions_shape, D), batch = W.shape, input.shape[:-1]
+    if changes.added_bias is not None:
+        b = changes.added_bias if b is None else widen(b) + changes.added_bias
+    C, *positions_shape = W.shape[:-1]
+    D = W.shape[-1]
+    batch = input.shape[:-1]
     N, positions = math.prod([*batch]), math.prod([*positions_shape])
     x, b = input.reshape(N, D), scale_logits(b, logit_scale)
-    if positions > 1:  # each adds a gradient in x: in float32
+    if positions > 1:  # every position adds to x's gradient: add in float32
         x, W, b = widen(x), widen(W), None if b is None else widen(b)
-    loss_type = wide_type(input.dtype)
-    keep: Any = None
-    if target.shape == (*batch, C, *positions_shape):
-        check.probabilities(target, -1)
-        check.no_ignore_index(target_options.ignore_index, target)
-        t, dtype = read_probabilities(target, target_options, len(batch), C, dtype)
-        labels = t.reshape(N, C, positions).to(loss_type)
-        targets = [Target(None, None, labels[..., d]) for d in range(positions)]
-        total_weight: Any = N * positions if C else 0
-    else:
-        target = check.head_indices(input, target, C, positions_shape)
-        indices = read_indices(target.reshape(N, positions), C, target_options, logit_type)
-        labels, keep, total_weight = indices.y, indices.keep, indices.total_weight
-        targets = [
-            indices.make_target(labels[:, d : d + 1], indices.p[:, d : d + 1], 1, 2)
-            for d in range(positions)
-        ]
-    if source.row_scale is not None:
-        x = widen(x) * source.row_scale.reshape(N, 1)
+    head_target = _read_target(
+        input, target, (C, *positions_shape), target_options, logit_dtype, output_dtype
+    )
+    keep = head_target.keep
+    if changes.row_scale is not None:
+        x = widen(x) * changes.row_scale.reshape(N, 1)
     if is_scaled(logit_scale):
         if keep is not None:
             x = formulas.mask_ignored(keep.any(1, keepdim=True), x)
         x = scale_logits(x, logit_scale)
     Ws, bs = _split_positions(W, positions, D), _split_positions(b, positions)
     keeps = [None if keep is None else keep[:, d : d + 1] for d in range(positions)]
-    parts = zip(Ws, bs, targets, keeps, strict=True)
+    parts = zip(Ws, bs, head_target.targets, keeps, strict=True)
     return Head(
         inputs=[HeadInputs(x, *part, base, cap) for part in parts],
-        dtype=dtype,
-        loss_type=loss_type,
+        output_dtype=head_target.output_dtype,
+        compute_dtype=wide_type(input.dtype),
         shape=(*batch, *positions_shape),
-        total_weight=total_weight,
+        total_weight=head_target.total_weight,
         kept_rows=count_kept(keep, N * positions) if C else 0,
-        labels=labels,
+        labels=head_target.labels,
     )
 
 
-def _split_positions(v: Tensor | None, positions: int, *last: int) -> Any:
-    """The head's weight or bias of each position; a view, if there is one position."""
+class _HeadTarget(NamedTuple):
+    """The head's target, read; see `Head` for fields without a comment."""
+
+    targets: list[Target]  # one for each position
+    keep: Tensor | None  # (N, positions)
+    total_weight: Any
+    labels: Tensor
+    output_dtype: torch.dtype
+
+
+def _read_target(
+    input: Tensor,
+    target: Tensor,
+    classes_shape: tuple[int, ...],
+    options: TargetOptions,
+    logit_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+) -> _HeadTarget:
+    """Reads class indices or probabilities; `classes_shape` is (C, *positions)."""
+    C, *positions_shape = classes_shape
+    batch = input.shape[:-1]
+    N, positions = math.prod([*batch]), math.prod([*positions_shape])
+    if target.shape == (*batch, *classes_shape):
+        check.probabilities(target, -1)  # the dtype alone; the next line checks ignore_index
+        check.no_ignore_index(options.ignore_index, target)
+        t, output_dtype = read_probabilities(target, options, len(batch), C, output_dtype)
+        labels = t.reshape(N, C, positions).to(wide_type(input.dtype))
+        targets = [Target(None, None, labels[..., d]) for d in range(positions)]
+        return _HeadTarget(targets, None, N * positions if C else 0, labels, output_dtype)
+    target = check.head_indices(input, target, C, positions_shape)
+    indices = read_indices(target.reshape(N, positions), C, options, logit_dtype)
+    y, p = indices.y, indices.p
+    targets = [
+        indices.make_target(y[:, d : d + 1], p[:, d : d + 1], 1, 2) for d in range(positions)
+    ]
+    return _HeadTarget(targets, indices.keep, indices.total_weight, y, output_dtype)
+
+
+def _split_positions(v: Tensor | None, positions: int, *features: int) -> Any:
+    """The head's weight or bias of each position.
+
+    With one position a reshape; else unbound along the positions.
+    """
     if v is None:
         return [None] * positions
     if positions == 1:
-        return [v.reshape(v.shape[0], *last)]
-    return v.reshape(v.shape[0], positions, *last).unbind(1)
+        return [v.reshape(v.shape[0], *features)]
+    return v.reshape(v.shape[0], positions, *features).unbind(1)

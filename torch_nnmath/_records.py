@@ -1,7 +1,7 @@
 """Values that travel together: the target of a loss, the head's inputs and results.
 
-`autograd.Function.apply` and the operators of `torch.library` take flat arguments. `flat()` gives
-them, in the one order that every formula and every kernel of the head has.
+`autograd.Function.apply` and the operators of `torch.library` take flat arguments. `flatten()`
+gives them, in the one order that every formula and every kernel of the head has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch_nnmath._precision import zero_safe_product
 class Target(NamedTuple):
     """The target p e_y + t of each row of a tensor v (*, C, *), whose C classes are at `dim`.
 
-    Each part may be None. A weight p without a class y counts in `total` alone.
+    Each part may be None. If y is None, p counts only in `total`.
     """
 
     y: Tensor | None  # class index, (*, 1, *)
@@ -33,6 +33,7 @@ class Target(NamedTuple):
 
     def dot(self, v: Tensor) -> Tensor:
         """(p e_y + t)·v; a target of 0 adds 0, also where v is infinite."""
+        # zeros in the shape of a sum over the classes, from none of v's entries
         result = torch.zeros_like(v.narrow(self.dim, 0, 0).sum(self.dim, keepdim=True))
         if self.p is not None and self.y is not None:
             result = result + zero_safe_product(self.p, v.gather(self.dim, self.y))
@@ -43,7 +44,7 @@ class Target(NamedTuple):
     def subtract_from(self, v: Tensor) -> Tensor:
         """v - (p e_y + t)."""
         if self.p is not None and self.y is not None:
-            if torch.compiler.is_compiling():  # a compiler fuses `where` with v, but no scatter
+            if torch.compiler.is_compiling():  # a compiler fuses `where` with v, but not a scatter
                 sizes = [-1 if d == self.dim % v.dim() else 1 for d in range(v.dim())]
                 classes = torch.arange(v.shape[self.dim], device=v.device).view(sizes)
                 v = v - torch.where(classes == self.y, self.p, 0)
@@ -51,9 +52,9 @@ class Target(NamedTuple):
                 v = v.scatter_add(self.dim, self.y, -self.p)
         return v if self.t is None else v - self.t
 
-    def times(self, k: Tensor) -> Target:
-        """The target scaled by k, one factor for each row."""
-        p, t = (None if v is None else k * v for v in (self.p, self.t))
+    def scale(self, factor: Tensor) -> Target:
+        """The target times one factor for each row."""
+        p, t = (None if v is None else factor * v for v in (self.p, self.t))
         return Target(self.y, p, t, self.dim)
 
 
@@ -71,22 +72,22 @@ class HeadInputs(NamedTuple):
     base: float = math.e  # of the logarithm
     cap: float | None = None  # of the logits (F19)
 
-    def flat(self) -> tuple[Any, ...]:
+    def flatten(self) -> tuple[Any, ...]:
         """x, W, b, y, p, t, keep, base, cap."""
         y, p, t, _ = self.target
         return self.x, self.W, self.b, y, p, t, self.keep, self.base, self.cap
 
     @staticmethod
     def from_flat(flat: Any) -> HeadInputs:
-        """The inverse of `flat`."""
+        """The inverse of `flatten`."""
         x, W, b, y, p, t, keep, base, cap = flat
         return HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
 
 
-class PerInput(NamedTuple):
+class InputValues(NamedTuple):
     """One value for each differentiable input of the head.
 
-    Gradients, a direction in which the inputs move, or whether a gradient is needed.
+    Gradients, a direction in which the inputs change, or whether a gradient is needed.
     """
 
     x: Any
@@ -96,32 +97,32 @@ class PerInput(NamedTuple):
     t: Any
 
     @staticmethod
-    def from_flat(flat: Any) -> PerInput:
-        """Those of `HeadInputs.flat`'s order, whose other places are dropped."""
+    def from_flat(flat: Any) -> InputValues:
+        """Picks the differentiable entries of a tuple in `HeadInputs.flatten`'s order."""
         x, W, b, _, p, t, *_ = flat
-        return PerInput(x, W, b, p, t)
+        return InputValues(x, W, b, p, t)
 
-    def flat(self) -> tuple[Any, ...]:
-        """In the order of `HeadInputs.flat`, None for what has no derivative."""
+    def flatten(self) -> tuple[Any, ...]:
+        """In the order of `HeadInputs.flatten`, None for what has no derivative."""
         return self.x, self.W, self.b, None, self.p, self.t, None, None, None
 
-    def target(self, y: Tensor | None) -> Target:
-        """As a direction of the target, whose class y does not move."""
+    def to_target(self, y: Tensor | None) -> Target:
+        """The target's direction; the class y is constant."""
         return Target(y, self.p, self.t)
 
-    def only(self, is_needed: PerInput) -> PerInput:
-        """The values that are needed, None for the others."""
-        pairs = zip(self, is_needed, strict=True)
-        return PerInput(*(value if needed else None for value, needed in pairs))
+    def select(self, needs_gradient: InputValues) -> InputValues:
+        """The values whose gradient is needed, None for the others."""
+        pairs = zip(self, needs_gradient, strict=True)
+        return InputValues(*(value if is_needed else None for value, is_needed in pairs))
 
 
-class Upstream(NamedTuple):
-    """Upstream gradients γ, ω, η of each row's loss, z-loss and entropy.
+class UpstreamGradients(NamedTuple):
+    """Upstream gradients γ, ω, η of each row's loss, squared log-sum-exp and entropy.
 
-    (N, 1) each, or () for one that all rows share, or None.
+    (N, 1) each, or () for one that all rows share. ω and η may be None.
     """
 
-    γ: Tensor | None
+    γ: Tensor
     ω: Tensor | None
     η: Tensor | None
 
@@ -138,6 +139,6 @@ class RowResults(NamedTuple):
 
     loss: Any
     lse: Any  # ln Σ e^v, without derivative
-    z_loss: Any  # lse²
+    squared_lse: Any
     entropy: Any
     predicted: Any  # class of the largest logit, -1 for an ignored row, without derivative

@@ -14,7 +14,7 @@ from torch.autograd.function import BackwardCFunction
 
 from torch_nnmath import _check as check
 from torch_nnmath import functional as F
-from torch_nnmath._head import Head, LogitOptions, LogitSource, is_scaled, prepare_head
+from torch_nnmath._head import Head, LogitChanges, LogitOptions, is_scaled, prepare_head
 from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, widen
 from torch_nnmath._target import TargetOptions
 from torch_nnmath.deferred.logits import DeferredLogits, get_grad_fn, is_traced, overrides
@@ -51,7 +51,7 @@ class HeadRows(NamedTuple):
             self.bias,
             target_options,
             LogitOptions(base, self.scale * scale, self.softcap if softcap is None else softcap),
-            LogitSource(self.dtype, self.row, self.row_scale),
+            LogitChanges(self.dtype, self.row, self.row_scale),
         )
 
     def prepare_head_of_any_class(

@@ -72,18 +72,18 @@ class Formula(Function):
         """Like `apply`, but skips its Python overhead, and autograd where no gradient is needed.
 
         Functions and backwards call this; `apply` is for a Function whose inputs are known to need
-        gradients. Inside a transform, Dynamo cannot trace a Function: it gets `unfused`.
+        gradients. Inside a transform Dynamo cannot trace a Function, so `unfused` runs.
         """
         if torch.compiler.is_compiling():
-            if _torch.is_transformed():
+            if _torch.is_transformed():  # traced inside a transform
                 return cls.unfused(*inputs)
             if not torch.is_grad_enabled() or not any(map(requires_grad, inputs)):
-                return cls.forward(*inputs)
+                return cls.forward(*inputs)  # traced without a derivative
         elif not _torch.is_transformed():
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():  # eager without a derivative
                 return cls.forward(*inputs)
-            return _torch.apply_without_signature(cls, inputs)
-        return cls.apply(*inputs)
+            return _torch.apply_without_signature(cls, inputs)  # eager
+        return cls.apply(*inputs)  # an eager transform, or traced with a derivative
 
     @classmethod
     def unfused(cls, *inputs: Any) -> Any:
@@ -96,7 +96,7 @@ class Formula(Function):
 
 
 class SymmetricJacobian(Formula):
-    """An activation a = f(z, *options) whose Jacobian J is symmetric and follows from a.
+    """An activation a = f(z, *options) whose Jacobian J is symmetric and can be computed from a.
 
     Backward and tangent are both `product(a, v, *options)` = J v.
     """
@@ -125,7 +125,7 @@ class SymmetricJacobian(Formula):
 class RowFunction(Formula):
     """One number c for each row of z (*, n, *), n at `dim`: c = f(z, dim, *options).
 
-    Its derivative is `gradient(z, dim, *options)` = dc/dz, for z in float32 where it is half.
+    Its derivative is `gradient(z, dim, *options)` = dc/dz; `gradient` gets z widened.
     """
 
     gradient: Callable[..., Tensor]
@@ -153,8 +153,8 @@ class RowFunction(Formula):
 class KernelFormula(Formula):
     """A formula computed by an operator, from which PyTorch cannot derive a batching rule.
 
-    The rule here applies the formula to each member of the batch. That is right and flat in memory,
-    however deeply transforms are nested.
+    The rule here applies the formula to each member of the batch. That is correct, and uses the
+    memory of one member at a time, however deeply transforms are nested.
     """
 
     generate_vmap_rule = False
@@ -177,7 +177,7 @@ def _select(x: Any, dim: Any, i: int) -> Any:
 
 
 def save(ctx: Any, *tensors: Tensor | None, backward: Sequence[Tensor | None] = ()) -> None:
-    """Saves `tensors` for the tangent, and them or fewer, `backward`, for the backward."""
+    """Saves `tensors` for the tangent, and `backward`, by default the same, for the backward."""
     ctx.save_for_backward(*(backward or tensors))
     if not torch.compiler.is_compiling():  # Dynamo does not know `save_for_forward`
         ctx.save_for_forward(*tensors)
@@ -207,7 +207,7 @@ def sum_present(*terms: Tensor | None) -> Any:
 
 
 def sum_last_axes(x: Tensor, axes: int) -> Tensor:
-    """The sum over the last `axes` axes, which stay with size 1."""
+    """Sums over the last `axes` axes, keeping them with size 1."""
     return x.sum(tuple(range(-axes, 0)), keepdim=True) if axes else x
 
 

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_nnmath._precision import widen, zero_safe_product
-from torch_nnmath._records import HeadInputs, PerInput, Requests, RowResults, Upstream
+from torch_nnmath._records import (
+    HeadInputs,
+    InputValues,
+    Requests,
+    RowResults,
+    Target,
+    UpstreamGradients,
+)
 from torch_nnmath.formulas._formula import mask_ignored
 from torch_nnmath.formulas.affine import Affine
 from torch_nnmath.formulas.cross_entropy import CrossEntropy
@@ -26,7 +33,7 @@ from torch_nnmath.formulas.z_loss import ZLoss
 
 
 def compute_rows(inputs: HeadInputs, requests: Requests) -> RowResults:
-    """F14 and what comes with it, as a composition of the formulas."""
+    """F14 and the other `RowResults`, as a composition of the formulas."""
     x, W, b, target, keep, base, cap = inputs
     y, p, t, _ = target
     x, b = widen(mask_ignored(keep, x)), None if b is None else widen(b)
@@ -36,87 +43,124 @@ def compute_rows(inputs: HeadInputs, requests: Requests) -> RowResults:
     if y is None and p is not None:
         p_lse = zero_safe_product(p, LogSumExp.unfused(v, 1))
         loss = loss + mask_ignored(keep, p_lse) / math.log(base)
-    z_loss = mask_ignored(keep, ZLoss.unfused(v, 1))
+    squared_lse = mask_ignored(keep, ZLoss.unfused(v, 1))
     constant = v.detach()
     lse = mask_ignored(keep, constant.logsumexp(1, keepdim=True))
     entropy = mask_ignored(keep, Entropy.unfused(v, 1, base)) if requests.entropy else None
     predicted = constant.argmax(1, keepdim=True) if requests.predicted else None
     if predicted is not None and keep is not None:
         predicted = predicted.masked_fill(~keep, -1)
-    return RowResults(loss, lse, z_loss, entropy, predicted)
+    return RowResults(loss, lse, squared_lse, entropy, predicted)
+
+
+class _SoftmaxTerms(NamedTuple):
+    """What the derivatives along r have in common, in the symbols of the second order."""
+
+    r: Tensor
+    l: Tensor
+    lse: Tensor
+    a: Tensor
+    ar: Tensor  # a·r
+    al_centred: Tensor | None  # a ∘ (l - a·l), for the entropy
 
 
 def compute_second_order(*flat: Any) -> tuple[Tensor | None, ...]:
-    """(`HeadInputs` flat, `Upstream`, direction) -> ρ_c, ρ_q, ρ_h and five gradients.
+    """(`HeadInputs` flat, `UpstreamGradients`, direction) -> ρ_c, ρ_q, ρ_h and five gradients.
 
-    In the symbols of `LinearCrossEntropySecondOrder`. `bend` is the cap's second derivative over
-    its first.
+    In the symbols of `LinearCrossEntropySecondOrder`.
     """
-    (x, W, b, target, keep, base, cap), upstream = HeadInputs.from_flat(flat[:9]), flat[9:12]
-    u, V, s, *_ = direction = PerInput(*flat[12:])
-    x_type, W_type, b_type = x.dtype, W.dtype, (W if b is None else b).dtype
-    V = torch.zeros_like(W) if V is None else V
+    x, W, b, target, keep, base, cap = HeadInputs.from_flat(flat[:9])
+    upstream, direction = UpstreamGradients(*flat[9:12]), InputValues(*flat[12:])
+    x_dtype, W_dtype, b_dtype = x.dtype, W.dtype, (W if b is None else b).dtype
+    u, V, σ, _, _ = direction
     u = torch.zeros_like(x) if u is None else u
+    V = torch.zeros_like(W) if V is None else V
     x, u, W, V = (widen(v) for v in (mask_ignored(keep, x), mask_ignored(keep, u), W, V))
-    b, s = (None if v is None else widen(v) for v in (b, s))
-    γ, ω, η = (None if v is None else mask_ignored(keep, v) for v in Upstream(*upstream))
-    k = 1 / math.log(base)
-    g: Any = γ * k  # type: ignore[operator]  # γ is never None
-    o: Any = 0.0 if ω is None else ω
+    b, σ = (None if v is None else widen(v) for v in (b, σ))
+    y, p, t, _ = target
+    dtarget = direction.to_target(y)
 
     z = mask_ignored(keep, Affine.apply(x, W, b))
-    r = mask_ignored(keep, Affine.apply(u, W, None) + Affine.apply(x, V, s))
-    v, slope, bend = z, 1.0, 0.0
+    R = mask_ignored(keep, Affine.apply(u, W, None) + Affine.apply(x, V, σ))
+    v, slope, curvature = z, 1.0, 0.0  # dv/dz, and its derivative over itself
     if cap is not None:
         tanh = Tanh.apply(z / cap)
-        v, slope, bend = cap * tanh, (1 - tanh) * (1 + tanh), -2 / cap * tanh
-    r = slope * r
+        v, slope, curvature = cap * tanh, (1 - tanh) * (1 + tanh), -2 / cap * tanh
+    r = slope * R
     l, lse = LogSoftmax.apply(v, 1), LogSumExp.apply(v, 1)
     a = l.exp()
-    ar = (a * r).sum(1, keepdim=True)
-    y, p, t, _ = target
-    dtarget = direction.target(y)
-
-    ρ_c = (target.subtract_from(target.total() * a) * r).sum(1, keepdim=True) - dtarget.dot(l)
-    if y is None and dtarget.p is not None:
-        ρ_c = ρ_c + zero_safe_product(dtarget.p, lse)
-    ρ_q, ρ_h = 2 * lse * ar, None
-    aB, D = (g * target.total() + 2 * o * lse) * a, g * dtarget.total() + 2 * o * ar
-    change = (r - ar) * aB
-    if η is not None:
-        n = η * k
+    al_centred = None
+    if upstream.η is not None:
         al = zero_safe_product(a, l)
-        al = al - a * al.sum(1, keepdim=True)
-        dh = -(al * r).sum(1, keepdim=True)
-        aB, D = aB - n * al, D - n * dh
-        change = (r - ar) * (aB - n * a)
-        ρ_h = mask_ignored(keep, k * dh)
-    G = target.times(g).subtract_from(aB)
-    dG = dtarget.times(g).subtract_from(change + a * D)
-    Δ, Q = slope * G, slope * dG + bend * G * r
-    dt = g * (ar - r)
+        al_centred = al - a * al.sum(1, keepdim=True)
+    terms = _SoftmaxTerms(r, l, lse, a, (a * r).sum(1, keepdim=True), al_centred)
+
+    dc, dq, dh = _differentiate_values(terms, target, dtarget)
+    inverse_ln = 1 / math.log(base)
+    γ, ω, η = (None if v is None else mask_ignored(keep, v) for v in upstream)
+    assert γ is not None
+    γβ, ηβ = γ * inverse_ln, None if η is None else η * inverse_ln
+    G, dG = _differentiate_gradient(terms, target, dtarget, (γβ, ω, ηβ), dh)
+    Δ, Q = slope * G, slope * dG + curvature * G * r
+    dt = γβ * (terms.ar - r)
+    dp = None
+    if p is not None:
+        dp = γβ * terms.ar if y is None else dt.gather(1, y)
     return (
-        mask_ignored(keep, k * ρ_c),
-        mask_ignored(keep, ρ_q),
-        ρ_h,
-        (Q @ W + Δ @ V).to(x_type),
-        (Q.T @ x + Δ.T @ u).to(W_type),
-        Q.sum(0).to(b_type),
-        None if p is None else g * ar if y is None else dt.gather(1, y),
+        mask_ignored(keep, inverse_ln * dc),
+        mask_ignored(keep, dq),
+        None if dh is None else mask_ignored(keep, inverse_ln * dh),
+        (Q @ W + Δ @ V).to(x_dtype),
+        (Q.T @ x + Δ.T @ u).to(W_dtype),
+        Q.sum(0).to(b_dtype),
+        dp,
         None if t is None else dt.sum_to_size(t.shape),
     )
+
+
+def _differentiate_values(
+    terms: _SoftmaxTerms, target: Target, dtarget: Target
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """ln β dc, dq and ln β dh along the direction."""
+    r, l, lse, a, ar, al_centred = terms
+    dc = (target.subtract_from(target.total() * a) * r).sum(1, keepdim=True) - dtarget.dot(l)
+    if target.y is None and dtarget.p is not None:
+        dc = dc + zero_safe_product(dtarget.p, lse)
+    dh = None if al_centred is None else -(al_centred * r).sum(1, keepdim=True)
+    return dc, 2 * lse * ar, dh
+
+
+def _differentiate_gradient(
+    terms: _SoftmaxTerms, target: Target, dtarget: Target, coefficients: Any, dh: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """G and dG from γβ, ω, ηβ, and ln β dh."""
+    r, _, lse, a, ar, al_centred = terms
+    γβ, ω, ηβ = coefficients
+    ω = 0.0 if ω is None else ω
+    aB = (γβ * target.total() + 2 * ω * lse) * a
+    row_term = γβ * dtarget.total() + 2 * ω * ar
+    a_slope = aB  # a ∘ (B - ηβ)
+    if ηβ is not None:
+        aB, row_term = aB - ηβ * al_centred, row_term - ηβ * dh
+        a_slope = aB - ηβ * a
+    G = target.scale(γβ).subtract_from(aB)
+    dG = dtarget.scale(γβ).subtract_from((r - ar) * a_slope + a * row_term)
+    return G, dG
 
 
 def restrict(
     function: Callable[..., Any], inputs: list[Any], places: list[int], has_output: Sequence[bool]
 ) -> Callable[..., Any]:
-    """`function` of the inputs at some places, the others held fixed; with some of its outputs."""
+    """Returns `function` restricted to the inputs at `places` and the outputs in `has_output`.
+
+    The other inputs stay those of `inputs`.
+    """
 
     def restricted(*values: Tensor) -> tuple[Any, ...]:
         arguments = list(inputs)
         for i, value in zip(places, values, strict=True):
             arguments[i] = value
-        outputs = zip(function(*arguments), has_output, strict=True)
-        return tuple(output for output, has in outputs if has)
+        pairs = zip(function(*arguments), has_output, strict=True)
+        return tuple(output for output, is_selected in pairs if is_selected)
 
     return restricted

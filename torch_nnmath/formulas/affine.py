@@ -42,21 +42,21 @@ class Affine(Formula):
 
 
 def apply_affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """F1, as no view: a view that a Function returns could not be changed in place."""
+    """F1. The result is no view: a view that a Function returns cannot be changed in place."""
     z = torch.nn.functional.linear(x, W, b)
     return _torch.own_storage(z)
 
 
 def compute_affine_gradients(
-    dz: Tensor, x: Any, W: Any, b_shape: Any, needs: Sequence[bool]
+    dz: Tensor, x: Any, W: Any, b_shape: Any, needs_gradient: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """F8: (Δ W, Δᵀ X, Σ_rows Δ), None for what is not needed."""
+    """F8: (Δ W, Δᵀ X, Σ_rows Δ), None for those that are not needed."""
     rows = tuple(range(dz.dim() - 1))
-    dx = dz @ W if needs[0] else None
+    dx = dz @ W if needs_gradient[0] else None
     dW = None
-    if needs[1]:
+    if needs_gradient[1]:
         dW = dz.T @ x if len(rows) == 1 else torch.tensordot(dz, x, dims=(rows, rows))
-    db = dz.sum_to_size(b_shape) if needs[2] else None
+    db = dz.sum_to_size(b_shape) if needs_gradient[2] else None
     return dx, dW, db
 
 

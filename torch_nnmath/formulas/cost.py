@@ -27,7 +27,7 @@ class Cost(Formula):
     def setup_context(ctx: Any, inputs: Any, C: Tensor) -> None:
         c, n = inputs
         ctx.n = None if isinstance(n, Tensor) else n
-        save(ctx, c, n if isinstance(n, Tensor) else None)  # not C, which users divide in place
+        save(ctx, c, n if isinstance(n, Tensor) else None)  # not C: users may modify it in place
 
     @staticmethod
     def backward(ctx: Any, dC: Tensor) -> Any:
@@ -47,8 +47,9 @@ class Cost(Formula):
 class CostWithGradient(Function):
     r"""F3 of the losses c of a formula f: C = (1/n) Σ f(x, ...),  dC/dx = (1/n) df/dx.
 
-    `f.kernel` computes the losses and dC/dx in one pass over x. The first backward takes that
-    gradient; a backward that is differentiated, or whose dC is no plain number, is `f.gradient`.
+    `f.kernel` computes the losses and dC/dx in one pass over x. The first backward scales that
+    gradient in place; a second backward calls the kernel again. A differentiated backward, or one
+    whose dC is not a finite plain tensor, calls `f.gradient`.
     """
 
     @staticmethod
@@ -67,14 +68,14 @@ class CostWithGradient(Function):
             dx = ctx.f.gradient(dC / ctx.n, *inputs)
         else:
             dx, ctx.gradient = ctx.gradient, None
-            if dx is None:  # an earlier backward took it
+            if dx is None:  # an earlier backward overwrote it
                 dx = ctx.f.kernel.gradient(1 / ctx.n, *inputs)
             dx = dx if dC == 1 else dx.mul_(dC)
         return None, None, dx.to(inputs[0].dtype), *[None] * (len(inputs) - 1)
 
     @staticmethod
     def may_replace(f: Any, n: Any, inputs: Any) -> bool:
-        """Whether only the gradient in the first input is needed, and one pass gains time."""
+        """Whether only the first input needs a gradient, and the one-pass kernel is faster."""
         x, *others = inputs
         return (
             torch.is_grad_enabled()

@@ -13,7 +13,7 @@ from torch_nnmath._precision import widen, zero_safe_product
 from torch_nnmath._records import Target
 from torch_nnmath.formulas._formula import Formula, mask_ignored, save, sum_present
 from torch_nnmath.formulas.softmax import LogSoftmax
-from torch_nnmath.kernels.dispatch import LossKernel, accelerated_by
+from torch_nnmath.kernels.dispatch import LossKernel, accelerate_with
 
 
 class CrossEntropy(Formula):
@@ -27,7 +27,7 @@ class CrossEntropy(Formula):
     kernel = LossKernel(kernels.cross_entropy)
 
     @staticmethod
-    @accelerated_by(kernel.value)
+    @accelerate_with(kernel.value)
     def forward(z: Tensor, y: Any, p: Any, t: Any, keep: Any, dim: int, base: float) -> Tensor:
         l = torch.log_softmax(widen(mask_ignored(keep, z)), dim)
         return mask_ignored(keep, -Target(y, p, t, dim).dot(l) / math.log(base))
@@ -43,7 +43,8 @@ class CrossEntropy(Formula):
 
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> Any:
-        z, y, _, t, keep = saved = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        z, y, _, t, keep = saved
         needs_z, _, needs_p, needs_t, *_ = ctx.needs_input_grad
         dz = CrossEntropy.gradient(dc, *saved, ctx.dim, ctx.base) if needs_z else None
         dp = dt = None
@@ -55,7 +56,7 @@ class CrossEntropy(Formula):
         return dz, None, dp, dt, None, None, None
 
     @staticmethod
-    @accelerated_by(kernel.gradient)
+    @accelerate_with(kernel.gradient)
     def gradient(
         dc: Tensor, z: Tensor, y: Any, p: Any, t: Any, keep: Any, dim: int, base: float
     ) -> Tensor:
@@ -103,6 +104,6 @@ class WeightedTarget(Formula):
 
 
 def log_softmax(z: Tensor, keep: Tensor | None, dim: int) -> Tensor:
-    """l = z - lse(z); of zeros in ignored rows."""
+    """l = z - lse(z), with z = 0 in ignored rows."""
     l: Tensor = LogSoftmax.evaluate(widen(mask_ignored(keep, z)), dim)
     return l

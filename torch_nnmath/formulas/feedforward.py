@@ -21,7 +21,7 @@ from torch_nnmath.formulas.tanh import Tanh
 
 
 class Activation(NamedTuple):
-    """a = f(z) over the last axis, and the product J v of its symmetric Jacobian from a and v."""
+    """a = f(z) over the last axis, and `product(a, v)` = J v, J its symmetric Jacobian."""
 
     f: Callable[[Tensor], Tensor]
     product: Callable[[Tensor, Tensor], Tensor]
@@ -37,12 +37,13 @@ ACTIVATIONS = {
 
 
 class Feedforward(Formula):
-    r"""F10, F12: a^l = f(W^l a^{l-1} + b^l);  δ^l = ((W^{l+1})ᵀ δ^{l+1} + da^l) ∘ f'(z^l),
-    dW^l = δ^l (a^{l-1})ᵀ,  db^l = δ^l.
+    r"""F10, F12: a^l = f(z^l), z^l = W^l a^{l-1} + b^l;  δ^l = J_f ((W^{l+1})ᵀ δ^{l+1} + da^l),
+    dW^l = δ^l (a^{l-1})ᵀ,  db^l = δ^l. J_f is the Jacobian of f at z^l.
 
     The activations' names in a string, x (*, n_0), W^1 .. W^L (n_l, n_{l-1}), b^1 .. b^L (n_l) or
     None -> a^1 .. a^L. Every layer's activation is an output, since the backward reads them and is
-    differentiated, too. da^l is the upstream gradient of a^l, None but for the last layer.
+    differentiated, too. da^l is the upstream gradient of a^l, None for hidden layers in a first
+    backward.
     """
 
     @staticmethod
@@ -61,8 +62,8 @@ class Feedforward(Formula):
         ctx.b_shapes = [None if b is None else b.shape for b in biases]
         ctx.set_materialize_grads(False)
         # the backward does not read an identity's output, which may be changed in place
-        needed = outputs[:-1] if ctx.activations[-1] == "identity" else outputs
-        save(ctx, *weights, x, *needed)
+        saved_outputs = outputs[:-1] if ctx.activations[-1] == "identity" else outputs
+        save(ctx, *weights, x, *saved_outputs)
 
     @staticmethod
     def backward(ctx: Any, *das: Tensor | None) -> Any:
@@ -73,13 +74,13 @@ class Feedforward(Formula):
         dx = None  # (W^{l+1})ᵀ δ^{l+1}
         for l in reversed(range(len(weights))):
             needs_below = ctx.needs_input_grad[1] or any((*needs_weights[:l], *needs_biases[:l]))
-            needs = (needs_below, needs_weights[l], needs_biases[l])
+            needs_gradient = (needs_below, needs_weights[l], needs_biases[l])
             da = sum_present(dx, das[l])
             if da is not None:
                 dz = ACTIVATIONS[ctx.activations[l]].product(a[l + 1], da)
                 W, b_shape = weights[l], ctx.b_shapes[l]
                 dz = dz.to(W.dtype)  # under autocast softmax is in float32
-                dx, dWs[l], dbs[l] = compute_affine_gradients(dz, a[l], W, b_shape, needs)
+                dx, dWs[l], dbs[l] = compute_affine_gradients(dz, a[l], W, b_shape, needs_gradient)
         return None, dx, *dWs, *dbs
 
     @staticmethod
@@ -99,7 +100,7 @@ class Feedforward(Formula):
 
 def restore_layers(ctx: Any) -> tuple[Any, Any]:
     """W^1 .. W^L, and a^0 = x, a^1 .. a^L (a^L is None if the backward does not need it)."""
-    saved = ctx.saved_tensors  # read once, since checkpointing unpacks no second time
+    saved = ctx.saved_tensors  # read once: checkpointing cannot unpack them twice
     count = len(ctx.activations)
     return saved[:count], (*saved[count:], None)
 

@@ -10,23 +10,26 @@ from torch.autograd import Function
 
 from torch_nnmath import _torch, kernels
 from torch_nnmath._precision import disable_autocast, widen
-from torch_nnmath._records import HeadInputs, PerInput, Requests, Upstream
+from torch_nnmath._records import HeadInputs, InputValues, Requests, UpstreamGradients
 from torch_nnmath.formulas._formula import KernelFormula, requires_grad, save
 from torch_nnmath.formulas._unfused_head import compute_rows, compute_second_order, restrict
 from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors
 
-vjp: Any = torch.func.vjp  # its annotation allows for three results
+vjp: Any = torch.func.vjp  # Any: its annotation is a union of two and of three results
 
-NO_GRADIENTS = PerInput(*[False] * 5)
+NO_UPSTREAM = (None, None, None)
+NO_REQUESTS = Requests()
+NO_GRADIENTS = InputValues(*[False] * 5)
 
 
 class LinearCrossEntropy(KernelFormula):
-    r"""F14, F15: c = F13(v), z = W x + b;  δ = (1/ln β)(T a - t):  dW = δ xᵀ, dx = Wᵀ δ, db = δ;
-    dc/dt = (1/ln β)(lse(v) - v). Here v = z, or with a cap κ F19(z), whose slope is a factor of δ.
+    r"""F14, F15: c = F13(v), v = z = W x + b;  δ = (1/ln β)(T a - t):  dW = δ xᵀ, dx = Wᵀ δ,
+    db = δ;  dc/dt = (1/ln β)(lse(v) - v).
 
-    For t = e_y c is -F22. The other results are q = F20(v) and h = F21(v), for which δ has
-    2 lse(v) a and -(1/ln β) a ∘ (l - a·l) more (F23). For a weight p = 1 without a class, t = 0 and
-    T = 1: c is (1/ln β) lse(v).
+    With a cap κ, v = F19(z), and δ is multiplied by dv/dz. With t = e_y, c = -F22 (derivative
+    (1/ln β)(e_y - a)). The other results are q = F20(v) and h = F21(v); their upstream gradients
+    add 2 lse(v) a and -(1/ln β) a ∘ (l - a·l) to δ. With a weight p = 1 without a class, t = 0 and
+    T = 1: c = (1/ln β) lse(v).
 
     `HeadInputs` (flat), `Requests` -> `RowResults`, and sums (N, 3) that the backward need not
     recompute. The logits exist for a block of rows at a time.
@@ -46,7 +49,7 @@ class LinearCrossEntropy(KernelFormula):
         requests: Requests,
     ) -> Any:
         inputs = x, W, b, y, p, t, keep, base, cap
-        outputs = kernels.head(*inputs, None, None, None, None, list(requests), [False] * 5)
+        outputs = kernels.head(*_pack_arguments(inputs, requests=requests))
         return _select_rows(outputs, requests)
 
     @classmethod
@@ -63,23 +66,26 @@ class LinearCrossEntropy(KernelFormula):
         _save(ctx, flat, sums)
 
     @staticmethod
-    def backward(ctx: Any, γ: Any, _: None, ω: Any, η: Any, *rest: None) -> Any:
+    def backward(ctx: Any, γ: Any, _lse: None, ω: Any, η: Any, *_: None) -> Any:
         if γ is None:
             if ω is None and η is None:
                 return (None,) * 10
             γ = torch.zeros_like(η if ω is None else ω)
         inputs, (sums,) = _restore(ctx)
-        needs = PerInput.from_flat(ctx.needs_input_grad)
-        gradients = LinearCrossEntropyGradient.apply(*inputs.flat(), γ, ω, η, sums, needs, None)
-        return *PerInput(*gradients).flat(), None
+        needs_gradient = InputValues.from_flat(ctx.needs_input_grad)
+        gradients = LinearCrossEntropyGradient.apply(
+            *inputs.flatten(), γ, ω, η, sums, needs_gradient, None
+        )
+        return *InputValues(*gradients).flatten(), None
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> Any:
         inputs, _ = _restore(ctx)
-        direction, one = PerInput.from_flat(tangents), widen(inputs.x.new_ones(len(inputs.x), 1))
-        upstream = Upstream(one, None, one if ctx.has_entropy else None)
-        dc, dq, dh, *_rest = LinearCrossEntropySecondOrder.apply(
-            *inputs.flat(), *upstream, *direction, NO_GRADIENTS
+        direction = InputValues.from_flat(tangents)
+        ones = widen(inputs.x.new_ones(len(inputs.x), 1))
+        upstream = UpstreamGradients(ones, None, ones if ctx.has_entropy else None)
+        dc, dq, dh, *_gradients = LinearCrossEntropySecondOrder.apply(
+            *inputs.flatten(), *upstream, *direction, NO_GRADIENTS
         )
         return dc, None, dq, dh, None, None
 
@@ -96,16 +102,20 @@ class LinearCrossEntropyCost(Function):
 
     @staticmethod
     def forward(n: Any, ω: Any, *inputs: Any) -> Any:
-        *flat, requests, needs = inputs
-        outputs = kernels.head(*flat, 1 / n, ω, None, None, list(requests), list(needs))
+        *flat, requests, needs_gradient = inputs
+        upstream = 1 / n, ω, None
+        outputs = kernels.head(
+            *_pack_arguments(flat, upstream, requests=requests, needs_gradient=needs_gradient)
+        )
         c, lse, q, entropy, predicted, _ = _select_rows(outputs, requests)
         C = c.sum() / n if ω is None else c.sum() / n + ω * q.sum()
-        return C, lse, entropy, predicted, *_select_gradients(outputs, needs)
+        return C, lse, entropy, predicted, *_select_gradients(outputs, needs_gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
         n, ω, *flat, _, _ = inputs
-        ctx.gradients = PerInput(*outputs[4:])
+        _, _, _, _, *gradients = outputs
+        ctx.gradients = InputValues(*gradients)
         ctx.mark_non_differentiable(*(v for v in outputs[1:] if v is not None))
         _save(ctx, flat, n, ω)
 
@@ -114,53 +124,66 @@ class LinearCrossEntropyCost(Function):
         if dC is None:
             return (None,) * 13
         inputs, (n, ω) = _restore(ctx)
-        needs = PerInput.from_flat(ctx.needs_input_grad[2:])
-        gradients = None
-        if torch.compiler.is_compiling():
-            gradients = _scale(dC, ctx.gradients.only(needs), inputs)
-        elif _may_scale(dC):
-            taken = LinearCrossEntropyCost._take_gradients(ctx, needs, inputs, n, ω)
-            gradients = _scale(dC, taken, inputs)
-        if gradients is None or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
-            shape = len(inputs.x), 1
-            γ, ω = (dC / n).expand(shape), None if ω is None else (dC * ω).expand(shape)
-            upstream = γ, ω, None
-            gradients = PerInput(
-                *LinearCrossEntropyGradient.apply(*inputs.flat(), *upstream, None, needs, gradients)
-            )
-        return None, None, *gradients.flat(), None, None
+        needs_gradient = InputValues.from_flat(ctx.needs_input_grad[2:])
+        if torch.compiler.is_compiling():  # compiled: a product that the compiler can fuse
+            gradients = _scale(dC, ctx.gradients.select(needs_gradient), inputs)
+            return None, None, *gradients.flatten(), None, None
+        known_gradients = None
+        if _may_scale(dC):  # the usual training step: scales the forward's gradients
+            gradients = LinearCrossEntropyCost._take_gradients(ctx, needs_gradient, inputs, n, ω)
+            gradients = _scale(dC, gradients, inputs)
+            if not torch.is_grad_enabled():
+                return None, None, *gradients.flatten(), None, None
+            known_gradients = gradients
+        # a differentiated backward, or a dC that must not be multiplied
+        shape = len(inputs.x), 1
+        γ, ω = (dC / n).expand(shape), None if ω is None else (dC * ω).expand(shape)
+        results = LinearCrossEntropyGradient.apply(
+            *inputs.flatten(), γ, ω, None, None, needs_gradient, known_gradients
+        )
+        return None, None, *InputValues(*results).flatten(), None, None
 
     @staticmethod
-    def _take_gradients(ctx: Any, needs: PerInput, inputs: HeadInputs, n: Any, ω: Any) -> PerInput:
-        """The gradients for dC = 1, which the backward may overwrite: the forward's, once.
+    def _take_gradients(
+        ctx: Any, needs_gradient: InputValues, inputs: HeadInputs, n: Any, ω: Any
+    ) -> InputValues:
+        """Gradients for dC = 1 that the caller may overwrite.
 
-        Later backwards through the same graph recompute them.
+        The first call takes the forward's; later calls recompute them.
         """
-        gradients = ctx.gradients.only(needs)
-        ctx.gradients = ctx.gradients.only(PerInput(*(not need for need in needs)))
-        if any(need and g is None for need, g in zip(needs, gradients, strict=True)):
-            outputs = kernels.head(*inputs.flat(), 1 / n, ω, None, None, [False] * 2, list(needs))
-            gradients = _select_gradients(outputs, needs)
+        gradients = ctx.gradients.select(needs_gradient)
+        ctx.gradients = ctx.gradients.select(InputValues(*(not need for need in needs_gradient)))
+        if any(need and g is None for need, g in zip(needs_gradient, gradients, strict=True)):
+            upstream = 1 / n, ω, None
+            outputs = kernels.head(
+                *_pack_arguments(inputs.flatten(), upstream, needs_gradient=needs_gradient)
+            )
+            gradients = _select_gradients(outputs, needs_gradient)
         return gradients
 
     @staticmethod
-    def needed_gradients(n: Any, inputs: HeadInputs) -> PerInput | None:
-        """Which gradients the forward should compute; None if this class may not be used.
+    def select_gradients(inputs: HeadInputs) -> InputValues:
+        """Which gradients the forward should compute."""
+        return InputValues(*map(requires_grad, InputValues.from_flat(inputs.flatten())))
+
+    @staticmethod
+    def may_replace(n: Any, needs_gradient: InputValues) -> bool:
+        """Whether gradients are needed, and may be computed along with the cost.
 
         A transform would not see how the gradients depend on the inputs. An exported program
         differentiates the operator.
         """
         if _torch.is_transformed() or torch.compiler.is_exporting() or requires_grad(n):
-            return None
-        needs = PerInput(*map(requires_grad, PerInput.from_flat(inputs.flat())))
-        return needs if torch.is_grad_enabled() and any(needs) else None
+            return False
+        return torch.is_grad_enabled() and any(needs_gradient)
 
 
 class LinearCrossEntropyGradient(KernelFormula):
-    r"""F15 batch: the gradients of Σ γ c + ω q + η h in x, W, b, p, t.
+    r"""F15 batch: the gradients of Σ γ c + ω q + η h with respect to x, W, b, p, t.
 
-    (`HeadInputs` flat, `Upstream`, sums or None, which gradients are needed, `gradients`) ->
-    `PerInput`. ω and η may be None. If `gradients` are given, the forward returns them.
+    (`HeadInputs` flat, `UpstreamGradients`, sums or None, which gradients are needed, gradients or
+    None) -> `InputValues`. Gradients that are given are returned: so gradients that are already
+    computed can be differentiated.
     """
 
     @staticmethod
@@ -178,45 +201,47 @@ class LinearCrossEntropyGradient(KernelFormula):
         ω: Any,
         η: Any,
         sums: Any,
-        needs: PerInput,
-        gradients: PerInput | None,
+        needs_gradient: InputValues,
+        gradients: InputValues | None,
     ) -> Any:
         if gradients is None:
             inputs = x, W, b, y, p, t, keep, base, cap
-            outputs = kernels.head(*inputs, γ, ω, η, sums, [False] * 2, list(needs))
-            gradients = _select_gradients(outputs, needs)
-        return tuple(gradients.only(needs))
+            outputs = kernels.head(
+                *_pack_arguments(inputs, (γ, ω, η), sums, needs_gradient=needs_gradient)
+            )
+            gradients = _select_gradients(outputs, needs_gradient)
+        return tuple(gradients.select(needs_gradient))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, gradients: Any) -> None:
-        *flat, γ, ω, η, _, ctx.needs, _ = inputs
+        *flat, γ, ω, η, _, ctx.needs_gradient, _ = inputs
         _save(ctx, flat, γ, ω, η)
 
     @staticmethod
     def backward(ctx: Any, *direction: Tensor | None) -> Any:
         inputs, upstream = _restore(ctx)
-        needs = PerInput.from_flat(ctx.needs_input_grad)
+        needs_gradient = InputValues.from_flat(ctx.needs_input_grad)
         ρ_c, ρ_q, ρ_h, *gradients = LinearCrossEntropySecondOrder.apply(
-            *inputs.flat(), *upstream, *direction, needs
+            *inputs.flatten(), *upstream, *direction, needs_gradient
         )
         _, ω, _ = upstream
         ρ_q = None if ω is None else ρ_q
-        return *PerInput(*gradients).flat(), ρ_c, ρ_q, ρ_h, None, None, None
+        return *InputValues(*gradients).flatten(), ρ_c, ρ_q, ρ_h, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> Any:
         inputs, upstream = _restore(ctx)
-        direction, (dγ, dω, dη) = PerInput.from_flat(tangents), tangents[9:12]
+        direction, (dγ, dω, dη) = InputValues.from_flat(tangents), tangents[9:12]
         results: Any = [None] * 5
         if any(d is not None for d in (dγ, dω, dη)):
             γ, _, _ = upstream
             dγ = torch.zeros_like(γ) if dγ is None else dγ
             results = LinearCrossEntropyGradient.apply(
-                *inputs.flat(), dγ, dω, dη, None, ctx.needs, None
+                *inputs.flatten(), dγ, dω, dη, None, ctx.needs_gradient, None
             )
         if any(d is not None for d in direction):
             _, _, _, *second = LinearCrossEntropySecondOrder.apply(
-                *inputs.flat(), *upstream, *direction, ctx.needs
+                *inputs.flatten(), *upstream, *direction, ctx.needs_gradient
             )
             pairs = zip(results, second, strict=True)
             results = [s if d is None else d + s for d, s in pairs]
@@ -224,90 +249,111 @@ class LinearCrossEntropyGradient(KernelFormula):
 
 
 class LinearCrossEntropySecondOrder(KernelFormula):
-    r"""F15 batch, "then": along the direction (u, V, s, π, τ) of x, W, b, p, t, with z = W x + b,
-    l = v - lse(v), G = a ∘ B - γ' t and γ' = γ/ln β, η' = η/ln β, B = γ' T + 2 ω lse - η'(l - a·l)
+    r"""F15 batch: the backward of the backward (docs/head.md), along the direction (u, V, σ, π, τ)
+    of x, W, b, p, t. With z = W x + b, l = v - lse(v), γβ = γ/ln β, ηβ = η/ln β, t' = π e_y + τ,
+    T' = Σ t', B = γβ T + 2 ω lse - ηβ (l - a·l) and G = a ∘ B - γβ t:
 
-    R = U Wᵀ + X Vᵀ + s,  r = (1 - (v/κ)²) ∘ R, which is R without a cap, as here Δ = G:
+    R = U Wᵀ + X Vᵀ + σ,  r = (1 - (v/κ)²) ∘ R, which is R without a cap, as then Δ = G:
     ρ_c = dc = (1/ln β)((T a - t)·r + (lse - v)·t'),  ρ_q = dq = 2 lse a·r,
     ρ_h = dh = -(1/ln β)(a ∘ (l - a·l))·r;
-    dG = a ∘ ((r - a·r) ∘ (B - η') + γ' T' + 2 ω a·r - η ρ_h) - γ' t',
+    dG = a ∘ ((r - a·r) ∘ (B - ηβ) + γβ T' + 2 ω a·r - η ρ_h) - γβ t',
     Δ = (1 - (v/κ)²) ∘ G,  Q = dΔ = (1 - (v/κ)²) ∘ dG - (2/κ²) v ∘ G ∘ r.
 
-    (`HeadInputs` flat, `Upstream`, direction (`PerInput`), which gradients are needed) -> ρ_c, ρ_q,
-    ρ_h (None without η) and the gradients of Σ γ ρ_c + ω ρ_q + η ρ_h (`PerInput`):
-    Q W + Δ V in x, Qᵀ X + Δᵀ U in W, Σ_rows Q in b, γ'(a·r - r) in t.
+    (`HeadInputs` flat, `UpstreamGradients`, direction (`InputValues`), which gradients are needed)
+    -> ρ_c, ρ_q, ρ_h (None without η) and the gradients of Σ γ ρ_c + ω ρ_q + η ρ_h (`InputValues`):
+    of x Q W + Δ V, of W Qᵀ X + Δᵀ U, of b Σ_rows Q, of t γβ (a·r - r).
     """
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        *tensors, needs = inputs
-        η = tensors[11]
-        ρ_c, ρ_q, ρ_h, *gradients = kernels.head_second_order(*tensors, list(needs))
-        return ρ_c, ρ_q, None if η is None else ρ_h, *PerInput(*gradients).only(needs)
+        *tensors, needs_gradient = inputs
+        _, (_, _, η), _ = _split_second_order(tensors)
+        ρ_c, ρ_q, ρ_h, *gradients = kernels.head_second_order(*tensors, list(needs_gradient))
+        ρ_h = None if η is None else ρ_h
+        return ρ_c, ρ_q, ρ_h, *InputValues(*gradients).select(needs_gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
-        *flat, ctx.needs = inputs
-        _save(ctx, flat[:9], *flat[9:])
+        *tensors, ctx.needs_gradient = inputs
+        flat, upstream, direction = _split_second_order(tensors)
+        _save(ctx, flat, *upstream, *direction)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         """Third order, with the logits in memory."""
         tensors = _flat_tensors(ctx)
-        needed = [i for i, need in enumerate(ctx.needs_input_grad[:17]) if need]
-        f = restrict(compute_second_order, tensors, needed, [c is not None for c in cotangents])
+        places = [i for i, _ in enumerate(tensors) if ctx.needs_input_grad[i]]
+        f = restrict(compute_second_order, tensors, places, [c is not None for c in cotangents])
         with disable_autocast(tensors[0]):
-            _, pullback = vjp(f, *(tensors[i] for i in needed))
+            _, pullback = vjp(f, *(tensors[i] for i in places))
             gradients = pullback(tuple(c for c in cotangents if c is not None))
-        by_place = dict(zip(needed, gradients, strict=True))
-        return *(by_place.get(i) for i in range(17)), None
+        gradient_at = dict(zip(places, gradients, strict=True))
+        return *(gradient_at.get(i) for i, _ in enumerate(tensors)), None
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> Any:
         """Third order: the pullback is linear, so its own pullback is the tangent map."""
         tensors = _flat_tensors(ctx)
-        has_output = True, True, tensors[11] is not None, *ctx.needs
-        moved = [i for i, d in enumerate(tangents[:17]) if isinstance(d, Tensor)]
-        f = restrict(compute_second_order, tensors, moved, has_output)
+        _, (_, _, η), _ = _split_second_order(tensors)
+        has_output = True, True, η is not None, *ctx.needs_gradient
+        places = [i for i, _ in enumerate(tensors) if isinstance(tangents[i], Tensor)]
+        f = restrict(compute_second_order, tensors, places, has_output)
         with disable_autocast(tensors[0]):
-            values, pullback = vjp(f, *(tensors[i] for i in moved))
+            values, pullback = vjp(f, *(tensors[i] for i in places))
             zeros = tuple(torch.zeros_like(v) for v in values)
             _, pushforward = vjp(lambda c: pullback(c), zeros)
-            (changes,) = pushforward(tuple(tangents[i] for i in moved))
+            (changes,) = pushforward(tuple(tangents[i] for i in places))
         results = iter(changes)
-        return tuple(next(results) if has else None for has in has_output)
+        return tuple(next(results) if is_computed else None for is_computed in has_output)
+
+
+def _split_second_order(tensors: Any) -> tuple[Any, Any, Any]:
+    """`HeadInputs` (flat), `UpstreamGradients` and direction of the second order's arguments."""
+    return tensors[:9], tensors[9:12], tensors[12:]
+
+
+def _pack_arguments(
+    flat: Any,
+    upstream: Any = NO_UPSTREAM,
+    sums: Any = None,
+    requests: Requests = NO_REQUESTS,
+    needs_gradient: InputValues = NO_GRADIENTS,
+) -> tuple[Any, ...]:
+    """The arguments of `kernels.head`."""
+    return *flat, *upstream, sums, list(requests), list(needs_gradient)
 
 
 def _select_rows(outputs: Any, requests: Requests) -> tuple[Any, ...]:
     """`RowResults` and sums of the operator's outputs, None for what was not requested."""
-    loss, lse, z_loss, entropy, predicted, sums, *_ = outputs
+    loss, lse, squared_lse, entropy, predicted, sums, *_ = outputs
     entropy = entropy if requests.entropy else None
-    return loss, lse, z_loss, entropy, predicted if requests.predicted else None, sums
+    return loss, lse, squared_lse, entropy, predicted if requests.predicted else None, sums
 
 
-def _select_gradients(outputs: Any, needs: PerInput) -> PerInput:
+def _select_gradients(outputs: Any, needs_gradient: InputValues) -> InputValues:
     """The gradients among the operator's outputs, None for those that are not needed."""
-    return PerInput(*outputs[6:]).only(needs)
+    _, _, _, _, _, _, *gradients = outputs
+    return InputValues(*gradients).select(needs_gradient)
 
 
 def _may_scale(dC: Tensor) -> bool:
     """Whether the gradients for dC = 1 may be multiplied by dC.
 
-    An infinite dC goes to the kernel instead, which keeps it from the ignored rows. So does a batch
-    and whatever a transform sees.
+    On the CPU an infinite dC goes to the kernel, which masks the ignored rows. So do batched and
+    transformed dC.
     """
     if are_plain_cpu_tensors(dC):
         return bool(dC.isfinite())
     return not (_torch.is_transformed() or _torch.is_legacy_batch(dC))
 
 
-def _scale(dC: Tensor, gradients: PerInput, inputs: HeadInputs) -> PerInput:
+def _scale(dC: Tensor, gradients: InputValues, inputs: HeadInputs) -> InputValues:
     """dC times the gradients, in the inputs' types; an eager step on the CPU overwrites them.
 
-    Elsewhere dC may be infinite, since looking at it would wait for the device: what comes from
-    ignored rows alone stays 0.
+    Elsewhere dC may be infinite: reading it would synchronise. Gradients from ignored rows alone
+    are set to 0.
     """
-    x, _, _, _, keep, *_ = inputs
+    x, _, _, target, keep, *_ = inputs
     is_plain = are_plain_cpu_tensors(dC)
 
     def scale(g: Tensor, v: Tensor, is_per_row: bool) -> Tensor:
@@ -319,46 +365,51 @@ def _scale(dC: Tensor, gradients: PerInput, inputs: HeadInputs) -> PerInput:
             g = torch.where(keep if is_per_row else keep.any(), g * dC, 0)
         return g.to(v.dtype)
 
-    is_per_row = PerInput(True, False, False, True, inputs.target.t is not None)
-    values = PerInput.from_flat(inputs.flat())
-    return PerInput(
+    has_rows = InputValues(True, False, False, True, target.t is not None)
+    values = InputValues.from_flat(inputs.flatten())
+    return InputValues(
         *(
-            None if g is None else scale(g, v, per_row and len(g) == len(x))
-            for g, v, per_row in zip(gradients, values, is_per_row, strict=True)
+            None if g is None else scale(g, v, may_be_per_row and len(g) == len(x))
+            for g, v, may_be_per_row in zip(gradients, values, has_rows, strict=True)
         )
     )
 
 
-def _save(ctx: Any, flat: Any, *more: Any) -> None:
-    """Saves `HeadInputs` and more tensors."""
+def _save(ctx: Any, flat: Any, *others: Any) -> None:
+    """Saves `HeadInputs` (flat) and other tensors."""
     *tensors, ctx.base, ctx.cap = flat
     ctx.set_materialize_grads(False)
-    save(ctx, *tensors, *more)
+    save(ctx, *tensors, *others)
 
 
 def _restore(ctx: Any) -> tuple[HeadInputs, tuple[Any, ...]]:
-    """What `_save` saved."""
-    saved = ctx.saved_tensors  # read once, since checkpointing unpacks no second time
+    """`HeadInputs` and the tuple of the other tensors that `_save` saved."""
+    saved = ctx.saved_tensors  # read once: checkpointing cannot unpack them twice
     return HeadInputs.from_flat((*saved[:7], ctx.base, ctx.cap)), saved[7:]
 
 
 def _flat_tensors(ctx: Any) -> list[Any]:
-    inputs, more = _restore(ctx)
-    return [*inputs.flat(), *more]
+    """The same, in the order of the Function's arguments."""
+    inputs, others = _restore(ctx)
+    return [*inputs.flatten(), *others]
 
 
 def _save_for_export(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.has_entropy = inputs[13][0]
-    *tensors, ctx.base, ctx.cap = inputs[:9]
+    *flat, _γ, _ω, _η, _sums, requests, _needs_gradient = inputs
+    ctx.has_entropy = Requests(*requests).entropy
+    *tensors, ctx.base, ctx.cap = flat
     ctx.save_for_backward(*tensors)
 
 
-def _backward_of_export(ctx: Any, γ: Any, _: Any, ω: Any, η: Any, *rest: Any) -> Any:
+def _backward_of_export(ctx: Any, γ: Any, _lse: Any, ω: Any, η: Any, *_others: Any) -> Any:
     """F15 batch, where an exported program calls the operator itself and not a Function."""
-    inputs, needs = _restore(ctx)[0], PerInput.from_flat(ctx.needs_input_grad)
+    inputs, _ = _restore(ctx)
+    needs_gradient = InputValues.from_flat(ctx.needs_input_grad)
     η = η if ctx.has_entropy else None
-    gradients = LinearCrossEntropyGradient.apply(*inputs.flat(), γ, ω, η, None, needs, None)
-    return *PerInput(*gradients).flat(), *[None] * 6
+    gradients = LinearCrossEntropyGradient.apply(
+        *inputs.flatten(), γ, ω, η, None, needs_gradient, None
+    )
+    return *InputValues(*gradients).flatten(), *[None] * 6
 
 
 torch.library.register_autograd(

@@ -13,7 +13,7 @@ from torch_nnmath.formulas._formula import Formula, save, sum_present
 class LogitScale(Formula):
     r"""F18: z = s x,  dz/dx = s,  dz/ds = x.
 
-    x of any shape, s a number or () -> z, which stays in float32 for a half x. The head scales its
+    x of any shape, s a number or () -> z, in float32 for a half x. The head scales its
     features and its bias, since s (W x + b) = W (s x) + s b, and never has all logits in memory.
     """
 

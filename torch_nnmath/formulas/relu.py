@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_nnmath import _torch, kernels
 from torch_nnmath.formulas._formula import Formula, SymmetricJacobian, save
-from torch_nnmath.kernels.dispatch import accelerated_by
+from torch_nnmath.kernels.dispatch import accelerate_with
 
 
 class ReLU(SymmetricJacobian):
@@ -26,10 +26,13 @@ class ReLU(SymmetricJacobian):
 
 
 class ReLUProduct(Formula):
-    r"""F2: J v = v where a > 0, else 0, also where v is not finite.  In a: 0; in v: J."""
+    r"""F2: J v = v where a > 0, else 0, also where v is not finite.
+
+    Its derivative is 0 with respect to a and J with respect to v.
+    """
 
     @staticmethod
-    @accelerated_by(kernels.relu_product)
+    @accelerate_with(kernels.relu_product)
     def forward(a: Tensor, v: Tensor) -> Tensor:
         return v.masked_fill(a <= 0, 0)
 
@@ -51,8 +54,8 @@ class ReLUProduct(Formula):
 class ReLUInPlace(ReLU):
     r"""F2, overwriting its input; for reverse mode alone.
 
-    PyTorch compares the tangent of a tensor that is changed in place by identity, which does not
-    survive transforms. Under transforms `relu_` takes another way.
+    In forward mode PyTorch checks with `is` that the in-place tensor kept its tangent; a transform
+    replaces that object. Under transforms `relu_` works on a copy.
     """
 
     generate_vmap_rule = False
@@ -69,7 +72,7 @@ class ReLUInPlace(ReLU):
 
 
 def relu_(z: Tensor) -> Tensor:
-    """Overwrites z with F2; through a copy if a transform is active or a compiler traces."""
+    """Overwrites z with F2; works on a copy if a transform is active or a compiler traces."""
     if torch.compiler.is_compiling() or _torch.is_transformed():
         return z.copy_(ReLU.evaluate(z))
     return ReLUInPlace.apply(z)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_nnmath import kernels
 from torch_nnmath.formulas._formula import SymmetricJacobian, round_once
-from torch_nnmath.kernels.dispatch import accelerated_by
+from torch_nnmath.kernels.dispatch import accelerate_with
 
 
 class Sigmoid(SymmetricJacobian):
@@ -18,7 +18,7 @@ class Sigmoid(SymmetricJacobian):
         return torch.sigmoid(z)
 
     @staticmethod
-    @accelerated_by(kernels.sigmoid_product)
+    @accelerate_with(kernels.sigmoid_product)
     @round_once
     def product(a: Tensor, v: Tensor) -> Tensor:
         """J v = a (1 - a) ∘ v."""

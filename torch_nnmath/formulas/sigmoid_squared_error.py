@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_nnmath import kernels
 from torch_nnmath._precision import widen
 from torch_nnmath.formulas._formula import Formula, save, sum_last_axes, sum_present
-from torch_nnmath.kernels.dispatch import LossKernel, accelerated_by
+from torch_nnmath.kernels.dispatch import LossKernel, accelerate_with
 
 
 class SigmoidSquaredError(Formula):
@@ -22,7 +22,7 @@ class SigmoidSquaredError(Formula):
     kernel = LossKernel(kernels.sigmoid_squared_error)
 
     @staticmethod
-    @accelerated_by(kernel.value)
+    @accelerate_with(kernel.value)
     def forward(z: Tensor, t: Tensor, axes: int) -> Tensor:
         return sum_last_axes((widen(t) - widen(z).sigmoid()).square(), axes) / 2
 
@@ -42,7 +42,7 @@ class SigmoidSquaredError(Formula):
         return *(g if g is None else g.to(x.dtype) for g, x in pairs), None
 
     @staticmethod
-    @accelerated_by(kernel.gradient)
+    @accelerate_with(kernel.gradient)
     def gradient(dc: Tensor, z: Tensor, t: Tensor, axes: int) -> Tensor:
         """dc (a - t) a (1 - a)."""
         a, complement = SigmoidPair.evaluate(widen(z))

@@ -14,7 +14,7 @@ from torch_nnmath.formulas.tanh import Tanh
 class SoftCap(Formula):
     r"""F19: v = κ tanh(z/κ),  dv/dz = 1 - (v/κ)².
 
-    z, v of any shape; for a half z, v stays in float32.
+    z, v of any shape; v in float32 for a half z.
     """
 
     @staticmethod

@@ -15,13 +15,13 @@ from torch_nnmath.formulas._formula import (
     round_once,
     save,
 )
-from torch_nnmath.kernels.dispatch import accelerated_by
+from torch_nnmath.kernels.dispatch import accelerate_with
 
 
 class Softmax(SymmetricJacobian):
     r"""F7: a_j = e^{z_j} / Σ_i e^{z_i},  da_j/dz_k = a_j (δ_jk - a_k).
 
-    z, a (*, n, *), the n at dim.
+    z, a (*, n, *) with n at dim.
     """
 
     @staticmethod
@@ -29,7 +29,7 @@ class Softmax(SymmetricJacobian):
         return torch.softmax(z, dim)
 
     @staticmethod
-    @accelerated_by(kernels.softmax_product)
+    @accelerate_with(kernels.softmax_product)
     @round_once
     def product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:
         """J v = a ∘ (v - a·v)."""
@@ -37,7 +37,7 @@ class Softmax(SymmetricJacobian):
 
 
 class LogSoftmax(Formula):
-    r"""ln of F7: l = z - lse(z),  dl_j/dz_k = δ_jk - e^{l_k}.  z, l (*, n, *), n at dim."""
+    r"""ln of F7: l = z - lse(z),  dl_j/dz_k = δ_jk - e^{l_k}.  z, l (*, n, *) with n at dim."""
 
     @staticmethod
     def forward(z: Tensor, dim: int) -> Tensor:
@@ -60,7 +60,10 @@ class LogSoftmax(Formula):
 
 
 class LogSumExp(RowFunction):
-    r"""lse = ln Σ e^z, F7's denominator: its derivative is F7.  z (*, n, *) -> (*, 1, *)."""
+    r"""lse = ln Σ e^z, the logarithm of F7's denominator; its derivative is F7.
+
+    z (*, n, *) -> (*, 1, *).
+    """
 
     @staticmethod
     def forward(z: Tensor, dim: int) -> Tensor:

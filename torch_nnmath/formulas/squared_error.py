@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_nnmath import kernels
 from torch_nnmath._precision import widen
 from torch_nnmath.formulas._formula import Formula, save, sum_last_axes, sum_present
-from torch_nnmath.kernels.dispatch import LossKernel, accelerated_by
+from torch_nnmath.kernels.dispatch import LossKernel, accelerate_with
 
 
 class SquaredError(Formula):
@@ -21,7 +21,7 @@ class SquaredError(Formula):
     kernel = LossKernel(kernels.squared_error)
 
     @staticmethod
-    @accelerated_by(kernel.value)
+    @accelerate_with(kernel.value)
     def forward(a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
         return sum_last_axes((widen(t) - widen(a)).square(), axes) * (scale / 2)
 
@@ -38,7 +38,7 @@ class SquaredError(Formula):
         return da.to(a.dtype) if needs_a else None, -da.to(t.dtype) if needs_t else None, None, None
 
     @staticmethod
-    @accelerated_by(kernel.gradient)
+    @accelerate_with(kernel.gradient)
     def gradient(dc: Tensor, a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
         """scale dc (a - t)."""
         return scale * dc * (widen(a) - widen(t))

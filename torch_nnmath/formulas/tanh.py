@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_nnmath import kernels
 from torch_nnmath._precision import widen
 from torch_nnmath.formulas._formula import Formula, SymmetricJacobian, round_once, save, sum_present
-from torch_nnmath.kernels.dispatch import accelerated_by
+from torch_nnmath.kernels.dispatch import accelerate_with
 
 
 class Tanh(SymmetricJacobian):
@@ -29,12 +29,12 @@ class Tanh(SymmetricJacobian):
 class TanhProduct(Formula):
     r"""F2: J v = (1 - a) (1 + a) ∘ v, which rounds less than 1 - a² near |a| = 1.
 
-    In v the derivative is J again; in a it is -2 a ∘ v. Autograd's sum of two terms would lose the
-    latter near a = 0. a, v of one shape.
+    Its derivative is J with respect to v and -2 a ∘ v with respect to a, which as autograd's sum of
+    two terms would lose its digits near a = 0. a, v of one shape.
     """
 
     @staticmethod
-    @accelerated_by(kernels.tanh_product)
+    @accelerate_with(kernels.tanh_product)
     @round_once
     def forward(a: Tensor, v: Tensor) -> Tensor:
         return (1 - a) * (1 + a) * v
@@ -46,17 +46,17 @@ class TanhProduct(Formula):
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:
         a, v = ctx.saved_tensors
-        return TanhProduct.derivative_in_a(a, u, v), TanhProduct.apply(a, u)
+        return TanhProduct.derivative_wrt_a(a, u, v), TanhProduct.apply(a, u)
 
     @staticmethod
     def tangent(ctx: Any, da: Tensor | None, dv: Tensor | None) -> Tensor:
         a, v = ctx.saved_tensors
         return sum_present(
-            None if da is None else TanhProduct.derivative_in_a(a, da, v),
+            None if da is None else TanhProduct.derivative_wrt_a(a, da, v),
             None if dv is None else TanhProduct.apply(a, dv),
         )
 
     @staticmethod
-    def derivative_in_a(a: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    def derivative_wrt_a(a: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """-2 a ∘ u ∘ v."""
         return (-2 * widen(a) * widen(u) * widen(v)).to(a.dtype)

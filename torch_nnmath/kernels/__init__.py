@@ -1,7 +1,9 @@
 """Fast arithmetic of the formulas, as operators of `torch.library` without derivatives.
 
-A formula calls its operator below autograd; the derivative is the formula's. `class_indices` is
-called by public functions. Each kernel's file is named after its formula.
+A formula calls its operator below autograd and has the derivative; for exported programs
+`formulas.linear_cross_entropy` registers its backward with the operator `head`. Public functions
+call `class_indices`. `elementwise` has the kernels of several formulas, `_block` what those of the
+head share.
 """
 
 from torch_nnmath.kernels.class_indices import class_indices

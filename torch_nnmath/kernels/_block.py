@@ -1,12 +1,12 @@
 """A block of rows of the head: its logits, their softmax, and Δ, in memory that all blocks reuse.
 
-The logits of a block lie in memory class by class, which makes the products with W and for dW
-cheapest. A block is gone through in slices of classes that stay in the cache. With a cap, the
-buffer holds u = tanh(z/κ), whose slope 1 - u² loses the fewest digits; v = κ u.
+The logits of a block are stored class-major, which makes the products with W and for dW cheapest.
+Each pass processes slices of classes that fit in the cache. With a cap, the buffer holds
+u = tanh(z/κ), whose slope 1 - u² loses the fewest digits; v = κ u.
 
 The buffer has two states. It keeps the logits, if something needs them again: the entropy, the
-gradient in t, a cap beside a dense target, second order. Else the exponentials e^{v-m} dv/dz
-overwrite the logits, and Δ/k overwrites these; the row factor k scales rows of x and dx instead.
+gradient of t, a cap beside a dense target, second order. Else the exponentials e^{v-m} dv/dz
+overwrite the logits, and Δ/f overwrites these; the row factor f scales rows of x and dx instead.
 
 The shift m is the row's maximum, or 0 where Σ e^v shows that no maximum is needed.
 """
@@ -21,45 +21,49 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide_type, zero_safe_product
-from torch_nnmath._records import HeadInputs, Requests, Target, Upstream
-from torch_nnmath.kernels._library import SLICE_SIZE, log_probability
+from torch_nnmath._records import HeadInputs, Requests, Target, UpstreamGradients
+from torch_nnmath.kernels._library import SLICE_SIZE, compute_log_probability
 
-MIN_BLOCK_ROWS = 256  # enough rows to amortise reading W and updating dW once per block
-BLOCK_BYTES = (8 * 2**20, 64 * 2**20)  # least and most of a block's logits in float32
+PREFERRED_BLOCK_ROWS = 256  # enough rows to amortise reading W and updating dW once per block
+# (min, max) of a block's logits in float32; they override the preferred rows
+BLOCK_BYTES = (8 * 2**20, 64 * 2**20)
 MIN_SHIFTED = -1e4  # clamp for v - m, so that (v - m) e^(v - m) is 0 and not nan at v = -inf
 
 
 class Coefficients(NamedTuple):
-    """Upstream gradients of a block's rows, (n, 1) each: γ/ln β, ω and η/ln β, or None."""
+    """Upstream gradients of a block's rows, (rows, 1) each: γ/ln β, ω and η/ln β."""
 
-    g: Tensor
-    o: Tensor | None
-    n: Tensor | None
+    γβ: Tensor
+    ω: Tensor | None
+    ηβ: Tensor | None
 
 
 class Workspace:
     """The head's inputs, widened, and the memory that the blocks of one call share."""
 
-    def __init__(self, inputs: HeadInputs, keeps_logits: bool):
+    def __init__(self, inputs: HeadInputs, needs_logits: bool):
         dtype = wide_type(inputs.W.dtype)
         b = None if inputs.b is None else inputs.b.to(dtype)
         self.inputs = inputs._replace(W=inputs.W.to(dtype), b=b)
-        self.keeps_logits = keeps_logits
+        self.needs_logits = needs_logits
         self.groups = group_rows(inputs)
         self.logits = self.allocate_logits()
-        self.slice_size = _slice_size(self.logits)
-        count = 2 if keeps_logits else 1 if inputs.cap is not None else 0
-        self.scratch = [torch.empty_like(self.logits[:, : self.slice_size]) for _ in range(count)]
+        self.slice_size = _get_slice_size(self.logits)
+        scratch_count = 0 if inputs.cap is None else 1
+        if needs_logits:
+            scratch_count = 2
+        slice_of_logits = self.logits[:, : self.slice_size]
+        self.scratch = [torch.empty_like(slice_of_logits) for _ in range(scratch_count)]
         self.needs_maximum = inputs.W.device.type != "cpu"
 
     def allocate_logits(self) -> Tensor:
-        """Memory for the logits of one block, class by class."""
+        """Memory for the logits of one block, class-major."""
         W = self.inputs.W
         rows = self.groups[0] if self.groups else slice(0, 0)
-        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        return W.new_empty((W.shape[0], n)).T
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        return W.new_empty((W.shape[0], count)).T
 
-    def blocks(self) -> Iterator[Block]:
+    def iterate_blocks(self) -> Iterator[Block]:
         for i, rows in enumerate(self.groups):
             yield Block(self, rows, is_first=i == 0)
 
@@ -69,7 +73,7 @@ class Block:
 
     m: Tensor | float = 0.0  # shift of each row
     s: Tensor  # Σ e^{v-m}
-    tv: Tensor | float = 0.0  # t·(v-m)
+    tv: Tensor | float = 0.0  # t·(v-m), of the dense part that `compute_softmax_` was given
     ev: Tensor  # Σ e^{v-m} (v-m), for the entropy
     predicted: Tensor  # class of the largest logit
     z_y: Tensor | None = None  # the buffer's logit of the target's class
@@ -78,7 +82,7 @@ class Block:
     def __init__(self, workspace: Workspace, rows: Any, is_first: bool):
         x, W, _, target, keep, _, _ = workspace.inputs
         self.workspace, self.rows, self.is_first = workspace, rows, is_first
-        self.ignored = None if keep is None or gathers_kept_rows(keep) else ~keep[rows]
+        self.ignored_mask = None if keep is None or may_gather_rows(keep) else ~keep[rows]
         self.x = self.mask(x[rows].to(W.dtype))
         self.z = workspace.logits[: len(self.x)]
         self.target = select_target(target, rows)
@@ -87,20 +91,20 @@ class Block:
     # The softmax of the rows
 
     def compute_softmax_(self, t: Tensor | None, requests: Requests) -> None:
-        """Computes the logits, the sums m, s, t·(v-m), ev, and what is requested."""
+        """Computes the logits, m, s, tv of the dense part t, and what `requests` ask for."""
         workspace = self.workspace
         needs_maximum = workspace.needs_maximum or t is not None or any(requests)
         self.s = torch.zeros_like(self.z[:, :1])
-        for classes in self.slices():
+        for classes in self.iterate_slices():
             z = self.fill_logits_(classes)
             if not needs_maximum:
-                self.s += self.exponentiate_(self.shift(z), z).sum(1, keepdim=True)
-        if self.target.y is not None and (needs_maximum or workspace.keeps_logits):
+                self.s += self.exponentiate_(self.shift_(z), z).sum(1, keepdim=True)
+        if self.target.y is not None and (needs_maximum or workspace.needs_logits):
             self.z_y = self.z.gather(1, self.target.y)
         if needs_maximum:
             self._shift_by_maximum_(t, requests)
-        elif not self._has_safe_sums():
-            workspace.needs_maximum = True  # what one block needs, the next ones will
+        elif not self._compute_class_log_probability_():
+            workspace.needs_maximum = True  # later blocks probably need it, too
             self.compute_softmax_(t, requests)
 
     def restore_softmax_(self, sums: Tensor) -> None:
@@ -109,18 +113,19 @@ class Block:
         The slices are those of the forward, so that the logits are the same bit for bit.
         """
         self.m, self.s, self.ev = sums.split(1, 1)
-        for classes in self.slices():
+        for classes in self.iterate_slices():
             z = self.fill_logits_(classes)
-            if not self.workspace.keeps_logits:
-                self.exponentiate_(self.shift(z), z)
-        if self.target.y is not None and self.workspace.keeps_logits:
+            if not self.workspace.needs_logits:
+                self.exponentiate_(self.shift_(z), z)
+        if self.target.y is not None and self.workspace.needs_logits:
             self.z_y = self.z.gather(1, self.target.y)
 
     def fill_logits_(self, classes: slice) -> Tensor:
         """Writes the logits of some classes: z = W x + b, or tanh(z/κ)."""
         workspace, z = self.workspace, self.z[:, classes]
         _, W, b, target, _, _, cap = workspace.inputs
-        if b is None or len(z) == 1:  # cuBLASLt may refuse one row, which is also a bias
+        # cuBLASLt may reject an addmm with one row, which it reads as a bias
+        if b is None or len(z) == 1:
             torch.mm(self.x, W[classes].T, out=z)
             z = z if b is None else z.add_(b[classes])
         else:
@@ -130,25 +135,26 @@ class Block:
             return z
         if z.device.type != "cpu":
             z.div_(cap).tanh_()
-        else:  # tanh from expm1 of 2z/κ, which is faster than `tanh_`
+        else:  # tanh = e / (e + 2) of e = expm1(2z/κ) is faster than `tanh_`
+            # clamped where tanh rounds to ±1, since e may overflow and inf / inf is nan
             e = z.div_(cap / 2).clamp_(-50, 50).expm1_()
             e.div_(torch.add(e, 2, out=self._scratch(e)))
-        if target.y is not None and not workspace.keeps_logits:
-            self._pick_class_logit(z, classes)
+        if target.y is not None and not workspace.needs_logits:
+            self._pick_class_logit_(z, classes)
         return z
 
-    def slices(self) -> Iterator[slice]:
+    def iterate_slices(self) -> Iterator[slice]:
         """The classes of each slice. They do not depend on what is computed."""
         C, size = self.z.shape[1], self.workspace.slice_size
         return (slice(i, min(i + size, C)) for i in range(0, C, size))
 
-    def shift(self, z: Tensor) -> Tensor:
-        """v - m of a slice of the buffer.
+    def shift_(self, z: Tensor) -> Tensor:
+        """v - m of a slice z of the buffer.
 
-        In place, unless the buffer keeps the logits or they are capped; then in scratch memory.
+        Overwrites z, unless the buffer keeps the logits or they are capped; then scratch memory.
         """
         cap = self.workspace.inputs.cap
-        if cap is None and self.workspace.keeps_logits:
+        if cap is None and self.workspace.needs_logits:
             return torch.sub(z, self.m, out=self._scratch(z))
         v = z if cap is None else torch.mul(z, cap, out=self._scratch(z))
         return v if isinstance(self.m, float) else v.sub_(self.m)
@@ -156,20 +162,20 @@ class Block:
     def exponentiate_(self, v: Tensor, z: Tensor) -> Tensor:
         """Overwrites v with e^v, and z with e^v dv/dz unless the buffer keeps the logits."""
         e = v.exp_()
-        if self.workspace.inputs.cap is not None and not self.workspace.keeps_logits:
+        if self.workspace.inputs.cap is not None and not self.workspace.needs_logits:
             torch.addcmul(e, e, z.square_(), value=-1, out=z)
         return e
 
     def _shift_by_maximum_(self, t: Tensor | None, requests: Requests) -> None:
-        """The sums with the maximum as m, from all logits of the block."""
+        """Computes the sums with the maximum as m, from all logits of the block."""
         if requests.predicted:
             largest, self.predicted = self.z.max(1, keepdim=True)
         else:
             largest = self.z.amax(1, keepdim=True)
         self.m = self.uncap(largest)
-        for classes in self.slices():
+        for classes in self.iterate_slices():
             z = self.z[:, classes]
-            v = self.shift(z)
+            v = self.shift_(z)
             if t is not None:
                 self.tv = self.tv + zero_safe_product(t[:, classes], v).sum(1, keepdim=True)
             if requests.entropy:
@@ -181,99 +187,102 @@ class Block:
         if self.z_y is not None:
             self.l_y = self.uncap(self.z_y) - self.m - self.s.log()
 
-    def _has_safe_sums(self) -> bool:
-        """Whether the sums without a maximum are in the safe range; then sets l_y."""
+    def _compute_class_log_probability_(self) -> bool:
+        """Sets l_y from sums without a maximum; returns whether they are in the safe range."""
         e_y, y = self.s, self.target.y
         if self.z_y is not None:
             e_y = self.uncap(self.z_y).exp()
         elif y is not None:  # the buffer holds e^z
             e_y = self.z.gather(1, y)
-        l_y = log_probability(e_y, self.s)
+        l_y = compute_log_probability(e_y, self.s)
         self.l_y = None if y is None else l_y
         return l_y is not None
 
-    def _pick_class_logit(self, z: Tensor, classes: slice) -> None:
+    def _pick_class_logit_(self, z: Tensor, classes: slice) -> None:
         """Sets z_y of the rows whose class is among these, before z is overwritten."""
         assert self.target.y is not None
         place = self.target.y - classes.start
         z_y = z.gather(1, place.clamp(0, z.shape[1] - 1))
-        is_here = (place >= 0) & (place < z.shape[1])
-        self.z_y = torch.where(is_here, z_y, 0.0 if self.z_y is None else self.z_y)
+        is_in_slice = (place >= 0) & (place < z.shape[1])
+        self.z_y = torch.where(is_in_slice, z_y, 0.0 if self.z_y is None else self.z_y)
 
     # What follows from the sums
 
-    def lse(self) -> Tensor:
+    def compute_lse(self) -> Tensor:
         """ln Σ e^v of each row."""
         return self.s.log() + self.m
 
-    def entropy(self) -> Tensor:
+    def compute_entropy(self) -> Tensor:
         """-Σ a ln a of each row, as a sum of terms of one sign."""
         return self.s.log() - self.ev / self.s
 
-    def derivative_in_p(self) -> Tensor:
+    def compute_derivative_wrt_p(self) -> Tensor:
         """ln β dc/dp of each row: -l_y or, for a weight without a class, lse."""
-        return self.lse() if self.l_y is None else -self.l_y
+        return self.compute_lse() if self.l_y is None else -self.l_y
 
-    def weight_of_a(self, k: Coefficients) -> Tensor:
-        """g T + 2 o lse + n Σ a (v-m): the factor of a in Δ but for -n (v-m)."""
-        weight = k.g * self.target.total()
-        if k.o is not None:
-            weight = weight + 2 * k.o * self.lse()
-        return weight if k.n is None else weight + k.n * (self.ev / self.s)
+    def compute_weight(self, coefficients: Coefficients) -> Tensor:
+        """γβ T + 2 ω lse + ηβ Σ a (v-m): B without the term -ηβ (v-m)."""
+        γβ, ω, ηβ = coefficients
+        weight = γβ * self.target.total()
+        if ω is not None:
+            weight = weight + 2 * ω * self.compute_lse()
+        return weight if ηβ is None else weight + ηβ * (self.ev / self.s)
 
-    def class_slope(self) -> Tensor | float:
+    def compute_class_slope(self) -> Tensor | float:
         """dv/dz at the target's class."""
         if self.workspace.inputs.cap is None or self.z_y is None:
             return 1.0
         return cap_slope(self.z_y)
 
-    def form_delta_(self, k: Coefficients) -> Tensor | None:
-        """Overwrites the buffer with Δ / f and returns the per-row factor f, or None for 1.
+    def form_delta_(self, coefficients: Coefficients) -> Tensor | None:
+        """Overwrites the buffer with Δ / f and returns the row factor f, or None for 1.
 
-        Δ = dv/dz ∘ (a ∘ B - g t) - g p dv_y/dz_y e_y,  B = g T + 2 o lse - n (l - a·l).
+        Δ = dv/dz ∘ (a ∘ B - γβ t) - γβ p dv_y/dz_y e_y,  B = γβ T + 2 ω lse - ηβ (l - a·l).
         """
         y, p, t, _ = self.target
-        weight, at_class = self.weight_of_a(k), None
+        γβ, _, ηβ = coefficients
+        weight, class_term = self.compute_weight(coefficients), None
         if y is not None and p is not None:
-            at_class = k.g * p * self.class_slope()
-        if not self.workspace.keeps_logits and t is None:
-            return self._scale_exponentials_(weight, at_class)
+            class_term = γβ * p * self.compute_class_slope()
+        if not self.workspace.needs_logits and t is None:
+            return self._scale_exponentials_(weight, class_term)
         weight = weight / self.s
-        for classes in self.slices():
+        for classes in self.iterate_slices():
             z, slope = self.z[:, classes], None
-            if not self.workspace.keeps_logits:
+            if not self.workspace.needs_logits:
                 z.mul_(weight)
             else:
-                v, slope = self.shift(z), None if self.cap is None else cap_slope(z)
+                v, slope = self.shift_(z), None if self.cap is None else cap_slope(z)
                 torch.exp(v, out=z)
-                if k.n is None:
+                if ηβ is None:
                     z.mul_(weight)
                 else:
                     v.clamp_(min=MIN_SHIFTED)
-                    z.mul_(torch.addcmul(weight, v, -k.n / self.s, out=v))
+                    z.mul_(torch.addcmul(weight, v, -ηβ / self.s, out=v))
             if t is not None:
-                z.sub_(k.g * t[:, classes])
+                z.sub_(γβ * t[:, classes])
             if slope is not None:
                 z.mul_(slope)
-        if y is not None and at_class is not None:
-            self.z.scatter_add_(1, y, -at_class)
+        if y is not None and class_term is not None:
+            self.z.scatter_add_(1, y, -class_term)
         return None
 
-    def _scale_exponentials_(self, weight: Tensor, at_class: Tensor | None) -> Tensor:
-        """The same where E = e^{v-m} dv/dz fills the buffer: Δ = f (E - (at_class / f) e_y)."""
-        if at_class is None or self.target.y is None:
+    def _scale_exponentials_(self, weight: Tensor, class_term: Tensor | None) -> Tensor:
+        """The same where E = e^{v-m} dv/dz fills the buffer: Δ = f (E - (class_term / f) e_y)."""
+        if class_term is None or self.target.y is None:
             return weight / self.s
+        # a weight of 0 would divide the true class's entry
         tiny = torch.finfo(weight.dtype).tiny ** 0.5
-        weight = torch.where((weight == 0) & (at_class != 0), tiny, weight)
-        share = torch.where(weight == 0, 0.0, at_class / weight)  # exactly dv_y/dz_y without o
+        weight = torch.where((weight == 0) & (class_term != 0), tiny, weight)
+        # without a z-loss the share is exactly dv_y/dz_y
+        share = torch.where(weight == 0, 0.0, class_term / weight)
         self.z.scatter_add_(1, self.target.y, -share * self.s)
         return weight / self.s
 
     # Rows and memory
 
-    def select_coefficients(self, upstream: Upstream, base: float) -> Coefficients:
-        """The upstream gradients of this block's rows, 0 where ignored."""
-        assert upstream.γ is not None
+    def select_coefficients(self, upstream: UpstreamGradients, base: float) -> Coefficients:
+        """The coefficients of this block's rows, 0 where ignored."""
         ln = math.log(base)
 
         def select(v: Tensor | None, divisor: float) -> Any:
@@ -286,11 +295,11 @@ class Block:
 
     def mask(self, v: Tensor, value: int = 0) -> Tensor:
         """v, with `value` in the ignored rows."""
-        return v if self.ignored is None else v.masked_fill(self.ignored, value)
+        return v if self.ignored_mask is None else v.masked_fill(self.ignored_mask, value)
 
     def mask_(self, v: Tensor) -> Tensor:
         """Overwrites the ignored rows of v with 0."""
-        return v if self.ignored is None else v.masked_fill_(self.ignored, 0)
+        return v if self.ignored_mask is None else v.masked_fill_(self.ignored_mask, 0)
 
     def uncap(self, u: Tensor) -> Tensor:
         """v of the buffer's value u: κ u, or u itself without a cap."""
@@ -300,9 +309,9 @@ class Block:
     def cap(self) -> float | None:
         return self.workspace.inputs.cap
 
-    def _scratch(self, z: Tensor, which: int = 0) -> Tensor:
+    def _scratch(self, z: Tensor, index: int = 0) -> Tensor:
         """Scratch memory in the shape of a slice."""
-        return self.workspace.scratch[which][: z.shape[0], : z.shape[1]]
+        return self.workspace.scratch[index][: z.shape[0], : z.shape[1]]
 
 
 def cap_slope(u: Tensor) -> Tensor:
@@ -311,7 +320,7 @@ def cap_slope(u: Tensor) -> Tensor:
 
 
 def select_target(target: Target, rows: Any) -> Target:
-    """The target of some rows; a dense part that all rows share stays."""
+    """The target of some rows; a dense part that all rows share is returned unchanged."""
     y, p, t, _ = target
     return Target(
         None if y is None else y[rows],
@@ -321,26 +330,32 @@ def select_target(target: Target, rows: Any) -> Target:
 
 
 def count_block_rows(N: int, C: int) -> int:
-    """The rows of a block: a multiple of 32, so that the blocks are of equal size."""
-    least, most = (size // (4 * max(C, 1)) for size in BLOCK_BYTES)
-    rows = max(min(max(MIN_BLOCK_ROWS, least), most) // 32, 1) * 32
+    """The number of rows of a block.
+
+    A multiple of 32; N is divided so that the blocks are of nearly equal size.
+    """
+    min_rows, max_rows = (size // (4 * max(C, 1)) for size in BLOCK_BYTES)
+    rows = min(max(PREFERRED_BLOCK_ROWS, min_rows), max_rows)
+    rows = max(rows // 32, 1) * 32
     return math.ceil(N / math.ceil(N / rows) / 32) * 32
 
 
 def group_rows(inputs: HeadInputs) -> list[Any]:
     """The rows of each block: slices, or indices where some rows are ignored."""
     (N, _), C, keep = inputs.x.shape, inputs.W.shape[0], inputs.keep
-    if keep is not None and gathers_kept_rows(keep):
-        rows = keep.squeeze(1).nonzero().squeeze(1)
-        if len(rows) < N:
-            return list(rows.split(count_block_rows(len(rows), C))) if len(rows) and C else []
     if not N or not C:
         return []
+    if keep is not None and may_gather_rows(keep):
+        rows = keep.squeeze(1).nonzero().squeeze(1)
+        if not len(rows):
+            return []
+        if len(rows) < N:
+            return list(rows.split(count_block_rows(len(rows), C)))
     size = count_block_rows(N, C)
     return [slice(i, min(i + size, N)) for i in range(0, N, size)]
 
 
-def gathers_kept_rows(keep: Tensor) -> bool:
+def may_gather_rows(keep: Tensor) -> bool:
     """Whether ignored rows are left out by gathering the others.
 
     On a GPU they are masked, since counting them would wait for the device.
@@ -348,8 +363,11 @@ def gathers_kept_rows(keep: Tensor) -> bool:
     return keep.device.type == "cpu"
 
 
-def _slice_size(logits: Tensor) -> int:
-    """How many classes a slice has. On a GPU all, since calls cost more than memory there."""
+def _get_slice_size(logits: Tensor) -> int:
+    """How many classes a slice has.
+
+    All of them on a GPU, where calls cost more than memory traffic.
+    """
     rows, C = logits.shape
     if logits.device.type != "cpu":
         return C

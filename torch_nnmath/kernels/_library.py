@@ -17,7 +17,9 @@ SAFE_EXP = 1e20  # while Σ e^z < this and e^{z_y} > 1/this, float32 neither ove
 LIBRARY = torch.library.Library("torch_nnmath", "DEF")
 
 
-def operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def register_operator(
+    signature: str, fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Any]:
     """Registers the decorated function as `torch.ops.torch_nnmath.<name>`, for every device.
 
     `fake` gives the results' shapes and types. The operator runs below autograd and with autocast
@@ -40,10 +42,10 @@ def operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[...
     return register
 
 
-def log_probability(e_y: Tensor, s: Tensor) -> Tensor | None:
+def compute_log_probability(e_y: Tensor, s: Tensor) -> Tensor | None:
     """ln(e^{z_y} / Σ e^z) from e^{z_y} and s = Σ e^z; None unless both are in the safe range.
 
-    In the safe range the quotient is as exact as with z less its maximum.
+    In the safe range the quotient is as exact as after subtracting the maximum from z.
     """
     if not bool(((s < SAFE_EXP) & (e_y > 1 / SAFE_EXP)).all()):
         return None

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import _torch
-from torch_nnmath.kernels._library import LIBRARY, operator
+from torch_nnmath.kernels._library import LIBRARY, register_operator
 
 
 def _fake(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(target, dtype=torch.int64), torch.empty_like(target, dtype=torch.bool)
 
 
-@operator(
+@register_operator(
     "class_indices(Tensor target, SymInt classes, int? ignore_index) -> (Tensor, Tensor)", _fake
 )
 def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     """Returns (y, keep): the class indices, 0 where ignored; and which rows are not ignored.
 
     Raises an IndexError for an index outside [0, classes). On a GPU the device asserts instead,
-    without a synchronisation. This is an operator so that a compiled graph checks, too.
+    without a synchronisation. It is an operator so that compiled graphs run the check.
     """
     y = target.to(torch.int64)
     keep = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
@@ -34,10 +34,11 @@ def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tup
     if target.device.type == "cuda":
         _torch.assert_async(is_inside, f"a class index is not in [0, {classes})")
     elif not is_inside:
-        wrong = y[(y < 0) | (y >= classes)][0].item()
+        bad_index = y[(y < 0) | (y >= classes)][0].item()
+        exception = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"
         raise IndexError(
-            f"Target {wrong} is out of bounds: class indices must lie in [0, {classes}) "
-            f"or equal ignore_index={ignore_index}"
+            f"Target {bad_index} is out of bounds: class indices must lie in [0, {classes})"
+            f"{exception}"
         )
     return y, keep
 

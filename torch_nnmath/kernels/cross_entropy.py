@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide_type, zero_safe_product
-from torch_nnmath.kernels._library import SLICE_SIZE, log_probability, operator
+from torch_nnmath.kernels._library import SLICE_SIZE, compute_log_probability, register_operator
 
 
-@operator(
+@register_operator(
     "cross_entropy(Tensor? dc, Tensor z, Tensor? y, Tensor? p, Tensor? t, Tensor? keep, int dim,"
     " float base, bool needs_c) -> (Tensor, Tensor)",
     lambda dc, z, y, p, t, keep, dim, base, needs_c: _allocate(dc, z, dim, needs_c),
@@ -33,22 +33,22 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """c = (1/ln β)(T lse(z) - t·z) and dz = (dc/ln β)(T softmax(z) - p e_y - t), rounded once.
 
-    c is computed if `needs_c`, dz if dc is given: for each row, or () for all. Both are 0 where
-    keep is False.
+    c is computed if `needs_c`, dz if dc is given; dc has one value for each row, or shape (). Both
+    are 0 where keep is False.
     """
     c, dz = _allocate(dc, z, dim, needs_c)
     t = None if t is None else t.expand_as(z)
     dc = None if dc is None else dc.expand(_row_shape(z, dim)) / math.log(base)
     may_write_dz = dc is not None and dz.dtype == wide_type(z.dtype)
     workspace = None if may_write_dz else z.new_empty(_block_shape(z, dim), dtype=c.dtype)
-    for rows in _blocks(z, dim):
+    for rows in _iterate_blocks(z, dim):
         e = dz[rows] if workspace is None else workspace[: z[rows].shape[0]]
-        ignored = None if keep is None or keep[rows].all() else ~keep[rows]
+        ignored_mask = None if keep is None or keep[rows].all() else ~keep[rows]
         l_y = T = tz = None
-        if t is None and y is not None:  # without the maximum, if the exponentials are safe
+        if t is None and y is not None:  # without the maximum, if the sums are in the safe range
             torch.exp(z[rows].to(e.dtype), out=e)
             s = e.sum(dim, keepdim=True)
-            l_y = log_probability(e.gather(dim, y[rows]), s)
+            l_y = compute_log_probability(e.gather(dim, y[rows]), s)
         if l_y is None:
             torch.sub(z[rows], z[rows].amax(dim, keepdim=True).to(e.dtype), out=e)
             z_y = None if y is None else e.gather(dim, y[rows])
@@ -63,7 +63,7 @@ def cross_entropy(
                 loss += T * s.log() - tz
             if p is not None and l_y is not None:
                 loss -= zero_safe_product(p[rows], l_y)
-            c[rows] = loss if ignored is None else loss.masked_fill_(ignored, 0)
+            c[rows] = loss if ignored_mask is None else loss.masked_fill_(ignored_mask, 0)
         if dc is None:
             continue
         if T is None and p is not None and y is not None:  # (dc p / s)(e - s e_y)
@@ -75,8 +75,8 @@ def cross_entropy(
             if p is not None and y is not None:
                 e.scatter_add_(dim, y[rows], -p[rows])
             e.mul_(dc[rows])
-        if ignored is not None:
-            e.masked_fill_(ignored, 0)
+        if ignored_mask is not None:
+            e.masked_fill_(ignored_mask, 0)
         if workspace is not None:
             dz[rows] = e
     return c.div_(math.log(base)), dz
@@ -96,13 +96,15 @@ def _row_shape(z: Tensor, dim: int) -> list[int]:
 def _block_shape(z: Tensor, dim: int) -> tuple[int, ...]:
     """The shape of a block: whole examples; all of z if the classes are on the first axis.
 
-    A block is four slices: it has few passes and many small calls, which larger blocks amortise.
+    A block holds four slices: a row needs few passes, so the cost of calls matters more than the
+    cache.
     """
     N = z.shape[0]
-    n = N if dim % z.dim() == 0 else min(max(4 * SLICE_SIZE // z[:1].numel(), 1), N)
-    return n, *z.shape[1:]
+    if dim % z.dim() == 0:
+        return tuple(z.shape)
+    return min(max(4 * SLICE_SIZE // z[:1].numel(), 1), N), *z.shape[1:]
 
 
-def _blocks(z: Tensor, dim: int) -> Iterator[slice]:
+def _iterate_blocks(z: Tensor, dim: int) -> Iterator[slice]:
     size, *_ = _block_shape(z, dim)
     return (slice(i, i + size) for i in range(0, z.shape[0], size))

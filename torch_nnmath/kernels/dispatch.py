@@ -18,7 +18,7 @@ MIN_KERNEL_SIZE = 2**15  # entries; up to this PyTorch uses one thread, and no k
 class LossKernel:
     """The operator of a loss: `operator(dc, *inputs, needs_c)` gives c and dc times the gradient.
 
-    The gradient is that in the first input. `dc` may be None, and then there is no gradient.
+    The gradient is that of the first input. If `dc` is None, there is no gradient.
     """
 
     def __init__(self, operator: Callable[..., Any]):
@@ -28,7 +28,7 @@ class LossKernel:
         self.gradient = lambda dc, *inputs: operator(dc, *inputs, False)[1]
 
 
-def accelerated_by(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def accelerate_with(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Runs `kernel` in place of the decorated formula where that cannot be observed.
 
     A transform, a level of forward mode, a dispatch mode, a tracer, a compiler and a tensor
@@ -48,7 +48,7 @@ def accelerated_by(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]],
 def may_use_kernel(args: Any) -> bool:
     """Whether nothing can differentiate, trace or batch through the operation on `args`.
 
-    Grad mode off alone does not tell: forward over reverse has it off, too.
+    Disabled grad mode alone does not prove it: forward over reverse disables it, too.
     """
     return not torch.is_grad_enabled() and are_large_plain_cpu_tensors(args)
 
@@ -61,7 +61,7 @@ def are_large_plain_cpu_tensors(args: Any) -> bool:
 
 
 def are_plain_cpu_tensors(*tensors: Tensor) -> bool:
-    """Whether the tensors have values in the CPU's memory that nothing traces or batches."""
+    """Whether the tensors have values in the CPU's memory, and nothing traces or batches them."""
     if torch.compiler.is_compiling() or _torch.is_transformed():
         return False
     if _torch.has_dispatch_mode() or _torch.is_jit_tracing():

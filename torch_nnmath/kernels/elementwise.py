@@ -1,7 +1,7 @@
 """Products with the activations' Jacobians (F2, F6, F7) and squared errors (F4, F9, F11).
 
-Each does the arithmetic of its formula, tile by tile in the cache, and overwrites one result. Half
-types are computed in float32 and rounded once.
+Each computes its formula in cache-sized tiles and writes one result in place. Half types are
+computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide_type, widen
-from torch_nnmath.kernels._library import SLICE_SIZE, operator
+from torch_nnmath.kernels._library import SLICE_SIZE, register_operator
 
 INTEGER_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
@@ -24,7 +24,7 @@ def _allocate_product(a: Tensor, v: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-@operator("sigmoid_product(Tensor a, Tensor v) -> Tensor", _allocate_product)
+@register_operator("sigmoid_product(Tensor a, Tensor v) -> Tensor", _allocate_product)
 def sigmoid_product(a: Tensor, v: Tensor) -> Tensor:
     """F6: a (1 - a) v."""
 
@@ -37,7 +37,7 @@ def sigmoid_product(a: Tensor, v: Tensor) -> Tensor:
     return _write_tiles(write, widen(a), widen(v), v.dtype)
 
 
-@operator("tanh_product(Tensor a, Tensor v) -> Tensor", _allocate_product)
+@register_operator("tanh_product(Tensor a, Tensor v) -> Tensor", _allocate_product)
 def tanh_product(a: Tensor, v: Tensor) -> Tensor:
     """F2: (1 - a²) v."""
 
@@ -50,11 +50,12 @@ def tanh_product(a: Tensor, v: Tensor) -> Tensor:
     return _write_tiles(write, widen(a), widen(v), v.dtype)
 
 
-@operator("relu_product(Tensor a, Tensor v) -> Tensor", _allocate_product)
+@register_operator("relu_product(Tensor a, Tensor v) -> Tensor", _allocate_product)
 def relu_product(a: Tensor, v: Tensor) -> Tensor:
     """F2: v where a > 0 or nan, else 0.
 
-    The bits of v are shifted left: by 0, or by the bits of the float 1, a shift that leaves none.
+    Shifts v's bits left by the bit pattern of `a <= 0` as a float: 0.0 shifts by nothing; 1.0
+    exceeds the width and clears v.
     """
     integers, zero = INTEGER_TYPES[v.element_size()], a.new_zeros(())
 
@@ -66,7 +67,7 @@ def relu_product(a: Tensor, v: Tensor) -> Tensor:
     return _write_tiles(write, a, v, v.dtype)
 
 
-@operator("softmax_product(Tensor a, Tensor v, int dim=-1) -> Tensor", _allocate_product)
+@register_operator("softmax_product(Tensor a, Tensor v, int dim=-1) -> Tensor", _allocate_product)
 def softmax_product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:
     """F7: a (v - a·v), over dim."""
 
@@ -105,7 +106,7 @@ def _write_tiles(
     return result.to(dtype)
 
 
-@operator(
+@register_operator(
     "squared_error(Tensor? dc, Tensor a, Tensor t, int axes, float scale, bool needs_c)"
     " -> (Tensor, Tensor)",
     lambda dc, a, t, axes, scale, needs_c: _allocate_loss(dc, a, t, axes, needs_c),
@@ -115,13 +116,13 @@ def squared_error(
 ) -> tuple[Tensor, Tensor]:
     """F4: c = scale/2 Σ (t - a)² over the last axes, and da = scale dc (a - t).
 
-    c is computed if `needs_c`, da if dc is given: for each example, or () for all. da is not
-    rounded, since -da is the gradient in t.
+    c is computed if `needs_c`, da if dc is given; dc has one value for each example, or shape ().
+    da is not rounded, since -da is the gradient of t.
     """
     return _compute_squared_error(dc, a, t, axes, scale, False, needs_c)
 
 
-@operator(
+@register_operator(
     "sigmoid_squared_error(Tensor? dc, Tensor z, Tensor t, int axes, bool needs_c)"
     " -> (Tensor, Tensor)",
     lambda dc, z, t, axes, needs_c: _allocate_loss(dc, z, t, axes, needs_c),
@@ -145,32 +146,34 @@ def _compute_squared_error(
     """Both losses; with `is_sigmoid`, `a` is z."""
     c, da = _allocate_loss(dc, a, t, axes, needs_c)
     losses, examples = c.view(-1).zero_(), math.prod(a.shape[: a.dim() - axes])
-    k = None if dc is None else scale * dc
-    k_of_all = float(k) if k is not None and k.numel() == 1 else 0.0
-    k_of_each = None if k is None or k.numel() == 1 else k.reshape(-1, 1)
+    tensors = [a, t] if dc is None else [a, t, da]
+    k = None if dc is None else scale * dc  # one factor of da, or one for each example
+    common_k = float(k) if k is not None and k.numel() == 1 else 0.0
+    row_k = None if k is None or k.numel() == 1 else k.reshape(-1, 1)
     zero = c.new_zeros(())
     workspace = [a.new_empty(min(SLICE_SIZE, a.numel()), dtype=c.dtype) for _ in range(2)]
-    for rows, (x, y, *da_tile) in _split_tiles(examples, a, t, *[da] * (k is not None)):
-        scratch, slope = (m[: x.numel()].view(x.shape) for m in workspace)
-        error, x = da_tile[0] if da_tile else scratch, x.to(c.dtype)
+    for rows, (a_tile, t_tile, *da_tiles) in _split_tiles(examples, *tensors):
+        scratch, slope = (m[: a_tile.numel()].view(a_tile.shape) for m in workspace)
+        error = da_tiles[0] if da_tiles else scratch
+        a_tile = a_tile.to(c.dtype)
         if not is_sigmoid:
-            torch.sub(x, y, out=error)
+            torch.sub(a_tile, t_tile, out=error)
         elif k is None:
-            torch.sigmoid(x, out=error).sub_(y)
+            torch.sigmoid(a_tile, out=error).sub_(t_tile)
         else:
-            torch.neg(x, out=slope).sigmoid_()
-            slope.mul_(torch.sigmoid(x, out=error))
-            error.sub_(y)
+            torch.neg(a_tile, out=slope).sigmoid_()
+            slope.mul_(torch.sigmoid(a_tile, out=error))
+            error.sub_(t_tile)
         if needs_c and len(error) > 1:
             losses[rows] += torch.mul(error, error, out=scratch).sum(1)
         elif needs_c:
             losses[rows] += error[0].dot(error[0])
-        if k_of_each is not None:
-            (error.mul_(slope) if is_sigmoid else error).mul_(k_of_each[rows])
-        elif da_tile and is_sigmoid:
-            torch.addcmul(zero, error, slope, value=k_of_all, out=error)
-        elif da_tile:
-            error.mul_(k_of_all)
+        if row_k is not None:
+            (error.mul_(slope) if is_sigmoid else error).mul_(row_k[rows])
+        elif k is not None and is_sigmoid:
+            torch.addcmul(zero, error, slope, value=common_k, out=error)
+        elif k is not None:
+            error.mul_(common_k)
     return c.mul_(scale / 2), da
 
 
