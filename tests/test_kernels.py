@@ -102,6 +102,14 @@ def test_operator_passes_opcheck_and_writes_all_memory(name, args):
     check_operator(getattr(kernels, name), args)
 
 
+def test_class_indices_message_names_ignore_index_only_if_given():
+    target = torch.tensor([0, 3])
+    with pytest.raises(IndexError, match=r"Target 3 .* \[0, 3\)$"):
+        kernels.class_indices(target, 3, None)
+    with pytest.raises(IndexError, match=r"Target 3 .* \[0, 3\) or equal ignore_index=-100$"):
+        kernels.class_indices(target, 3, -100)
+
+
 # Kernel and formula
 
 

@@ -234,7 +234,8 @@ def prepare_head(
     D = W.shape[-1]
     batch = input.shape[:-1]
     N, positions = math.prod([*batch]), math.prod([*positions_shape])
-    x, b = input.reshape(N, D), scale_logits(b, logit_scale)
+    x = input.reshape(N, D)
+    b = scale_logits(b, logit_scale)
     if positions > 1:  # every position adds to x's gradient: add in float32
         x, W, b = widen(x), widen(W), None if b is None else widen(b)
     head_target = _read_target(

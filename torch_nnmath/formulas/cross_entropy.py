@@ -66,7 +66,7 @@ class CrossEntropy(Formula):
         return (k * target.subtract_from(target.total() * a)).to(z.dtype)
 
     @staticmethod
-    def tangent(ctx: Any, dz: Tensor | None, _: None, dp: Any, dt: Any, *rest: None) -> Tensor:
+    def tangent(ctx: Any, dz: Tensor | None, _dy: None, dp: Any, dt: Any, *_: None) -> Tensor:
         z, y, p, t, keep = ctx.saved_tensors
         target, l = Target(y, p, t, ctx.dim), log_softmax(z, keep, ctx.dim)
         dc = -Target(y, dp, dt, ctx.dim).dot(l)

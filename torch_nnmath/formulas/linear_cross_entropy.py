@@ -125,7 +125,7 @@ class LinearCrossEntropyCost(Function):
             return (None,) * 13
         inputs, (n, ω) = _restore(ctx)
         needs_gradient = InputValues.from_flat(ctx.needs_input_grad[2:])
-        if torch.compiler.is_compiling():  # compiled: a product that the compiler can fuse
+        if torch.compiler.is_compiling():  # compiled: dC has no value to check
             gradients = _scale(dC, ctx.gradients.select(needs_gradient), inputs)
             return None, None, *gradients.flatten(), None, None
         known_gradients = None
@@ -253,7 +253,7 @@ class LinearCrossEntropySecondOrder(KernelFormula):
     of x, W, b, p, t. With z = W x + b, l = v - lse(v), γβ = γ/ln β, ηβ = η/ln β, t' = π e_y + τ,
     T' = Σ t', B = γβ T + 2 ω lse - ηβ (l - a·l) and G = a ∘ B - γβ t:
 
-    R = U Wᵀ + X Vᵀ + σ,  r = (1 - (v/κ)²) ∘ R, which is R without a cap, as then Δ = G:
+    R = U Wᵀ + X Vᵀ + σ,  r = (1 - (v/κ)²) ∘ R (without a cap r = R and Δ = G):
     ρ_c = dc = (1/ln β)((T a - t)·r + (lse - v)·t'),  ρ_q = dq = 2 lse a·r,
     ρ_h = dh = -(1/ln β)(a ∘ (l - a·l))·r;
     dG = a ∘ ((r - a·r) ∘ (B - ηβ) + γβ T' + 2 ω a·r - η ρ_h) - γβ t',

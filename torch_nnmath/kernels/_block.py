@@ -64,6 +64,7 @@ class Workspace:
         return W.new_empty((W.shape[0], count)).T
 
     def iterate_blocks(self) -> Iterator[Block]:
+        """Each block is finished before the next, which reuses its memory."""
         for i, rows in enumerate(self.groups):
             yield Block(self, rows, is_first=i == 0)
 

@@ -114,7 +114,7 @@ def _write_rows(block: Block, results: RowResults, sums: Tensor, requests: Reque
 def _add_gradients(
     block: Block, coefficients: Coefficients, gradients: InputValues, needs_gradient: InputValues
 ) -> None:
-    """dX = Δ W,  dW += Δᵀ X,  db += Σ_rows Δ,  dp = γβ ln β dc/dp,  dt = -γβ l."""
+    """dX = Δ W,  dW += Δᵀ X,  db += Σ_rows Δ,  dp = γ dc/dp,  dt = -γβ l."""
     rows, z, W, γβ = block.rows, block.z, block.workspace.inputs.W, coefficients.γβ
     if needs_gradient.p:
         gradients.p[rows] = γβ * block.compute_derivative_wrt_p()
