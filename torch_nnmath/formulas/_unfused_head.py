@@ -82,7 +82,7 @@ def compute_second_order(*flat: Any) -> tuple[Tensor | None, ...]:
 
     z = mask_ignored(keep, Affine.apply(x, W, b))
     R = mask_ignored(keep, Affine.apply(u, W, None) + Affine.apply(x, V, σ))
-    v, slope, curvature = z, 1.0, 0.0  # dv/dz, and its derivative over itself
+    v, slope, curvature = z, 1.0, 0.0  # dv/dz, and d²v/dz² over dv/dz
     if cap is not None:
         tanh = Tanh.apply(z / cap)
         v, slope, curvature = cap * tanh, (1 - tanh) * (1 + tanh), -2 / cap * tanh

@@ -261,7 +261,7 @@ class LinearCrossEntropySecondOrder(KernelFormula):
 
     (`HeadInputs` flat, `UpstreamGradients`, direction (`InputValues`), which gradients are needed)
     -> ρ_c, ρ_q, ρ_h (None without η) and the gradients of Σ γ ρ_c + ω ρ_q + η ρ_h (`InputValues`):
-    of x Q W + Δ V, of W Qᵀ X + Δᵀ U, of b Σ_rows Q, of t γβ (a·r - r).
+    dx = Q W + Δ V,  dW = Qᵀ X + Δᵀ U,  db = Σ_rows Q,  dt = γβ (a·r - r).
     """
 
     @staticmethod

@@ -257,7 +257,7 @@ class _SecondOrder:
         return self.block.ev / self.block.s * self.ar - self.avr
 
     def add_gradients(self, gradients: InputValues, needs_gradient: InputValues) -> None:
-        """Of x Q W + Δ V,  of W Qᵀ X + Δᵀ U,  of b Σ_rows Q,  of p and t γβ (a·r - r)."""
+        """dx = Q W + Δ V,  dW = Qᵀ X + Δᵀ U,  db = Σ_rows Q,  dt = γβ (a·r - r), dp = dt_y."""
         block, γβ, ar = self.block, self.coefficients.γβ, self.ar
         if needs_gradient.p:
             gradients.p[block.rows] = γβ * (ar if self.r_y is None else ar - self.r_y)
