@@ -17,7 +17,7 @@ import truth
 from conftest import OperationRecorder, measure_peak_growth, needs_linux_maxrss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import faults
+from tolerance import find_errors
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -145,7 +145,7 @@ def test_drawn_options_have_the_value_and_gradients_of_the_truth(small_blocks):
 
     def find_faults(head: DrawnHead) -> list[str]:
         functions = {"head": head.compute_head, "logits": head.compute_from_logits}
-        return faults(
+        return find_errors(
             [f"{function}: {name}" for function in functions for name in ("value", *head.leaves)],
             [v for function in functions.values() for v in head.differentiate(function)],
             2 * head.differentiate(head.compute_truth),
@@ -283,7 +283,7 @@ def test_log_probs_and_entropy_equal_the_truth(small_blocks, sums, cap, scale, b
         gradients = torch.autograd.grad(weighted_sum(cotangents, values), leaves)
         return [*(v.detach() for v in values), *gradients]
 
-    messages = faults(
+    messages = find_errors(
         ["log_probs", "entropy", "x", "W", "b"],
         differentiate(compute),
         differentiate(compute_truth),

@@ -49,7 +49,7 @@ def real(**tensors: Any) -> None:
             )
 
 
-def given(**optional: Any) -> dict[str, Any]:
+def drop_none(**optional: Any) -> dict[str, Any]:
     """The arguments that are not None."""
     return {name: x for name, x in optional.items() if x is not None}
 
@@ -58,7 +58,9 @@ def writable(x: Tensor) -> None:
     """Before anything is written: autograd would say so too, but only after our forward."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return
-    if x.is_leaf or ((base := _torch.base(x)) is not None and base.is_leaf and base.requires_grad):
+    if x.is_leaf or (
+        (base := _torch.get_base(x)) is not None and base.is_leaf and base.requires_grad
+    ):
         raise RuntimeError(
             f"a {'' if x.is_leaf else 'view of a '}leaf Variable of shape {tuple(x.shape)} that "
             "requires grad is being used in an in-place operation"
@@ -150,7 +152,7 @@ def head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> No
     product("linear_weight", input, linear_weight, linear_bias, dims=None)
 
 
-def head_indices(input: Tensor, target: Tensor, C: int, positions: Sequence[int]) -> Tensor:
+def flatten_head_indices(input: Tensor, target: Tensor, C: int, positions: Sequence[int]) -> Tensor:
     """The head's class indices with one axis for the batch, checked against input's shape."""
     batch = input.shape[:-1]
     if len(batch) > 1:
@@ -212,7 +214,7 @@ def class_weight(weight: Tensor | None, C: int) -> None:
         )
 
 
-def axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
+def normalise_axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
     """Axes counted from the front; none for a tensor that has none, which `dim` calls -1 or 0."""
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     rank = max(x.dim(), 1)
@@ -228,7 +230,9 @@ def axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
     return axes if x.dim() else ()
 
 
-def reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
+def resolve_reduction(
+    reduction: str, size_average: bool | None = None, reduce: bool | None = None
+) -> str:
     """The reduction's name, checked; the deprecated arguments override it, as in PyTorch."""
     if size_average is not None or reduce is not None:
         mean = size_average is None or size_average

@@ -226,7 +226,7 @@ def prepare_head(
         targets = [Target(None, None, labels[..., d]) for d in range(positions)]
         total_weight: Any = N * positions if C else 0
     else:
-        target = check.head_indices(input, target, C, positions_shape)
+        target = check.flatten_head_indices(input, target, C, positions_shape)
         indices = read_indices(target.reshape(N, positions), C, target_options, logit_type)
         labels, keep, total_weight = indices.y, indices.keep, indices.total_weight
         targets = [

@@ -45,8 +45,8 @@ def reduce_examples(
             f"{name} needs input and target of one shape, got {tuple(input.shape)} and "
             f"{tuple(target.shape)}"
         )
-    reduction = check.reduction(reduction)
-    axes = check.axes(input, dim)
+    reduction = check.resolve_reduction(reduction)
+    axes = check.normalise_axes(input, dim)
     dtype = torch.promote_types(input.dtype, target.dtype)
     dtype, input, target = cast_for_loss(dtype, input, target)
     n = count_examples(input, *axes)

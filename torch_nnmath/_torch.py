@@ -46,8 +46,11 @@ def is_dynamo_loaded() -> bool:
 
 
 def is_jit_tracing() -> bool:
-    """Whether `torch.jit.trace` records. `torch.jit.is_tracing()` is for scripted code."""
-    return torch._C._get_tracing_state() is not None
+    """Whether `torch.jit.trace` records.
+
+    `torch.jit.is_tracing` is documented, but torch does not export it, so type checkers refuse it.
+    """
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def is_fx_tracing() -> bool:
@@ -91,22 +94,22 @@ def drop_tangent(x: Tensor) -> Tensor:
 # Tensors
 
 
-def own_storage(x: Tensor) -> Tensor:
+def drop_view_mark(x: Tensor) -> Tensor:
     """x as no view: a view that a Function returns could not be changed in place."""
     return torch.ops.aten._unsafe_view(x, x.shape)
 
 
-def base(x: Tensor) -> Tensor | None:
+def get_base(x: Tensor) -> Tensor | None:
     """The tensor that x is a view of."""
     return x._base
 
 
-def version(x: Tensor) -> int:
+def get_version(x: Tensor) -> int:
     """How often x was changed in place."""
     return x._version
 
 
-def storage_id(x: Tensor) -> int:
+def get_storage_id(x: Tensor) -> int:
     """An id of x's memory, also on the meta device, where `data_ptr` is 0."""
     return x.untyped_storage()._cdata
 
@@ -153,7 +156,7 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 # Modules
 
 
-def buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
+def get_buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
     """The dict of a module's own buffers. The public `named_buffers` skips those that are None."""
     return module._buffers
 
@@ -161,7 +164,7 @@ def buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
 # Tracers and the nodes of the autograd graph, for the checker
 
 
-def fake_tensor_mode() -> Any:
+def make_fake_tensor_mode() -> Any:
     """A FakeTensorMode that converts real tensors which meet fake ones. No public module has it."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -172,17 +175,17 @@ def trace_with_fx(function: Callable[..., Any], tracing_mode: Any) -> Callable[.
     return make_fx(function, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)
 
 
-def compiler_backend(name: str) -> Callable[..., Any]:
+def get_compiler_backend(name: str) -> Callable[..., Any]:
     """A backend of `torch.compile` by name. The public `list_backends` gives names only."""
     return torch._dynamo.lookup_backend(name)
 
 
-def node_function(node: Any) -> type[Function]:
+def get_node_function(node: Any) -> type[Function]:
     """The Function whose backward a graph node runs. The node has no public reference to it."""
     return node._forward_cls
 
 
-def gradient_dtype(node: Any, index: int) -> torch.dtype:
+def get_gradient_dtype(node: Any, index: int) -> torch.dtype:
     """The dtype of the gradient that a graph node receives at `index`. No public function tells."""
     variable = getattr(node, "variable", None)  # of a node that accumulates a leaf's gradient
     return node._input_metadata[index].dtype if variable is None else variable.dtype

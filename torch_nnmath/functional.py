@@ -71,7 +71,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> linear(torch.ones(1, 2), torch.tensor([[1., 2.], [3., 4.]]))
     tensor([[3., 7.]])
     """
-    check.real(input=input, weight=weight, **check.given(bias=bias))
+    check.real(input=input, weight=weight, **check.drop_none(bias=bias))
     check.product("weight", input, weight, bias, dims=(1, 2))
     input, weight, bias = cast_for_product(input, weight, bias)
     if weight.dim() == 2:
@@ -207,7 +207,7 @@ def mse_loss(
     >>> mse_loss(torch.tensor([1., 2.]), torch.tensor([1., 4.]))
     tensor(2.)
     """
-    check.real(input=input, target=target, **check.given(weight=weight))
+    check.real(input=input, target=target, **check.drop_none(weight=weight))
     if target.shape != input.shape:
         warnings.warn(
             f"Using a target size ({tuple(target.shape)}) that is different to the input size "
@@ -221,7 +221,7 @@ def mse_loss(
             f"Weights and input must have the same size, got {tuple(weight.shape)} and "
             f"{tuple(input.shape)}"
         )
-    reduction = check.reduction(reduction, size_average, reduce)
+    reduction = check.resolve_reduction(reduction, size_average, reduce)
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is None and not dtype.is_floating_point:
         raise NotImplementedError(f"mse_loss of {dtype}: cast input or target to a float type")
@@ -312,8 +312,8 @@ def categorical_cross_entropy(
     check.floating(probs=probs)
     check.real(target=target)
     check.base(base)
-    reduction = check.reduction(reduction)
-    (dim,) = check.axes(probs, dim) or (0,)
+    reduction = check.resolve_reduction(reduction)
+    (dim,) = check.normalise_axes(probs, dim) or (0,)
     dtype = torch.promote_types(probs.dtype, target.dtype)
     dtype, probs, target = cast_for_loss(dtype, probs, target)
     if target.is_floating_point():
@@ -380,10 +380,10 @@ def cross_entropy(
     >>> cross_entropy(torch.tensor([[0., 0.]]), torch.tensor([1]), base=2)
     tensor(1.)
     """
-    check.real(input=input, target=target, **check.given(weight=weight))
+    check.real(input=input, target=target, **check.drop_none(weight=weight))
     check.base(base)
     check.logits(logit_scale, softcap, z_loss)
-    reduction = check.reduction(reduction, size_average, reduce)
+    reduction = check.resolve_reduction(reduction, size_average, reduce)
     check.smoothing(label_smoothing)
     dtype, input, target, weight = cast_for_loss(input.dtype, input, target, weight)
     options = TargetOptions(weight, ignore_index, label_smoothing)
@@ -472,13 +472,13 @@ def linear_cross_entropy(
         input=input,
         linear_weight=linear_weight,
         target=target,
-        **check.given(linear_bias=linear_bias, weight=weight),
+        **check.drop_none(linear_bias=linear_bias, weight=weight),
     )
     check.logits(logit_scale, softcap, z_loss)
     target_options = TargetOptions(weight, ignore_index, label_smoothing)
     logit_options = LogitOptions(base, logit_scale, softcap)
     head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
-    return head.compute_loss(check.reduction(reduction), z_loss, return_stats)
+    return head.compute_loss(check.resolve_reduction(reduction), z_loss, return_stats)
 
 
 @check.support_torch_function
@@ -521,7 +521,7 @@ def linear_log_probs(
         input=input,
         linear_weight=linear_weight,
         target=target,
-        **check.given(linear_bias=linear_bias),
+        **check.drop_none(linear_bias=linear_bias),
     )
     check.logits(logit_scale, softcap, 0.0)
     if target.is_floating_point():
@@ -581,7 +581,7 @@ def feedforward(
     check.real(input=input)
     features = input
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check.real(**check.given(**{f"biases[{i}]": bias}), **{f"weights[{i}]": weight})
+        check.real(**check.drop_none(**{f"biases[{i}]": bias}), **{f"weights[{i}]": weight})
         check.product(f"weights[{i}]", features, weight, bias, dims=(2,))
         features = weight.T  # the next layer's input has as many features, and this dtype
     input, *parameters = cast_for_product(input, *weights, *biases)
