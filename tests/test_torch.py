@@ -193,7 +193,7 @@ def test_drop_tangent(is_batched):
 
 
 def test_drop_view_mark():
-    """A view that a Function returns cannot be changed in place; this can."""
+    """A Function's output that is a view cannot be modified in place; this can."""
 
     class Function(Double):
         @staticmethod

@@ -42,7 +42,7 @@ class Affine(Formula):
 
 
 def apply_affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """F1, as no view: a view that a Function returns could not be changed in place."""
+    """F1. A Function's output that is a view could not be modified in place, hence no view mark."""
     z = torch.nn.functional.linear(x, W, b)
     return _torch.drop_view_mark(z)
 
