@@ -686,3 +686,11 @@ def test_compiled_gradient_of_weighted_log_sum_exp_equals_softmax():
 
     compiled = torch.compile(lambda x, W: grad(lambda x: compute(x, W).sum())(x), fullgraph=True)
     torch.testing.assert_close(compiled(x, W), p[:, None] * (x @ W.T).softmax(1) @ W)
+
+
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.7, "softcap": 3.0, "z_loss": 0.01}])
+def test_head_compiled_with_symbolic_numbers_equals_eager(options):
+    arguments = torch.randn(5, D), torch.randn(C, D), torch.randint(C, (5,))
+    compiled = torch.compile(F.linear_cross_entropy, backend="eager", fullgraph=True, dynamic=True)
+    loss, expected = (f(*arguments, **options) for f in (compiled, F.linear_cross_entropy))
+    torch.testing.assert_close(loss, expected)
