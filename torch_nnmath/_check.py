@@ -101,7 +101,8 @@ def logits(scale: Any, cap: Any, z_loss: Any) -> None:
 def _finite(name: str, number: Any) -> None:
     if not isinstance(number, Real):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if not -math.inf < number < math.inf:  # Dynamo cannot trace `isfinite` of a symbol
+    value: Any = number  # since Real has no typed comparison
+    if not -math.inf < value < math.inf:  # Dynamo cannot trace `isfinite` of a symbol
         raise ValueError(f"{name} must be finite, got {number}")
 
 

@@ -42,7 +42,7 @@ def reduce_examples(
     """Returns the loss `name`: its formula sums over the axes `dim`, then examples are reduced."""
     if input.shape != target.shape:
         raise ValueError(
-            f"{name} needs input and target of one shape, got {tuple(input.shape)} and "
+            f"{name} needs input and target of the same shape, got {tuple(input.shape)} and "
             f"{tuple(target.shape)}"
         )
     reduction = check.resolve_reduction(reduction)
