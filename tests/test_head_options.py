@@ -17,7 +17,7 @@ import truth
 from conftest import OperationRecorder, measure_peak_growth, needs_linux_maxrss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import faults
+from tolerance import find_errors
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -145,7 +145,7 @@ def test_drawn_options_have_the_value_and_gradients_of_the_truth(small_blocks):
 
     def find_faults(head: DrawnHead) -> list[str]:
         functions = {"head": head.compute_head, "logits": head.compute_from_logits}
-        return faults(
+        return find_errors(
             [f"{function}: {name}" for function in functions for name in ("value", *head.leaves)],
             [v for function in functions.values() for v in head.differentiate(function)],
             2 * head.differentiate(head.compute_truth),
@@ -283,7 +283,7 @@ def test_log_probs_and_entropy_equal_the_truth(small_blocks, sums, cap, scale, b
         gradients = torch.autograd.grad(weighted_sum(cotangents, values), leaves)
         return [*(v.detach() for v in values), *gradients]
 
-    messages = faults(
+    messages = find_errors(
         ["log_probs", "entropy", "x", "W", "b"],
         differentiate(compute),
         differentiate(compute_truth),
@@ -686,3 +686,11 @@ def test_compiled_gradient_of_weighted_log_sum_exp_equals_softmax():
 
     compiled = torch.compile(lambda x, W: grad(lambda x: compute(x, W).sum())(x), fullgraph=True)
     torch.testing.assert_close(compiled(x, W), p[:, None] * (x @ W.T).softmax(1) @ W)
+
+
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.7, "softcap": 3.0, "z_loss": 0.01}])
+def test_head_compiled_with_symbolic_numbers_equals_eager(options):
+    arguments = torch.randn(5, D), torch.randn(C, D), torch.randint(C, (5,))
+    compiled = torch.compile(F.linear_cross_entropy, backend="eager", fullgraph=True, dynamic=True)
+    loss, expected = (f(*arguments, **options) for f in (compiled, F.linear_cross_entropy))
+    torch.testing.assert_close(loss, expected)

@@ -9,8 +9,8 @@ Inputs are drawn and cast to the dtype, and are exact from then on. The truth is
    final rounding of half an eps; layers may round between operations, as PyTorch's do. What is
    exactly 0 in the formula must be exactly 0.
 2. The largest error is at most the largest error of PyTorch's own operation at that dtype, plus
-   `roundings(dtype)` of the largest |truth|, or in float32 and float64 of how far the truth moves
-   when its inputs move (see `tolerance.py`).
+   `get_rounding_tolerance(dtype)` of the largest |truth|, or in float32 and float64 of how far the
+   truth moves when its inputs move (see `tolerance.py`).
 
 The gradients of each truth are themselves compared with finite differences of its value.
 """
@@ -38,7 +38,7 @@ from bounded_real import (
 )
 from conftest import limit_head_blocks
 from mpmath import mpf
-from tolerance import HALF, roundings
+from tolerance import HALF, get_rounding_tolerance
 from torch import Tensor
 
 import torch_nnmath.functional as F
@@ -568,7 +568,7 @@ def test_value_and_gradients_are_within_rounding_of_the_truth(function, options,
     results, pytorch_results = ([v, *torch.autograd.grad(v, case.leaves, G)] for v in values)
     G, *leaves = (to_reals(x, real) for x in (G, *case.leaves))
     truth = case.compute_truth(G, *leaves)
-    info, k = torch.finfo(dtype), roundings(dtype) * case.roundings
+    info, k = torch.finfo(dtype), get_rounding_tolerance(dtype) * case.roundings
     faults = []
     for i, (a, b, t) in enumerate(zip(results, pytorch_results, truth, strict=True)):
         assert (a.dtype, a.shape) == (b.dtype, b.shape) == (dtype, np.shape(t))

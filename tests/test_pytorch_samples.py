@@ -139,7 +139,7 @@ def find_faults(compute, compute_pytorch, compute_truth, tree, frozen=()):
         exact, _ = differentiate(compute_truth, pytree.tree_map(change_leaf, tree), frozen)
         return list(exact.values())
 
-    return lines + tolerance.faults(
+    return lines + tolerance.find_errors(
         list(expected), list(results.values()), list(expected.values()), differentiate_truth
     )
 

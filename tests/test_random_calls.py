@@ -26,7 +26,7 @@ from random_arguments import (
     RandomArguments,
     run_examples,
 )
-from tolerance import faults
+from tolerance import find_errors
 from torch import Tensor
 
 import torch_nnmath.functional as ours
@@ -454,7 +454,7 @@ def test_value_and_gradients_of_some_inputs_match(name: str):
                 assert_close(key, d, e, 1e-12)
         else:
             plain = compute(call.compute_expected)
-            lines = faults(
+            lines = find_errors(
                 names, found, plain, lambda change: compute(call.compute_expected, change)
             )
             assert not lines, "\n".join(lines)

@@ -192,13 +192,13 @@ def test_drop_tangent(is_batched):
     assert torch.equal(tangent, x)  # and not 2 x
 
 
-def test_own_storage():
-    """A view that a Function returns cannot be changed in place; this can."""
+def test_drop_view_mark():
+    """A Function's output that is a view cannot be modified in place; this can."""
 
     class Function(Double):
         @staticmethod
         def forward(x):
-            return _torch.own_storage((2 * x).view(2, 1))
+            return _torch.drop_view_mark((2 * x).view(2, 1))
 
         @staticmethod
         def backward(ctx, g):
@@ -211,23 +211,23 @@ def test_own_storage():
     assert torch.equal(g, torch.tensor([2.0, 2.0]))
 
 
-def test_base():
+def test_get_base():
     owner = torch.zeros(3)
-    assert _torch.base(owner[1:]) is owner
-    assert _torch.base(owner) is None
+    assert _torch.get_base(owner[1:]) is owner
+    assert _torch.get_base(owner) is None
 
 
-def test_version():
+def test_get_version():
     owner = torch.zeros(3)
-    before = _torch.version(owner)
+    before = _torch.get_version(owner)
     owner.view(3).add_(1)
-    assert _torch.version(owner) == before + 1
+    assert _torch.get_version(owner) == before + 1
 
 
-def test_storage_id():
+def test_get_storage_id():
     owner, other = (torch.zeros(3, device="meta") for _ in range(2))
-    assert _torch.storage_id(owner[1:]) == _torch.storage_id(owner)
-    assert _torch.storage_id(owner) != _torch.storage_id(other)
+    assert _torch.get_storage_id(owner[1:]) == _torch.get_storage_id(owner)
+    assert _torch.get_storage_id(owner) != _torch.get_storage_id(other)
 
 
 def test_assert_async():
@@ -279,17 +279,17 @@ def test_tree_map():
     assert _torch.tree_map(lambda v: v + 1, [1, (2, {"a": 3})]) == [2, (3, {"a": 4})]
 
 
-def test_buffers():
+def test_get_buffers():
     module = torch.nn.Module()
     module.register_buffer("unset", None)
     module.register_buffer("calls", x)
-    assert _torch.buffers(module) == {"unset": None, "calls": x}
-    _torch.buffers(module)["calls"] = None
+    assert _torch.get_buffers(module) == {"unset": None, "calls": x}
+    _torch.get_buffers(module)["calls"] = None
     assert module.calls is None
 
 
-def test_fake_tensor_mode():
-    with _torch.fake_tensor_mode() as mode:
+def test_make_fake_tensor_mode():
+    with _torch.make_fake_tensor_mode() as mode:
         y = mode.from_tensor(x) + x  # x is a real tensor
     assert y.fake_mode is mode
     assert y.shape == x.shape
@@ -302,23 +302,23 @@ def test_trace_with_fx(mode):
     torch.testing.assert_close(graph(2 * x), 2 * x + 1)
 
 
-def test_compiler_backend():
-    compiled = torch.compile(torch.sin, backend=_torch.compiler_backend("eager"))
+def test_get_compiler_backend():
+    compiled = torch.compile(torch.sin, backend=_torch.get_compiler_backend("eager"))
     torch.testing.assert_close(compiled(x), x.sin())
 
 
-def test_node_function():
+def test_get_node_function():
     node = Double.apply(x.clone().requires_grad_()).grad_fn
-    assert _torch.node_function(node) is Double
+    assert _torch.get_node_function(node) is Double
 
 
-def test_gradient_dtype():
+def test_get_gradient_dtype():
     leaf = x.clone().double().requires_grad_()
     node = Double.apply(leaf.float()).grad_fn
     conversion, index = node.next_functions[0]
-    assert _torch.gradient_dtype(conversion, index) == torch.float32
+    assert _torch.get_gradient_dtype(conversion, index) == torch.float32
     accumulation, index = conversion.next_functions[0]
-    assert _torch.gradient_dtype(accumulation, index) == torch.float64
+    assert _torch.get_gradient_dtype(accumulation, index) == torch.float64
 
 
 def test_every_function_has_a_test():

@@ -23,7 +23,7 @@ HALF = (torch.float16, torch.bfloat16)
 FLOAT32_TO_64 = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
 
-def roundings(dtype: torch.dtype) -> float:
+def get_rounding_tolerance(dtype: torch.dtype) -> float:
     """Returns the relative error that counts as rounding: 4 eps, in half precision one."""
     return (1 if dtype in HALF else 4) * torch.finfo(dtype).eps
 
@@ -38,7 +38,7 @@ def make_perturbation(seed: int) -> Callable[[Tensor], Tensor]:
     return perturb
 
 
-def distance(x: Tensor, y: Tensor | float) -> float:
+def compute_distance(x: Tensor, y: Tensor | float) -> float:
     """Returns the largest |x - y| over the entries that are not nan in both."""
     d = (x.double() - y).abs()
     if isinstance(y, Tensor):
@@ -46,7 +46,7 @@ def distance(x: Tensor, y: Tensor | float) -> float:
     return d.max().item() if d.numel() else 0.0
 
 
-def faults(
+def find_errors(
     names: Sequence[str],
     ours: Sequence[Tensor],
     theirs: Sequence[Tensor],
@@ -64,16 +64,17 @@ def faults(
             got, expected = f"{a.dtype} {tuple(a.shape)}", f"{b.dtype} {tuple(b.shape)}"
             lines.append(f"{name}: expected {expected}, got {got}")
             continue
-        error, allowed, scale = distance(a, t), distance(b, t), distance(t.nan_to_num(), 0.0)
-        k = roundings(a.dtype)
+        error, allowed = compute_distance(a, t), compute_distance(b, t)
+        scale = compute_distance(t.nan_to_num(), 0.0)
+        k = get_rounding_tolerance(a.dtype)
         if not error <= allowed + k * scale and a.dtype not in HALF:
             scale = max(
-                scale, *(distance(truth(make_perturbation(s))[i], t) / STEP for s in (1, 2))
+                scale, *(compute_distance(truth(make_perturbation(s))[i], t) / STEP for s in (1, 2))
             )
             if a.dtype == torch.float64:
                 in_float32 = truth(Tensor.float)[i]
                 of_rounded_inputs = truth(lambda x: x.float().double())[i]
-                error_in_float32 = distance(in_float32, of_rounded_inputs)
+                error_in_float32 = compute_distance(in_float32, of_rounded_inputs)
                 allowed = max(allowed, error_in_float32 * FLOAT32_TO_64)
         if not error <= allowed + k * scale:
             eps = torch.finfo(a.dtype).eps * scale

@@ -1,4 +1,4 @@
-"""What the public functions ask of their arguments: PyTorch's exception types, and what to do."""
+"""Argument checks of the public functions. Errors have PyTorch's types and say what to do."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ R = TypeVar("R")
 
 
 def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a public function: it honours `__torch_function__` of every argument.
+    """Decorates a public function so that it honours `__torch_function__` of every argument.
 
-    Arguments inside a list or a tuple count, too.
+    This includes arguments inside a list or a tuple.
     """
 
     @functools.wraps(function)
@@ -39,26 +39,29 @@ def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def real(**tensors: Any) -> None:
+    """Raises a TypeError for an argument that is complex or not a tensor."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
         if x.is_complex():
             raise TypeError(
-                f"{name} is complex ({x.dtype}): these formulas are real; pass its real and "
+                f"{name} has dtype {x.dtype}: complex tensors are not supported; pass real and "
                 "imaginary parts as two features"
             )
 
 
-def given(**optional: Any) -> dict[str, Any]:
-    """The arguments that are not None."""
+def drop_none(**optional: Any) -> dict[str, Any]:
+    """Returns the arguments that are not None."""
     return {name: x for name, x in optional.items() if x is not None}
 
 
 def writable(x: Tensor) -> None:
-    """Before anything is written: autograd would say so too, but only after our forward."""
+    """Raises before the input is overwritten; autograd's own error would come after our forward."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return
-    if x.is_leaf or ((base := _torch.base(x)) is not None and base.is_leaf and base.requires_grad):
+    if x.is_leaf or (
+        (base := _torch.get_base(x)) is not None and base.is_leaf and base.requires_grad
+    ):
         raise RuntimeError(
             f"a {'' if x.is_leaf else 'view of a '}leaf Variable of shape {tuple(x.shape)} that "
             "requires grad is being used in an in-place operation"
@@ -66,6 +69,7 @@ def writable(x: Tensor) -> None:
 
 
 def floating(**tensors: Tensor) -> None:
+    """Raises a TypeError for an argument that is not a tensor of real floating-point numbers."""
     real(**tensors)
     for name, x in tensors.items():
         if not x.is_floating_point():
@@ -73,12 +77,13 @@ def floating(**tensors: Tensor) -> None:
 
 
 def base(base: float) -> None:
+    """Checks the base of a logarithm."""
     if not (0 < base < math.inf and base != 1):
         raise ValueError(f"base must be positive, finite and not 1, got {base}")
 
 
 def logits(scale: Any, cap: Any, z_loss: Any) -> None:
-    """The options that change logits, and the z-loss's coefficient."""
+    """Checks the options that change logits, and the z-loss coefficient."""
     if isinstance(scale, Tensor):
         real(logit_scale=scale)
         if scale.dim():
@@ -96,16 +101,19 @@ def logits(scale: Any, cap: Any, z_loss: Any) -> None:
 def _finite(name: str, number: Any) -> None:
     if not isinstance(number, Real):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if not math.isfinite(number):
+    value: Any = number  # since Real has no typed comparison
+    if not -math.inf < value < math.inf:  # Dynamo cannot trace `isfinite` of a symbol
         raise ValueError(f"{name} must be finite, got {number}")
 
 
 def smoothing(label_smoothing: float) -> None:
+    """Raises PyTorch's error for a label smoothing outside [0, 1]."""
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
 
 
 def shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    """Raises a ValueError if x has another shape."""
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
 
@@ -113,6 +121,10 @@ def shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
 def product(
     name: str, input: Tensor, weight: Tensor, bias: Tensor | None, dims: tuple[int, ...] | None
 ) -> None:
+    """Checks shapes and dtypes of an affine map.
+
+    `name` is that of the weight, `dims` are the numbers of axes that it may have (None: any).
+    """
     if dims is not None and weight.dim() not in dims:
         raise RuntimeError(
             f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape "
@@ -132,7 +144,7 @@ def product(
 
 
 def head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    """Shapes and types of the head's features, weight and bias."""
+    """Checks shapes and dtypes of the head's features, weight and bias."""
     if linear_weight.dim() < 2:
         raise RuntimeError(
             f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
@@ -150,8 +162,8 @@ def head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> No
     product("linear_weight", input, linear_weight, linear_bias, dims=None)
 
 
-def head_indices(input: Tensor, target: Tensor, C: int, positions: Sequence[int]) -> Tensor:
-    """The head's class indices with one axis for the batch, checked against input's shape."""
+def flatten_head_indices(input: Tensor, target: Tensor, C: int, positions: Sequence[int]) -> Tensor:
+    """Returns the head's class indices, checked against input's shape, with one batch axis."""
     batch = input.shape[:-1]
     if len(batch) > 1:
         if target.shape != batch:
@@ -160,12 +172,13 @@ def head_indices(input: Tensor, target: Tensor, C: int, positions: Sequence[int]
                 f"{tuple(batch)} or {(*batch, C)}, got {tuple(target.shape)}"
             )
         target = target.flatten()
-    N = math.prod([*batch])
-    indices((*[N] * (len(batch) > 0), C, *positions), target)
+    leading = [math.prod([*batch])] if batch else []
+    indices((*leading, C, *positions), target)
     return target
 
 
 def no_ignore_index(ignore_index: int | None, target: Tensor) -> None:
+    """Refuses an `ignore_index` for a target of probabilities, as PyTorch's head does."""
     if ignore_index is not None:
         raise RuntimeError(
             "ignore_index cannot be specified when target contains probabilities, got "
@@ -174,6 +187,7 @@ def no_ignore_index(ignore_index: int | None, target: Tensor) -> None:
 
 
 def probabilities(target: Tensor, ignore_index: int) -> None:
+    """Checks a target whose shape is that of the logits."""
     if not target.is_floating_point():
         raise RuntimeError(
             "Expected floating point type for target with class probabilities, got "
@@ -184,7 +198,7 @@ def probabilities(target: Tensor, ignore_index: int) -> None:
 
 
 def indices(logits: Sequence[int], target: Tensor) -> None:
-    """The shape of class indices against that of logits, (C) or (N, C, d_1, ...); their dtype."""
+    """Checks shape and dtype of class indices for logits (C) or (N, C, d_1, ...)."""
     got = f"got logits {tuple(logits)} and target {tuple(target.shape)}"
     if len(logits) > 1:
         if target.shape[:1] != tuple(logits[:1]):
@@ -205,6 +219,7 @@ def indices(logits: Sequence[int], target: Tensor) -> None:
 
 
 def class_weight(weight: Tensor | None, C: int) -> None:
+    """Checks the shape of class weights."""
     if weight is not None and weight.shape != (C,):
         raise RuntimeError(
             f"weight tensor should be defined either for all {C} classes or no classes, got a "
@@ -212,8 +227,11 @@ def class_weight(weight: Tensor | None, C: int) -> None:
         )
 
 
-def axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
-    """Axes counted from the front; none for a tensor that has none, which `dim` calls -1 or 0."""
+def normalise_axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns `dim` as non-negative axes.
+
+    A tensor without axes accepts -1 and 0 and gives ().
+    """
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     rank = max(x.dim(), 1)
     for d in dims:
@@ -228,8 +246,10 @@ def axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
     return axes if x.dim() else ()
 
 
-def reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
-    """The reduction's name, checked; the deprecated arguments override it, as in PyTorch."""
+def resolve_reduction(
+    reduction: str, size_average: bool | None = None, reduce: bool | None = None
+) -> str:
+    """Returns the checked reduction. The deprecated arguments override it, as in PyTorch."""
     if size_average is not None or reduce is not None:
         mean = size_average is None or size_average
         summed = reduce is None or reduce

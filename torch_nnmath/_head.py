@@ -291,7 +291,7 @@ def _read_target(
         labels = t.reshape(N, C, positions).to(wide_type(input.dtype))
         targets = [Target(None, None, labels[..., d]) for d in range(positions)]
         return _HeadTarget(targets, None, N * positions if C else 0, labels, output_dtype)
-    target = check.head_indices(input, target, C, positions_shape)
+    target = check.flatten_head_indices(input, target, C, positions_shape)
     indices = read_indices(target.reshape(N, positions), C, options, logit_dtype)
     y, p = indices.y, indices.p
     targets = [

@@ -1,4 +1,4 @@
-"""Types of arithmetic: half precision is computed in float32 and rounded once; autocast's rules."""
+"""Types of arithmetic: half types are computed in float32 and rounded once; autocast's rules."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def wide_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Casts x to the type that it is computed in."""
+    """Casts x to `wide_type` of its dtype."""
     return x.float() if x.dtype in HALF else x
 
 
 def bool_to_int(x: Tensor) -> Tensor:
-    """Casts bool to int, which can be subtracted."""
+    """Casts bool to int, since bool cannot be subtracted."""
     return x.int() if x.dtype == torch.bool else x
 
 
 def zero_safe_product(t: Tensor, v: Tensor) -> Tensor:
-    """t v, and 0 where t is 0 and v infinite. Differentiable."""
+    """t v, but 0 where t is 0 and v infinite; differentiable."""
     return t * v.masked_fill((t == 0) & v.isinf(), 0)
 
 
@@ -42,7 +42,7 @@ def disable_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def cast_for_product(*tensors: Tensor | None) -> list[Any]:
-    """Casts operands of a product to autocast's type where it is on. float64 stays."""
+    """Casts operands of a product to autocast's dtype where autocast is on; float64 stays."""
     first = tensors[0]
     assert first is not None
     if not is_autocast(first):
@@ -55,7 +55,7 @@ def cast_for_product(*tensors: Tensor | None) -> list[Any]:
 
 
 def cast_for_loss(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The loss's dtype and its operands: under autocast half types become float32."""
+    """Returns the loss's dtype and operands; under autocast, half types become float32."""
     first = tensors[0]
     assert first is not None
     if not is_autocast(first):

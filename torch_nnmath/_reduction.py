@@ -17,9 +17,9 @@ from torch_nnmath._precision import cast_for_loss, wide_type
 def reduce_formula(
     reduction: str, n: Tensor | int, formula: Any, *inputs: Any, axes: Any = ()
 ) -> Tensor:
-    """The losses of a formula, reduced: each example's ("none"), Σ ("sum"), or Σ / n ("mean").
+    """Returns a formula's losses, reduced: of each example ("none"), Σ ("sum"), Σ / n ("mean").
 
-    "none" drops `axes`, over which the formula summed.
+    `axes` are those that the formula summed over. With "none" these axes, of size 1, are squeezed.
     """
     if reduction == "none":
         c: Tensor = formula.evaluate(*inputs)
@@ -39,18 +39,18 @@ def reduce_examples(
     formula: Any,
     *options: Any,
 ) -> Tensor:
-    """The loss `name`, summed by its formula over the axes `dim`, then reduced over examples."""
+    """Returns the loss `name`: its formula sums over the axes `dim`, then examples are reduced."""
     if input.shape != target.shape:
         raise ValueError(
-            f"{name} needs input and target of one shape, got {tuple(input.shape)} and "
+            f"{name} needs input and target of the same shape, got {tuple(input.shape)} and "
             f"{tuple(target.shape)}"
         )
-    reduction = check.reduction(reduction)
-    axes = check.axes(input, dim)
+    reduction = check.resolve_reduction(reduction)
+    axes = check.normalise_axes(input, dim)
     dtype = torch.promote_types(input.dtype, target.dtype)
     dtype, input, target = cast_for_loss(dtype, input, target)
     n = count_examples(input, *axes)
-    if reduction != "none":  # then it does not matter which axes are an example
+    if reduction != "none":  # a total does not depend on which axes form an example
         axes = tuple(range(input.dim()))
     last = tuple(range(-len(axes), 0))
     input, target = input.movedim(axes, last), target.movedim(axes, last)
@@ -59,9 +59,10 @@ def reduce_examples(
 
 
 def choose_divisor(reduction: str, n: Tensor | int, x: Tensor) -> Tensor | float:
-    """n for a mean, and 1 for a sum.
+    """Returns n for a mean, 1 for a sum.
 
-    A tensor in x's type of computation where 0 must give nan, or where a graph holds a size.
+    n becomes a tensor, in the dtype that x is computed in, if it is 0, since 0/0 must be nan, or
+    while compiling, so that the size is not baked into the graph.
     """
     if reduction == "sum":
         return 1.0
@@ -71,11 +72,11 @@ def choose_divisor(reduction: str, n: Tensor | int, x: Tensor) -> Tensor | float
 
 
 def count_examples(x: Tensor, *axes: int) -> int:
-    """The number of examples, whose own axes are `axes`."""
-    own_axes = {axis % max(x.dim(), 1) for axis in axes}
-    return math.prod([n for axis, n in enumerate(x.shape) if axis not in own_axes])
+    """The number of examples in x, where `axes` are the axes within one example."""
+    inner_axes = {axis % max(x.dim(), 1) for axis in axes}
+    return math.prod([n for axis, n in enumerate(x.shape) if axis not in inner_axes])
 
 
-def count_kept(keep: Tensor | None, rows: int) -> Tensor | int:
-    """The number of rows that are not ignored."""
-    return rows if keep is None else keep.sum()
+def count_kept(keep: Tensor | None, row_count: int) -> Tensor | int:
+    """The number of rows that are not ignored, of `row_count` rows."""
+    return row_count if keep is None else keep.sum()

@@ -15,7 +15,7 @@ from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors
 
 
 class TargetOptions(NamedTuple):
-    """What the losses take beside a target: its class weights, and how it is read."""
+    """Options of a target: its class weights and how it is interpreted."""
 
     weight: Tensor | None = None  # (C)
     ignore_index: int | None = None  # None is -100
@@ -23,16 +23,16 @@ class TargetOptions(NamedTuple):
 
 
 class IndexTarget(NamedTuple):
-    """Class indices, read."""
+    """Class indices, checked and converted."""
 
     y: Tensor  # 0 in ignored rows
-    keep: Tensor | None  # None if no row is known to be ignored
+    keep: Tensor | None  # None if it is known that no row is ignored
     p: Tensor  # weight of the class
-    smoothing: Tensor | None  # weight of every class, (C), without its class's share
-    total_weight: Tensor  # what a mean divides by
+    smoothing: Tensor | None  # weight of each class from label smoothing, (C); None without
+    total_weight: Tensor  # the divisor of a mean
 
     def make_target(self, y: Tensor, p: Tensor, dim: int, rank: int) -> Target:
-        """`Target` with y and p, whose classes are at `dim` of `rank` axes."""
+        """Returns the `Target` of y and p, which have `rank` axes, with the classes at `dim`."""
         t = self.smoothing
         if t is not None:
             t = t.view([-1 if d == dim else 1 for d in range(rank)])
@@ -40,11 +40,11 @@ class IndexTarget(NamedTuple):
 
 
 def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dtype) -> IndexTarget:
-    """Reads class indices for logits of `dtype`: the target is p e_y + smoothing."""
+    """Checks and converts class indices for logits of `dtype`: the target is p e_y + smoothing."""
     weight, ignore_index, label_smoothing = options
     check.class_weight(weight, C)
     if weight is not None and weight.dtype != dtype and not is_autocast(target):
-        raise RuntimeError(f"expected weight of type {dtype}, as input, got {weight.dtype}")
+        raise RuntimeError(f"weight must have input's dtype {dtype}, got {weight.dtype}")
     y, keep = kernels.class_indices(target, C, -100 if ignore_index is None else ignore_index)
     dtype = wide_type(dtype)
     w = None if weight is None else weight.to(dtype)
@@ -53,14 +53,15 @@ def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dt
     if label_smoothing:
         w = torch.ones((C,), dtype=dtype, device=target.device) if w is None else w
         p, smoothing = (1 - label_smoothing) * p, label_smoothing / max(C, 1) * w
-    keeps_all = are_plain_cpu_tensors(keep) and bool(keep.all())  # on a GPU this would wait
-    return IndexTarget(y, None if keeps_all else keep, p, smoothing, total_weight)
+    # only on the CPU: reading the value would synchronise a GPU
+    is_all_kept = are_plain_cpu_tensors(keep) and bool(keep.all())
+    return IndexTarget(y, None if is_all_kept else keep, p, smoothing, total_weight)
 
 
 def read_probabilities(
     target: Tensor, options: TargetOptions, dim: int, C: int, dtype: torch.dtype
 ) -> tuple[Tensor, torch.dtype]:
-    """Probabilities, smoothed and weighted, with the C classes at `dim`; and the loss's dtype."""
+    """Returns probabilities, smoothed and weighted, and the loss's dtype. Classes are at `dim`."""
     weight, _, label_smoothing = options
     check.class_weight(weight, C)
     dtype = torch.promote_types(dtype, target.dtype)

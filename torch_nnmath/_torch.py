@@ -35,23 +35,29 @@ def is_transformed() -> bool:
 def is_dynamo_tracing() -> bool:
     """Whether Dynamo traces, also in Dynamo's own Python code.
 
-    There `torch.compiler.is_compiling()` is False up to PyTorch 2.12.
+    There the public `torch.compiler.is_compiling()` is False up to PyTorch 2.12.
     """
     return CompileContext.try_get() is not None
 
 
 def is_dynamo_loaded() -> bool:
-    """Whether the compiler has been imported. `torch.compiler.disable` imports it."""
+    """Whether Dynamo, PyTorch's compiler, has been imported.
+
+    Until then nothing is compiled. `torch.compiler.disable` would import it, which takes seconds.
+    """
     return "torch._dynamo" in sys.modules
 
 
 def is_jit_tracing() -> bool:
-    """Whether `torch.jit.trace` records. `torch.jit.is_tracing()` is for scripted code."""
-    return torch._C._get_tracing_state() is not None
+    """Whether `torch.jit.trace` records.
+
+    `torch.jit.is_tracing` is documented, but torch does not export it, so type checkers refuse it.
+    """
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def is_fx_tracing() -> bool:
-    """Whether `make_fx` or an export records."""
+    """Whether `make_fx` or an export records. No public function tells."""
     return get_proxy_mode() is not None
 
 
@@ -69,13 +75,19 @@ def is_legacy_batch(x: Tensor) -> bool:
 
 
 def apply_without_signature(function: type[Function], inputs: Any) -> Any:
-    """`function.apply(*inputs)` outside of transforms, without its 10 µs of `inspect.signature`."""
+    """`function.apply(*inputs)` outside of transforms.
+
+    `Function.apply` itself calls `inspect.signature` each time, which takes 10 µs.
+    """
     apply: Any = super(Function, function).apply  # type: ignore[misc]  # untyped
     return apply(*unwrap_dead_wrappers(inputs))
 
 
 def enable_forward_mode() -> AbstractContextManager[Any]:
-    """Turns forward mode on inside a `jvp` rule, for which PyTorch turns it off at every level."""
+    """Turns forward mode on inside a `jvp` rule, where PyTorch turns it off at every level.
+
+    No public function turns it on.
+    """
     return forward_ad._set_fwd_grad_enabled(True)
 
 
@@ -91,29 +103,32 @@ def drop_tangent(x: Tensor) -> Tensor:
 # Tensors
 
 
-def own_storage(x: Tensor) -> Tensor:
-    """x as no view: a view that a Function returns could not be changed in place."""
+def drop_view_mark(x: Tensor) -> Tensor:
+    """x without autograd's view mark, in the same memory.
+
+    A Function's output that is a view could not be modified in place. Public operations that drop
+    the mark copy x.
+    """
     return torch.ops.aten._unsafe_view(x, x.shape)
 
 
-def base(x: Tensor) -> Tensor | None:
-    """The tensor that x is a view of."""
+def get_base(x: Tensor) -> Tensor | None:
+    """The tensor that x is a view of, or None. No public function tells."""
     return x._base
 
 
-def version(x: Tensor) -> int:
-    """How often x was changed in place."""
+def get_version(x: Tensor) -> int:
+    """How often x was modified in place. Only `_version` counts this."""
     return x._version
 
 
-def storage_id(x: Tensor) -> int:
-    """An id of x's memory, also on the meta device, where `data_ptr` is 0."""
+def get_storage_id(x: Tensor) -> int:
+    """An id of x's memory, also on the meta device, where the public `data_ptr` is 0."""
     return x.untyped_storage()._cdata
 
 
 def assert_async(condition: Tensor, message: str) -> None:
-    """Asserts on the device without a synchronisation. `torch._assert_async` is documented only
-    as private."""
+    """Asserts on the device, without a synchronisation. No public function does."""
     torch._assert_async(condition, message)
 
 
@@ -123,7 +138,7 @@ def has_forward_hooks(module: torch.nn.Module) -> bool:
 
 
 def make_wrapper(cls: type[Tensor], shape: torch.Size, **options: Any) -> Any:
-    """A tensor subclass's instance without memory."""
+    """An instance of a tensor subclass without memory. No public constructor makes one."""
     return Tensor._make_wrapper_subclass(cls, shape, **options)
 
 
@@ -131,29 +146,32 @@ def make_wrapper(cls: type[Tensor], shape: torch.Size, **options: Any) -> Any:
 
 
 def disable_torch_function() -> AbstractContextManager[Any]:
-    """Calls inside skip `__torch_function__` of subclasses, but not of modes."""
+    """Calls inside skip `__torch_function__` of subclasses, but not of modes.
+
+    PyTorch's documentation names this class for the purpose; no public name exists.
+    """
     return torch._C.DisableTorchFunctionSubclass()
 
 
 def disable_dispatch_modes() -> AbstractContextManager[Any]:
-    """Operations inside skip every active `TorchDispatchMode`."""
+    """Operations inside skip every active `TorchDispatchMode`. No public function does this."""
     return _disable_current_modes()
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """The leaves of nested lists, tuples and dicts."""
+    """The leaves of nested lists, tuples and dicts. PyTorch's pytree module is private."""
     return _pytree.tree_leaves(tree)
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """`function` of every leaf, in the same nesting."""
+    """`function` of every leaf, in the same nesting. PyTorch's pytree module is private."""
     return _pytree.tree_map(function, tree)
 
 
 # Modules
 
 
-def buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
+def get_buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
     """The dict of a module's own buffers. The public `named_buffers` skips those that are None."""
     return module._buffers
 
@@ -161,28 +179,33 @@ def buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
 # Tracers and the nodes of the autograd graph, for the checker
 
 
-def fake_tensor_mode() -> Any:
-    """A FakeTensorMode that converts real tensors which meet fake ones. No public module has it."""
+def make_fake_tensor_mode() -> Any:
+    """A FakeTensorMode that accepts real tensors together with fake ones.
+
+    It has no public import.
+    """
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def trace_with_fx(function: Callable[..., Any], tracing_mode: Any) -> Callable[..., Any]:
-    """`make_fx` that accepts real tensors in the function's closure: its option for that is
-    private."""
+    """`make_fx` that accepts real tensors in the function's closure.
+
+    Its option for that is private.
+    """
     return make_fx(function, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)
 
 
-def compiler_backend(name: str) -> Callable[..., Any]:
+def get_compiler_backend(name: str) -> Callable[..., Any]:
     """A backend of `torch.compile` by name. The public `list_backends` gives names only."""
     return torch._dynamo.lookup_backend(name)
 
 
-def node_function(node: Any) -> type[Function]:
+def get_node_function(node: Any) -> type[Function]:
     """The Function whose backward a graph node runs. The node has no public reference to it."""
     return node._forward_cls
 
 
-def gradient_dtype(node: Any, index: int) -> torch.dtype:
+def get_gradient_dtype(node: Any, index: int) -> torch.dtype:
     """The dtype of the gradient that a graph node receives at `index`. No public function tells."""
     variable = getattr(node, "variable", None)  # of a node that accumulates a leaf's gradient
     return node._input_metadata[index].dtype if variable is None else variable.dtype

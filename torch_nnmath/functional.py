@@ -1,7 +1,7 @@
 """The formulas as functions: PyTorch's signatures, argument checks, shapes and reductions.
 
-What bears PyTorch's name takes PyTorch's arguments, raises PyTorch's exception types and returns
-PyTorch's values; the gradients are this library's own (see `torch_nnmath.formulas`).
+A function with PyTorch's name takes PyTorch's arguments, raises PyTorch's exception types and
+returns PyTorch's values; the gradients are this library's own (see `torch_nnmath.formulas`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,7 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
-from torch_nnmath._head import (
-    LogitOptions,
-    is_scaled,
-    measure_logits,
-    prepare_head,
-    scale_logits,
-)
+from torch_nnmath._head import LogitOptions, is_scaled, measure_logits, prepare_head, scale_logits
 from torch_nnmath._precision import bool_to_int, cast_for_loss, cast_for_product, is_autocast, widen
 from torch_nnmath._records import Target
 from torch_nnmath._reduction import (
@@ -59,26 +53,26 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         input: (*, in_features).
         weight: (out_features, in_features), or (in_features).
-        bias: (out_features), or () beside a one-dimensional weight.
+        bias: (out_features), or () with a one-dimensional weight.
 
     Returns:
         (*, out_features), or (*) for a one-dimensional weight.
 
     Raises:
         RuntimeError: if shapes or dtypes do not fit together.
-        TypeError: if an argument is complex or no tensor.
+        TypeError: if an argument is complex or not a tensor.
 
     >>> linear(torch.ones(1, 2), torch.tensor([[1., 2.], [3., 4.]]))
     tensor([[3., 7.]])
     """
-    check.real(input=input, weight=weight, **check.given(bias=bias))
+    check.real(input=input, weight=weight, **check.drop_none(bias=bias))
     check.product("weight", input, weight, bias, dims=(1, 2))
     input, weight, bias = cast_for_product(input, weight, bias)
     if weight.dim() == 2:
         return formulas.Affine.evaluate(input, weight, bias)
     if bias is not None and bias.dim():
         raise RuntimeError(
-            f"beside a weight of shape {tuple(weight.shape)} the bias must have shape (), got "
+            f"a weight of shape {tuple(weight.shape)} needs a bias of shape (), got "
             f"{tuple(bias.shape)}"
         )
     product = formulas.Affine.evaluate(input, weight.unsqueeze(0), None).squeeze(-1)
@@ -87,7 +81,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @check.support_torch_function
 def sigmoid(input: Tensor) -> Tensor:
-    """`torch.sigmoid`: 1/(1 + e^-input), elementwise (F6). Complex input is a TypeError.
+    """`torch.sigmoid`: 1/(1 + e^-input), elementwise (F6). Raises TypeError for complex input.
 
     >>> sigmoid(torch.tensor([0.]))
     tensor([0.5000])
@@ -98,7 +92,7 @@ def sigmoid(input: Tensor) -> Tensor:
 
 @check.support_torch_function
 def tanh(input: Tensor) -> Tensor:
-    """`torch.tanh`, elementwise (F2). Complex input is a TypeError.
+    """`torch.tanh`, elementwise (F2). Raises TypeError for complex input.
 
     >>> tanh(torch.tensor([0.]))
     tensor([0.])
@@ -111,7 +105,7 @@ def tanh(input: Tensor) -> Tensor:
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """`F.relu`: max(0, input), elementwise; nan stays nan, the derivative at 0 is 0 (F2).
 
-    Complex input is a TypeError, bool a RuntimeError. With `inplace`, the input is written over.
+    Raises TypeError for complex and RuntimeError for bool input. `inplace` overwrites the input.
 
     >>> relu(torch.tensor([-1., 2.]))
     tensor([0., 2.])
@@ -133,13 +127,13 @@ def softmax(
 
     Args:
         input: any shape.
-        dim: the axis that sums to 1; without it PyTorch's old choice is made, with a warning.
-        dtype: the input is cast to it first.
+        dim: the axis that sums to 1; None selects PyTorch's deprecated default, with a warning.
+        dtype: if given, the input is cast to it first.
 
     Raises:
         IndexError: if `dim` is out of range.
-        NotImplementedError: if the type to compute in is an integer.
-        TypeError: if input is complex or no tensor.
+        NotImplementedError: if the input, after the cast, is of integer type.
+        TypeError: if input is complex or not a tensor.
 
     >>> softmax(torch.tensor([0., 0.]), dim=0)
     tensor([0.5000, 0.5000])
@@ -159,7 +153,7 @@ def softmax(
 
 @check.support_torch_function
 def softmax_jacobian(input: Tensor, dim: int) -> Tensor:
-    """The Jacobian of softmax as a matrix, diag(a) - a aᵀ (F17): for teaching and checking.
+    """The Jacobian of softmax as a matrix, diag(a) - a aᵀ (F17), for teaching and checking.
 
     Args:
         input: (*, n, *), the n at `dim`.
@@ -169,7 +163,7 @@ def softmax_jacobian(input: Tensor, dim: int) -> Tensor:
 
     Raises:
         IndexError: if `dim` is out of range, or input has no axis.
-        TypeError: if input is complex or no tensor.
+        TypeError: if input is complex or not a tensor.
 
     >>> softmax_jacobian(torch.tensor([0., 0.]), dim=0)
     tensor([[ 0.2500, -0.2500],
@@ -193,21 +187,21 @@ def mse_loss(
     """`F.mse_loss`: (input - target)², twice F4 of each element.
 
     Args:
-        input, target: of one shape; another is broadcast, with a warning.
+        input, target: of the same shape; a different one is broadcast, with a warning.
         size_average, reduce: deprecated, as in PyTorch.
         reduction: "none", "sum", or "mean" over the elements.
-        weight: of input's shape; factors of the elements, whose sum "mean" divides by.
+        weight: one factor for each element, in input's shape; "mean" divides by their sum.
 
     Raises:
         ValueError: for an unknown reduction, or a weight of another shape.
         RuntimeError: if input and target do not broadcast.
         NotImplementedError: if input and target are both integers, and no weight is given.
-        TypeError: if an argument is complex or no tensor.
+        TypeError: if an argument is complex or not a tensor.
 
     >>> mse_loss(torch.tensor([1., 2.]), torch.tensor([1., 4.]))
     tensor(2.)
     """
-    check.real(input=input, target=target, **check.given(weight=weight))
+    check.real(input=input, target=target, **check.drop_none(weight=weight))
     if target.shape != input.shape:
         warnings.warn(
             f"Using a target size ({tuple(target.shape)}) that is different to the input size "
@@ -221,24 +215,27 @@ def mse_loss(
             f"Weights and input must have the same size, got {tuple(weight.shape)} and "
             f"{tuple(input.shape)}"
         )
-    reduction = check.reduction(reduction, size_average, reduce)
+    reduction = check.resolve_reduction(reduction, size_average, reduce)
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is None and not dtype.is_floating_point:
-        raise NotImplementedError(f"mse_loss of {dtype}: cast input or target to a float type")
+        raise NotImplementedError(f"mse_loss does not support {dtype}: cast to a float type")
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
     dtype, input, target, weight = cast_for_loss(dtype, input, target, weight)
     input, target = bool_to_int(input), bool_to_int(target)
     if target.shape != input.shape:
         input, target = torch.broadcast_tensors(input, target)
+    scale = 2.0  # PyTorch's loss lacks the ½ of F4
     if weight is not None:
-        weight = widen(weight)  # once: both of its gradients are added before they are rounded
-        c = formulas.SquaredError.evaluate(input, target, 0, 2.0) * weight
+        # widen once, so that the gradients from product and divisor are added in float32
+        weight = widen(weight)
+        c = formulas.SquaredError.evaluate(input, target, 0, scale) * weight
         n = 1.0 if reduction == "sum" else weight.sum()
         loss = c if reduction == "none" else formulas.Cost.evaluate(c, n)
-        return loss.to(dtype) if dtype.is_floating_point or reduction != "mean" else loss
-    axes = 0 if reduction == "none" else input.dim()
-    inputs = input, target, axes, 2.0
+        is_integer_mean = reduction == "mean" and not dtype.is_floating_point
+        return loss if is_integer_mean else loss.to(dtype)  # an integer mean stays float
+    axis_count = 0 if reduction == "none" else input.dim()
+    inputs = input, target, axis_count, scale
     return reduce_formula(reduction, input.numel(), formulas.SquaredError, *inputs).to(dtype)
 
 
@@ -249,7 +246,7 @@ def squared_error(
     """½ Σ (target - input)² over the axes `dim` of an example (F4), and its cost (F3).
 
     Args:
-        input, target: of exactly one shape.
+        input, target: of the same shape; they are not broadcast.
         reduction: "none" (a loss for each example), "sum", or "mean" over the examples.
         dim: the axis or axes of one example.
 
@@ -272,7 +269,7 @@ def sigmoid_squared_error(
 ) -> Tensor:
     """½ Σ (target - σ(input))² over the axes `dim` of an example (F9, F11), and its cost (F3).
 
-    `input` are pre-activations; arguments and errors are those of `squared_error`.
+    `input` holds pre-activations; arguments and errors are those of `squared_error`.
 
     >>> sigmoid_squared_error(torch.tensor([0., 0.]), torch.tensor([1., 0.]))
     tensor(0.2500)
@@ -295,11 +292,11 @@ def categorical_cross_entropy(
 
     Args:
         probs: (*, C, *) probabilities, the C classes at `dim`.
-        target: class indices, (*, *), or probabilities of probs' shape.
-        base: the logarithm's, positive and not 1.
+        target: class indices, (*, *), or probabilities in the shape of probs.
+        base: base of the logarithm; positive, not 1.
         reduction: "none" (a loss for each example), "sum", or "mean" over the examples.
 
-    0 log 0 is 0; a true class of probability 0 costs inf.
+    0 log 0 is 0. If the target class has probability 0, the loss is inf.
 
     Raises:
         ValueError: for an unknown reduction, a bad base, or a target of another shape.
@@ -312,15 +309,15 @@ def categorical_cross_entropy(
     check.floating(probs=probs)
     check.real(target=target)
     check.base(base)
-    reduction = check.reduction(reduction)
-    (dim,) = check.axes(probs, dim) or (0,)
+    reduction = check.resolve_reduction(reduction)
+    (dim,) = check.normalise_axes(probs, dim) or (0,)
     dtype = torch.promote_types(probs.dtype, target.dtype)
     dtype, probs, target = cast_for_loss(dtype, probs, target)
     if target.is_floating_point():
         check.shape("target with class probabilities", target, probs.shape)
     else:
         if probs.dim() == 0:
-            raise IndexError("beside class indices probs needs an axis of classes, got shape ()")
+            raise IndexError("class indices need probs with an axis of classes, got shape ()")
         check.shape(
             "target with class indices", target, (*probs.shape[:dim], *probs.shape[dim + 1 :])
         )
@@ -356,34 +353,39 @@ def cross_entropy(
         input: logits (C), (N, C) or (N, C, d_1, ..., d_K).
         target: class indices (int64 or uint8), (), (N) or (N, d_1, ..., d_K), or probabilities of
             input's shape.
-        weight: (C), a factor for each class.
+        weight: (C), one factor for each class.
         size_average, reduce: deprecated, as in PyTorch.
         ignore_index: rows with this index add nothing, at any order, whatever their logits are.
-        reduction: "none", "sum", or "mean": over the weights of the indices, or over the examples
-            where targets are probabilities.
+        reduction: "none", "sum" or "mean". "mean" divides by the total weight of the target
+            classes, or by the number of examples if the target holds probabilities.
         label_smoothing: in [0, 1], the share of the target that is spread evenly.
-        base: the logarithm's, positive and not 1.
-        logit_scale: a factor of the logits (F18): any finite number, or a tensor (), which may be
-            learnt and is not looked at.
-        softcap: then they are capped, to softcap tanh(logits / softcap) (F19); positive.
-        z_loss: the coefficient of lse² (F20; natural, whatever the base), which is added to each
-            row's loss. A mean of it is over the rows that are not ignored, without class weights.
-        return_stats: whether to return `(loss, LossStats)`, with the shape of the targets' indices.
+        base: base of the logarithm; positive, not 1.
+        logit_scale: a factor of the logits (F18): any finite number, or a tensor of shape (),
+            whose value is not checked, so it may be a parameter.
+        softcap: if given, the scaled logits are capped to softcap tanh(logits / softcap) (F19);
+            must be positive.
+        z_loss: the coefficient of lse² (F20, with the natural logarithm whatever `base` is), which
+            is added to each row's loss. Class weights do not affect it, and "mean" divides it by
+            the number of rows that are not ignored.
+        return_stats: whether to return `(loss, LossStats)`; each field has the shape of class
+            indices.
 
     Raises:
-        ValueError: for an unknown reduction, a bad base, scale, cap or coefficient, or another
-            batch size in target.
-        RuntimeError: for other shapes or types that do not fit.
+        ValueError: for an unknown reduction, an invalid base, scale, cap or z-loss coefficient, or
+            another batch size in target.
+        RuntimeError: for other shapes or dtypes that do not fit, or a `label_smoothing` outside
+            [0, 1].
         IndexError: if a class index is outside [0, C) and is not `ignore_index`.
-        TypeError: if an argument is complex or no tensor.
+        NotImplementedError: if the logits are integers.
+        TypeError: if an argument is complex or not a tensor.
 
     >>> cross_entropy(torch.tensor([[0., 0.]]), torch.tensor([1]), base=2)
     tensor(1.)
     """
-    check.real(input=input, target=target, **check.given(weight=weight))
+    check.real(input=input, target=target, **check.drop_none(weight=weight))
     check.base(base)
     check.logits(logit_scale, softcap, z_loss)
-    reduction = check.reduction(reduction, size_average, reduce)
+    reduction = check.resolve_reduction(reduction, size_average, reduce)
     check.smoothing(label_smoothing)
     dtype, input, target, weight = cast_for_loss(input.dtype, input, target, weight)
     options = TargetOptions(weight, ignore_index, label_smoothing)
@@ -392,7 +394,7 @@ def cross_entropy(
         check.probabilities(target, ignore_index)
     C = input.size(dim)  # an IndexError if there is no axis
     if not input.is_floating_point():
-        raise NotImplementedError(f"cross_entropy of {input.dtype} logits: cast to a float type")
+        raise NotImplementedError(f"cross_entropy does not support {input.dtype}: cast the logits")
     keep: Any = None
     label: Any = None
     if input.shape == target.shape:
@@ -415,11 +417,13 @@ def cross_entropy(
     inputs = input, *read_target[:3], keep, dim, base
     loss = reduce_formula(reduction, total_weight, formulas.CrossEntropy, *inputs, axes=dim)
     if z_loss:
-        rows = formulas.mask_ignored(keep, formulas.ZLoss.evaluate(input, dim)).squeeze(dim)
-        if reduction != "none":
-            kept = count_kept(keep, count_examples(input, dim)) if C else 0
-            rows = formulas.Cost.evaluate(rows, choose_divisor(reduction, kept, input))
-        loss = loss + z_loss * rows
+        z_losses = formulas.mask_ignored(keep, formulas.ZLoss.evaluate(input, dim)).squeeze(dim)
+        if reduction == "none":
+            loss = loss + z_loss * z_losses
+        else:
+            kept_count = count_kept(keep, count_examples(input, dim)) if C else 0
+            divisor = choose_divisor(reduction, kept_count, input)
+            loss = loss + z_loss * formulas.Cost.evaluate(z_losses, divisor)
     if not return_stats:
         return loss.to(dtype)
     return loss.to(dtype), measure_logits(input, keep, dim, LogitOptions(base), label, z_loss)
@@ -445,7 +449,7 @@ def linear_cross_entropy(
 ) -> Any:
     """`F.linear_cross_entropy`: cross_entropy(linear(input, ...), target), the head (F14, F15).
 
-    The logits are never all in memory, at first and at second order.
+    At first and second order, only one block of the logits is in memory.
 
     Args:
         input: features, (in_features) or (N, in_features); with a two-dimensional weight any
@@ -455,12 +459,12 @@ def linear_cross_entropy(
             probabilities (C) or (N, C) or (N, C, d_1, ..., d_K), or (*, C).
         linear_bias: (C) or (C, d_1, ..., d_K).
         weight, reduction, label_smoothing, base: as in `cross_entropy`.
-        ignore_index: as there; None is -100. Not to be named where targets are probabilities.
-        options: accepted for PyTorch's sake; the work is always done in blocks.
+        ignore_index: as there; None is -100. Must be None if the target holds probabilities.
+        options: ignored; accepted for compatibility.
         logit_scale, softcap, z_loss, return_stats: as in `cross_entropy`; the bias is scaled too.
 
     Raises:
-        RuntimeError: for shapes or types that do not fit.
+        RuntimeError: for shapes or dtypes that do not fit, or a `label_smoothing` outside [0, 1].
         ValueError, IndexError, TypeError: as in `cross_entropy`.
 
     >>> features, weight = torch.zeros(3, 4), torch.ones(2, 4)
@@ -472,13 +476,13 @@ def linear_cross_entropy(
         input=input,
         linear_weight=linear_weight,
         target=target,
-        **check.given(linear_bias=linear_bias, weight=weight),
+        **check.drop_none(linear_bias=linear_bias, weight=weight),
     )
     check.logits(logit_scale, softcap, z_loss)
     target_options = TargetOptions(weight, ignore_index, label_smoothing)
     logit_options = LogitOptions(base, logit_scale, softcap)
     head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
-    return head.compute_loss(check.reduction(reduction), z_loss, return_stats)
+    return head.compute_loss(check.resolve_reduction(reduction), z_loss, return_stats)
 
 
 @check.support_torch_function
@@ -494,23 +498,25 @@ def linear_log_probs(
     softcap: float | None = None,
     return_entropy: bool = False,
 ) -> Any:
-    """The log-probability of each row's class (F22), without logits in memory; of any order.
+    """The log-probability of each row's class (F22), without materialising the logits.
 
-    log_base softmax(linear(input, linear_weight, linear_bias)) at the target. For policy gradients
-    and for what learns from preferences.
+    log_base softmax(linear(input, linear_weight, linear_bias)) at the target. It is differentiable
+    to any order; the logits are in memory from the third order on. Use it for policy gradients and
+    preference learning.
 
     Args:
         input, linear_weight, linear_bias, base, logit_scale, softcap: as in `linear_cross_entropy`.
-        target: class indices, as there.
+        target: class indices, as in `linear_cross_entropy`.
         ignore_index: rows with this index have the log-probability (and entropy) 0; None is -100.
         return_entropy: whether to return `(log_probs, entropy)`, the entropy of each row's softmax
-            (F21) to the same base, which may be differentiated too.
+            (F21) to the same base, which is differentiable, too.
 
     Returns:
         (N) or (N, d_1, ..., d_K) or (*), as the target.
 
     Raises:
-        RuntimeError: for probabilities as target, and other shapes or types that do not fit.
+        RuntimeError: if the target holds probabilities, or for other shapes or dtypes that do not
+            fit.
         ValueError, IndexError, TypeError: as in `cross_entropy`.
 
     >>> features, weight = torch.zeros(3, 4), torch.ones(2, 4)
@@ -521,14 +527,13 @@ def linear_log_probs(
         input=input,
         linear_weight=linear_weight,
         target=target,
-        **check.given(linear_bias=linear_bias),
+        **check.drop_none(linear_bias=linear_bias),
     )
     check.logits(logit_scale, softcap, 0.0)
     if target.is_floating_point():
         raise RuntimeError(
-            "linear_log_probs needs class indices, of which it gives the log-probability (and "
-            f"beside it the entropy), got {target.dtype} of shape {tuple(target.shape)}: for "
-            "probabilities as target use linear_cross_entropy"
+            f"linear_log_probs needs class indices as target, got {target.dtype} of shape "
+            f"{tuple(target.shape)}; for class probabilities use linear_cross_entropy"
         )
     target_options = TargetOptions(ignore_index=ignore_index)
     logit_options = LogitOptions(base, logit_scale, softcap)
@@ -550,17 +555,18 @@ def feedforward(
     Args:
         input: (*, n_0).
         weights: matrices (n_1, n_0), (n_2, n_1), ...
-        biases: as many vectors (n_1), (n_2), ..., or None.
-        activation: of the hidden layers: "sigmoid", "tanh", "relu" or "identity".
-        output_activation: of the last: one of these, or "softmax" over the last axis.
+        biases: for each weight a vector (n_1), (n_2), ... or None.
+        activation: that of the hidden layers: "sigmoid", "tanh", "relu" or "identity".
+        output_activation: that of the last layer: one of these, or "softmax" over the last axis.
 
     Returns:
         (*, n_L), the activation of the last layer.
 
     Raises:
-        ValueError: for an unknown activation, no layer, or another number of biases.
+        ValueError: for an unknown activation, no layer, or a number of biases other than that of
+            weights.
         RuntimeError: if shapes or dtypes do not fit together.
-        TypeError: if an argument is complex or no tensor.
+        TypeError: if an argument is complex or not a tensor.
 
     >>> feedforward(torch.zeros(1, 3), [torch.ones(2, 3)], [None])
     tensor([[0.5000, 0.5000]])
@@ -579,11 +585,12 @@ def feedforward(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     check.real(input=input)
-    features = input
+    layer_input = input
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check.real(**check.given(**{f"biases[{i}]": bias}), **{f"weights[{i}]": weight})
-        check.product(f"weights[{i}]", features, weight, bias, dims=(2,))
-        features = weight.T  # the next layer's input has as many features, and this dtype
+        check.real(**check.drop_none(**{f"biases[{i}]": bias}), **{f"weights[{i}]": weight})
+        check.product(f"weights[{i}]", layer_input, weight, bias, dims=(2,))
+        layer_input = weight.T  # stands for the layer's output: as many features, the same dtype
     input, *parameters = cast_for_product(input, *weights, *biases)
+    # one string, since PyTorch derives no batching rule of a Function with a list as an argument
     activations = " ".join([activation] * (len(weights) - 1) + [output_activation])
     return formulas.Feedforward.evaluate(activations, input, *parameters)[-1]

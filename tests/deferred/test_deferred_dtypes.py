@@ -18,7 +18,7 @@ from deferred_helpers import (
     make_pair,
     make_params,
 )
-from tolerance import distance, roundings
+from tolerance import compute_distance, get_rounding_tolerance
 from torch import nn
 
 from torch_nnmath import functional
@@ -122,14 +122,16 @@ def test_error_is_at_most_a_rounding_more_than_the_plain_model(region, name):
 
     truth = compute_results(exact, loss, make_inputs(dtype, exact=True))
     results, plain_results = run(swapped), run(plain)
-    limit = roundings(BF16 if region in ("inside", "outside") else dtype) * max(log.fused, 1)
+    limit = get_rounding_tolerance(BF16 if region in ("inside", "outside") else dtype) * max(
+        log.fused, 1
+    )
     for result, plain_result, exact_result in zip(results, plain_results, truth, strict=True):
         assert (result is None) == (exact_result is None)
         if exact_result is not None:
             assert (result.dtype, result.shape) == (plain_result.dtype, plain_result.shape)
-            scale = distance(exact_result, 0.0)
-            allowed = distance(plain_result, exact_result) + limit * scale
-            assert distance(result, exact_result) <= allowed
+            scale = compute_distance(exact_result, 0.0)
+            allowed = compute_distance(plain_result, exact_result) + limit * scale
+            assert compute_distance(result, exact_result) <= allowed
     if (region, name) == ("inside", "logsumexp"):  # its dtype depends on the device
         assert not log.fused
     elif "read" not in name and (dtype, name) != (torch.float32, "at least float32"):

@@ -118,7 +118,7 @@ class HeadCall:
         _LIVE_CALLS.add(self)
 
     def record_version(self, operand: Tensor) -> None:
-        self.versions.append((operand, _torch.version(operand)))
+        self.versions.append((operand, _torch.get_version(operand)))
 
     def check_operands(self) -> None:
         """Raises RuntimeError if an operand was freed or changed since the call."""
@@ -129,7 +129,7 @@ class HeadCall:
                 "model or keep the head's parameters (reshard_after_forward=False), read logits "
                 "before backward, or swap(model, head=None)"
             )
-        if any(_torch.version(x) != version for x, version in self.versions):
+        if any(_torch.get_version(x) != version for x, version in self.versions):
             raise RuntimeError(
                 f"the logits of head {self.log.name!r} are needed, but its features, weight or "
                 "bias, or what they were scaled by, were changed in place since, as by an "

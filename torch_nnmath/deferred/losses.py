@@ -246,7 +246,7 @@ def cross_entropy(
         TargetOptions(weight, ignore_index, given.label_smoothing),
         LogitOptions(given.base, given.logit_scale, given.softcap),
     )
-    reduction = check.reduction(given.reduction, given.size_average, given.reduce)
+    reduction = check.resolve_reduction(given.reduction, given.size_average, given.reduce)
     return head.compute_loss(reduction, given.z_loss, given.return_stats)
 
 

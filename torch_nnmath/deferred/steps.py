@@ -155,12 +155,12 @@ def _infer_layout(func: Any, key: Any, kwargs: Any, position: int, types: Any) -
     def read_layout(out: Any) -> Any:
         if not isinstance(out, Tensor):
             return [*map(read_layout, out)]
-        is_view = _torch.storage_id(out) == storage_id
+        is_view = _torch.get_storage_id(out) == storage_id
         offset = out.storage_offset() + key[position].offset if is_view else 0
         return Layout(out.shape, out.stride(), out.dtype, offset)
 
     args = make_argument(key)
-    storage_id = _torch.storage_id(args[position])
+    storage_id = _torch.get_storage_id(args[position])
     return read_layout(func(*args, **dict(kwargs)))
 
 

@@ -42,9 +42,9 @@ class Affine(Formula):
 
 
 def apply_affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """F1. The result is no view: a view that a Function returns cannot be changed in place."""
+    """F1, without a view mark: a view that a Function returns cannot be modified in place."""
     z = torch.nn.functional.linear(x, W, b)
-    return _torch.own_storage(z)
+    return _torch.drop_view_mark(z)
 
 
 def compute_affine_gradients(

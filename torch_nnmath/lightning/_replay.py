@@ -72,7 +72,7 @@ class LossReplay:
         for p in module.parameters():
             p.data = p.data.contiguous()
         flat = {name: p.detach().view(-1) for name, p in module.named_parameters()}
-        buffers = [_torch.buffers(m) for m in module.modules()]
+        buffers = [_torch.get_buffers(m) for m in module.modules()]
         saved_buffers = [_copy_deeply(b) for b in buffers]
 
         def displaced_loss(displacement: Displacement, h: float) -> float:

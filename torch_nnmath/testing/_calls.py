@@ -165,7 +165,7 @@ def find_autograd_functions(outputs: Sequence[Tensor]) -> Iterator[Any]:
             visited.add(node)
             pending += [following for following, _ in node.next_functions]
             if isinstance(node, torch.autograd.function.BackwardCFunction):
-                yield _torch.node_function(node)
+                yield _torch.get_node_function(node)
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def record_dtype_errors(function: Any, messages: list[str]) -> Iterator[None]:
         needed = [g for g, is_needed in pairs if is_needed]
         edges = [(node, index) for node, index in ctx.next_functions if node is not None]
         for g, edge in zip(needed, edges, strict=True):
-            expected = _torch.gradient_dtype(*edge)
+            expected = _torch.get_gradient_dtype(*edge)
             if g is not None and g.dtype != expected:
                 messages.append(
                     f"{function.__name__}.{name} returns {g.dtype} for a tensor of {expected}"

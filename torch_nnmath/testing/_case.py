@@ -126,7 +126,7 @@ class Case:
 
     def protect(self, name: str, x: Tensor) -> Tensor:
         """Records the content of x, which `check_protected` compares; returns x."""
-        self._protected.append((name, x, x.detach().clone(), _torch.version(x)))
+        self._protected.append((name, x, x.detach().clone(), _torch.get_version(x)))
         return x
 
     def check_protected(self) -> None:
@@ -136,7 +136,7 @@ class Case:
             if not are_equal(x.detach(), before):
                 change = (x.detach() - before).abs().max().item()
                 raise WritesInput(f"{name} was changed in place, by up to {change:.3g}")
-            if _torch.version(x) != version:
+            if _torch.get_version(x) != version:
                 raise WritesInput(f"{name} was written in place, with the values that it had")
 
     # Directions: the same in every transform

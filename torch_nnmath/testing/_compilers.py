@@ -40,7 +40,7 @@ def check_meta_device(case: Case) -> None:
 @transform("fake tensors", quick=True)
 def check_fake_tensors(case: Case) -> None:
     """Shapes, dtypes and devices under FakeTensorMode."""
-    mode = _torch.fake_tensor_mode()
+    mode = _torch.make_fake_tensor_mode()
     _check_metadata(case, mode.from_tensor, mode)
 
 
@@ -151,7 +151,7 @@ def _check_compiled(case: Case, compiled: Callable[..., Tensors]) -> None:
 def _count_graphs(f: Callable[..., Tensors], cases: Sequence[Case], compare: bool) -> int:
     """Counts the graphs for cases of several sizes, forward and backward."""
     count = 0
-    tracing_backend = _torch.compiler_backend(TRACING_BACKEND)
+    tracing_backend = _torch.get_compiler_backend(TRACING_BACKEND)
 
     def count_graph(graph: Any, inputs: Any) -> Any:
         nonlocal count
