@@ -106,19 +106,20 @@ class SymmetricJacobian(Formula):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
 
-        def multiply(ctx: Any, v: Tensor, *_: None) -> Tensor:
-            (a,) = ctx.saved_tensors
-            return cls.product(a, v, *ctx.options)
-
         def backward(ctx: Any, da: Tensor) -> Any:
-            return multiply(ctx, da), *[None] * len(ctx.options)
+            (a,) = ctx.saved_tensors
+            return cls.product(a, da, *ctx.options), *[None] * len(ctx.options)
+
+        def tangent(ctx: Any, dz: Tensor, *_: None) -> Tensor:
+            (a,) = ctx.saved_tensors
+            return cls.product(a, dz, *ctx.options)
 
         # functions of each class, since Dynamo refuses a backward that is a classmethod
-        cls.backward, cls.tangent = staticmethod(backward), staticmethod(multiply)  # type: ignore[method-assign]
+        cls.backward, cls.tangent = staticmethod(backward), staticmethod(tangent)  # type: ignore[method-assign]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, a: Tensor) -> None:
-        _, *ctx.options = inputs
+        ctx.options = inputs[1:]
         save(ctx, a)
 
 
@@ -146,8 +147,8 @@ class RowFunction(Formula):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
-        z, *ctx.options = inputs
-        save(ctx, z)
+        ctx.options = inputs[1:]
+        save(ctx, inputs[0])
 
 
 class KernelFormula(Formula):
