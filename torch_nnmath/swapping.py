@@ -140,28 +140,28 @@ def swap(
     is_included = _make_predicate("include", "*" if include is None else include)
     is_excluded = _make_predicate("exclude", () if exclude is None else exclude)
     names_by_module = _collect_names(model)
-    selected: dict[Module, str] = {}
+    selected_names: dict[Module, str] = {}
     for module, names in names_by_module.items():
         if _find_torch_class(module) is not None:
-            matching = [name for name in names if is_included(name, module)]
-            if matching and not any(is_excluded(name, module) for name in names):
-                selected[module] = matching[0]
+            matching_names = [name for name in names if is_included(name, module)]
+            if matching_names and not any(is_excluded(name, module) for name in names):
+                selected_names[module] = matching_names[0]
     heads = _find_heads(head, names_by_module)
-    left = {name: reason for m, name in selected.items() if (reason := _find_obstacle(m))}
+    left = {name: reason for m, name in selected_names.items() if (reason := _find_obstacle(m))}
     if head == "auto":
         for module in heads:
-            if not isinstance(module, torch.nn.Linear) and module not in selected:
+            if not isinstance(module, torch.nn.Linear) and module not in selected_names:
                 left[names_by_module[module][0]] = (
                     f"{_full_name(type(module))} is not a torch.nn.Linear"
                 )
         heads = [m for m in heads if isinstance(m, torch.nn.Linear)]
-        heads = [m for m in heads if m in selected or get_head_log(m) is not None]
-    selected |= {m: names_by_module[m][0] for m in heads if m not in selected}
+        heads = [m for m in heads if m in selected_names or get_head_log(m) is not None]
+    selected_names |= {m: names_by_module[m][0] for m in heads if m not in selected_names}
     # Changes start after all predicates were called: one that raises leaves the model unchanged.
     changes = []
     for module in names_by_module:
-        name = selected.get(module, "")
-        if module in selected and type(module) in NNMATH_CLASSES and name not in left:
+        name = selected_names.get(module, "")
+        if module in selected_names and type(module) in NNMATH_CLASSES and name not in left:
             changes.append(Change(name, *_public_names(NNMATH_CLASSES[type(module)])))
             module.__class__ = NNMATH_CLASSES[type(module)]
             set_mark(module, True)
@@ -170,7 +170,8 @@ def swap(
     logs = {}
     for module, names in names_by_module.items():
         if (log := get_head_log(module)) is not None:
-            log.name = selected.get(module, names[0])  # the log of a copy has the original's name
+            # The log of a copied module still has the original's name.
+            log.name = selected_names.get(module, names[0])
             logs[log.name] = log
     return Report(changes, logs, left)
 
@@ -191,13 +192,13 @@ def unswap(model: Module) -> Report:
     (root)  torch_nnmath.nn.Linear  ->  torch.nn.Linear
     1 module changed
     """
-    restored = dict(TORCH_CLASSES)
+    class_copies = dict(TORCH_CLASSES)
     changes = []
     for module, names in _collect_names(model).items():
         _set_head(module, names[0], False)
         nnmath_class = next((cls for cls in type(module).__mro__ if cls in TORCH_CLASSES), None)
         if get_mark(module) and nnmath_class is not None:
-            module.__class__ = _restore_class(type(module), restored)
+            module.__class__ = _restore_class(type(module), class_copies)
             changes.append(Change(names[0], *reversed(_public_names(nnmath_class))))
         set_mark(module, False)
     return Report(changes)
@@ -235,17 +236,19 @@ def _find_heads(head: Any, names_by_module: NamesByModule) -> list[Module]:
     if head is None:
         return []
     if isinstance(head, str) and head == "auto":
-        present = [module for module in names_by_module if get_head_log(module) is not None]
+        existing_heads = [module for module in names_by_module if get_head_log(module) is not None]
         return (
-            present or _find_declared_heads(names_by_module) or _find_last_linear(names_by_module)
+            existing_heads
+            or _find_declared_heads(names_by_module)
+            or _find_last_linear(names_by_module)
         )
     if isinstance(head, str):
         module_by_name = {
             name: module for module, names in names_by_module.items() for name in names
         }
         if head not in module_by_name:
-            similar = difflib.get_close_matches(head, module_by_name, 3, 0.3)
-            hint = f"; similar names are {', '.join(map(repr, similar))}" if similar else ""
+            matches = difflib.get_close_matches(head, module_by_name, 3, 0.3)
+            hint = f"; similar names are {', '.join(map(repr, matches))}" if matches else ""
             raise ValueError(f"head: the model has no module named {head!r}{hint}")
         module = module_by_name[head]
     elif isinstance(head, Module):
@@ -263,20 +266,22 @@ def _find_heads(head: Any, names_by_module: NamesByModule) -> list[Module]:
 
 def _find_declared_heads(names_by_module: NamesByModule) -> list[Module]:
     """Returns the output embeddings that modules declare, whether they are a Linear or not."""
-    declared = []
+    output_embeddings = []
     for module in names_by_module:
         try:
-            declared.append(module.get_output_embeddings())  # type: ignore[operator]
+            output_embeddings.append(module.get_output_embeddings())  # type: ignore[operator]
         except (AttributeError, NotImplementedError, TypeError):  # not a method without arguments
             continue
-    return [module for module in dict.fromkeys(declared) if module in names_by_module]
+    return [module for module in dict.fromkeys(output_embeddings) if module in names_by_module]
 
 
 def _find_last_linear(names_by_module: NamesByModule) -> list[Module]:
     """Returns a list of the last Linear that is called; an empty one if there is none."""
     readers = [module for module in names_by_module if isinstance(module, _WEIGHT_READERS)]
-    uncalled = {module for reader in readers for module in reader.modules()}
-    linears = [m for m in names_by_module if isinstance(m, torch.nn.Linear) and m not in uncalled]
+    uncalled_modules = {module for reader in readers for module in reader.modules()}
+    linears = [
+        m for m in names_by_module if isinstance(m, torch.nn.Linear) and m not in uncalled_modules
+    ]
     return [*linears[-1:]]
 
 
@@ -310,16 +315,16 @@ def _is_instance(module: Module, cls: type[Module]) -> bool:
     return torch_class is not None and issubclass(NNMATH_CLASSES[torch_class], cls)
 
 
-def _restore_class(cls: type, restored: dict[type, type]) -> type:
+def _restore_class(cls: type, class_copies: dict[type, type]) -> type:
     """Returns `cls`, or its copy derived from PyTorch's class if `cls` derives from this library's.
 
-    `restored` maps classes to their copies, so that modules of one class still share a class.
+    `class_copies` maps classes to their copies, so that modules of one class still share a class.
     """
-    if cls not in restored:
-        bases = tuple(_restore_class(base, restored) for base in cls.__bases__)
+    if cls not in class_copies:
+        bases = tuple(_restore_class(base, class_copies) for base in cls.__bases__)
         body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-        restored[cls] = cls if bases == cls.__bases__ else type(cls)(cls.__name__, bases, body)
-    return restored[cls]
+        class_copies[cls] = cls if bases == cls.__bases__ else type(cls)(cls.__name__, bases, body)
+    return class_copies[cls]
 
 
 def _public_names(nnmath_class: type) -> tuple[str, str]:

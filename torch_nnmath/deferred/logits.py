@@ -38,7 +38,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
 
     `module` is the head; its mark is a `HeadLog`.
     """
-    if torch.compiler.is_compiling() or not _are_untraced_plain(input, weight, bias):
+    if torch.compiler.is_compiling() or not _are_plain_and_untraced(input, weight, bias):
         return F.linear(input, weight, bias)
     log = get_head_log(module)
     assert log is not None
@@ -56,12 +56,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
     return logits
 
 
-def _are_untraced_plain(*tensors: Tensor | None) -> bool:
+def _are_plain_and_untraced(*tensors: Tensor | None) -> bool:
     """Whether these are plain tensors with values, and no transform or tracer is active."""
     if _torch.is_transformed() or torch.is_inference_mode_enabled() or is_traced():
         return False
-    present = [x for x in tensors if x is not None]
-    return all(type(x) in PLAIN_TYPES and not x.is_meta and not x.is_inference() for x in present)
+    given_tensors = [x for x in tensors if x is not None]
+    return all(
+        type(x) in PLAIN_TYPES and not x.is_meta and not x.is_inference() for x in given_tensors
+    )
 
 
 def is_traced() -> bool:

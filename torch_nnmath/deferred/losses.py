@@ -116,7 +116,7 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int) -> Any:
     def detach_unless(has_gradient: bool, value: Any) -> Any:
         return value if has_gradient or not isinstance(value, Tensor) else value.detach()
 
-    # Without a gradient of the logits, none must reach what they were computed from.
+    # If the logits do not require grad, no gradient may reach what they were computed from.
     detach = functools.partial(detach_unless, logits.requires_grad)
     has_head_gradient = logits.requires_grad and call.grad_fn is not None
     operands = [detach_unless(has_head_gradient, x) for x in call.operands]
@@ -127,7 +127,7 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int) -> Any:
     for x, width in ((rows, features.shape[-1]), (row_scale, 1)):
         shape = [width if d == form.axis else size for d, size in enumerate(logits.shape)]
         if x is not None and [*x.shape] != shape:
-            return NotImplemented  # a step changed the features' axis unlike that of the classes
+            return NotImplemented  # a step had another effect on the features than on the logits
     scale, softcap = detach(form.scale.evaluate(logits.dtype)), None
     if form.inner_scale is not None:  # t tanh(s z) = |t| tanh((s t) z / |t|)
         softcap = abs(scale)

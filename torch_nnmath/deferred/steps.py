@@ -237,8 +237,8 @@ def select_rows_or_move_axes(
 def reshape(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
     """Splits and joins axes other than that of the classes.
 
-    The classes stay at the axis of their size whose later axes have as many entries in all as
-    before.
+    The axis of the classes is the one that has the same size as before, and as many entries in the
+    axes after it.
     """
     out = operation.infer_layout(layout)
     class_count, inner_count = layout.shape[form.axis], math.prod(layout.shape[form.axis + 1 :])

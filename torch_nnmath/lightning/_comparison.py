@@ -69,12 +69,14 @@ def choose_limits(precision: str, parameters: Iterable[Tensor]) -> Limits:
     return Limits(1e-3 if is_full_float32 else 1e-2, 1e-3)
 
 
-def compare_entries(name: str, found: Gradients, expected: Gradients, limits: Limits) -> Comparison:
+def compare_entries(
+    name: str, gradients: Gradients, expected: Gradients, limits: Limits
+) -> Comparison:
     """Compares a parameter's gradient with PyTorch's and returns its worst entry.
 
     Where both are nan or the same infinity, the error is 0.
     """
-    a, b = found.by_name[name].double(), expected.by_name[name].double()
+    a, b = gradients.by_name[name].double(), expected.by_name[name].double()
     is_same = (a == b) | (a.isnan() & b.isnan())
     distance = (a - b).abs().masked_fill(is_same, 0).nan_to_num(math.inf)
     entry = unravel_index(int(distance.argmax()), a.shape)

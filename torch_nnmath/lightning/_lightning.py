@@ -45,8 +45,8 @@ def log_metrics(
     device = trainer.strategy.root_device
     values = torch.tensor([*map(float, metrics.values())], device=device, dtype=torch.float32)
     values = trainer.strategy.reduce(values, reduce_op=reduce_op)
-    reduced = dict(zip(metrics, values.tolist(), strict=True))
+    reduced_metrics = dict(zip(metrics, values.tolist(), strict=True))
     step = trainer.fit_loop.epoch_loop._batches_that_stepped + step_offset  # as in `self.log`
     for logger in trainer.loggers:
-        logger.log_metrics(reduced, step=step)
-    return reduced
+        logger.log_metrics(reduced_metrics, step=step)
+    return reduced_metrics

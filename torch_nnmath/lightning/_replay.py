@@ -78,16 +78,16 @@ class LossReplay:
         saved_buffers = [_copy_deeply(b) for b in buffers]
 
         def displaced_loss(displacement: Displacement, h: float) -> float:
-            for current, saved in zip(buffers, saved_buffers, strict=True):
-                current.update(_copy_deeply(saved))
-            displaced = [flat[s.parameter][s.start : s.stop] for s, _ in displacement]
-            saved_entries = [w.clone() for w in displaced]
-            for w, (_, v) in zip(displaced, displacement, strict=True):
+            for current, saved_buffer in zip(buffers, saved_buffers, strict=True):
+                current.update(_copy_deeply(saved_buffer))
+            displaced_entries = [flat[s.parameter][s.start : s.stop] for s, _ in displacement]
+            saved_entries = [w.clone() for w in displaced_entries]
+            for w, (_, v) in zip(displaced_entries, displacement, strict=True):
                 w.add_(v, alpha=h)
             with isolate_rng():
                 c = self._compute_loss(module, is_double=True).item()
-            for w, saved_w in zip(displaced, saved_entries, strict=True):
-                w.copy_(saved_w)
+            for w, saved_entry in zip(displaced_entries, saved_entries, strict=True):
+                w.copy_(saved_entry)
             return c
 
         return displaced_loss

@@ -184,8 +184,8 @@ class GradientCheck(Callback):
             if p.requires_grad and p.numel() and p.is_floating_point()
         ]
         names = rng.sample(trainable, min(self.parameters, len(trainable)))
-        found = replay.compute_gradients(names)
-        if found is None:
+        gradients = replay.compute_gradients(names)
+        if gradients is None:
             return
         expected = replay.compute_gradients(names, is_pytorch=True)
         assert expected is not None
@@ -193,7 +193,7 @@ class GradientCheck(Callback):
         if self.tolerance is not None:
             limits = Limits(self.tolerance, limits.scale_floor)
         for name in names:
-            yield compare_entries(name, found, expected, limits)
+            yield compare_entries(name, gradients, expected, limits)
         if self.entries and names:
             try:
                 yield from self._compare_numerically(replay, trainable, names, rng)
