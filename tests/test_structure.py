@@ -32,7 +32,7 @@ def test_test_files_have_at_most_900_lines(path):
 
 @pytest.mark.parametrize("path", [*(PACKAGE / "kernels").glob("*.py")], ids=lambda p: p.name)
 def test_kernels_contain_no_autograd(path):
-    """Neither a Function nor an import of autograd; import-linter checks the layers."""
+    """Kernels neither define a Function nor import autograd. import-linter checks the layers."""
     for node in parse(path):
         if isinstance(node, ast.Import | ast.ImportFrom):
             assert "autograd" not in ast.unparse(node)
@@ -44,14 +44,15 @@ def test_kernels_contain_no_autograd(path):
 def test_no_module_assigns_attributes_of_another(path):
     """At module level, an attribute is assigned only to what the module itself defines."""
     tree = ast.parse(path.read_text())
-    own = {n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    defined_names = {n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
     for node in tree.body:
         for target in getattr(node, "targets", []):
             if isinstance(target, ast.Attribute):
-                assert ast.unparse(target.value) in own, ast.unparse(node)
+                assert ast.unparse(target.value) in defined_names, ast.unparse(node)
 
 
-FLAT = {"head", "head_second_order", "cross_entropy", "forward"}  # torch.library's and apply's
+# Operators of torch.library and arguments of `Function.apply` cannot be grouped into records.
+NAMES_WITH_FLAT_ARGUMENTS = {"head", "head_second_order", "cross_entropy", "forward"}
 
 
 @pytest.mark.parametrize(
@@ -61,13 +62,13 @@ FLAT = {"head", "head_second_order", "cross_entropy", "forward"}  # torch.librar
 )
 def test_formulas_and_kernels_have_at_most_8_parameters(path):
     for node in parse(path):
-        if isinstance(node, ast.FunctionDef) and node.name not in FLAT:
+        if isinstance(node, ast.FunctionDef) and node.name not in NAMES_WITH_FLAT_ARGUMENTS:
             count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
             assert count <= 8, node.name
 
 
 def record_frames(call):
-    """The package's frames, as (file, function), at the first matrix product of `call`."""
+    """Returns the package's frames, as (file, function), at the first matrix product of `call`."""
     frames = []
 
     def profile(frame, event, argument):
@@ -100,7 +101,7 @@ def test_head_reaches_the_first_product_in_nine_frames_in_one_direction():
 
 
 def test_head_training_step_runs_the_linked_backward():
-    """In a training step the backward code is in the file that the README links for F14, F15."""
+    """The backward that runs is in the file that the README links for F14 and F15."""
     head = nn.LinearCrossEntropyLoss(8, 20)
     x, y = torch.randn(6, 8, requires_grad=True), torch.randint(20, (6,))
     loss, files = head(x, y), set()

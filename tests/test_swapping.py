@@ -46,11 +46,11 @@ def batch():
     return x, torch.tensor([0, 1, 2, 0, 2, 1])
 
 
-def our_class(name):
+def get_nnmath_class(name):
     return getattr(torch_nnmath.nn, name)
 
 
-def torch_class(name):
+def get_torch_class(name):
     return getattr(nn, name)
 
 
@@ -94,7 +94,7 @@ def test_each_class_is_replaced_by_ours_of_the_same_name(model):
     report = swap(model)
     for row in report:
         kind = type(model.get_submodule(row.name))
-        assert kind is our_class(kind.__name__)
+        assert kind is get_nnmath_class(kind.__name__)
         assert row.before == f"torch.nn.{kind.__name__}"
         assert row.after == f"torch_nnmath.nn.{kind.__name__}"
     assert {row.after.rpartition(".")[2] for row in report} == set(KINDS)
@@ -396,15 +396,15 @@ def test_transformer_encoder_agrees_with_and_without_fast_path(grad):
 @pytest.mark.parametrize("name", KINDS)
 def test_bare_module_is_replaced_and_restored(name):
     arguments = {"Linear": (2, 3), "LinearCrossEntropyLoss": (2, 3), "Softmax": (-1,)}
-    module = torch_class(name)(*arguments.get(name, ()))
+    module = get_torch_class(name)(*arguments.get(name, ()))
     keys = list_attributes(module)
     assert swap(module)[0] == ("", f"torch.nn.{name}", f"torch_nnmath.nn.{name}")
-    assert type(module) is our_class(name)
+    assert type(module) is get_nnmath_class(name)
     lines = str(unswap(module)).splitlines()
     assert lines[0].split() == ["(root)", f"torch_nnmath.nn.{name}", "->", f"torch.nn.{name}"]
     if name != "LinearCrossEntropyLoss":  # which has a Linear inside
         assert lines[1:] == ["1 module changed"]
-    assert type(module) is torch_class(name)
+    assert type(module) is get_torch_class(name)
     assert list_attributes(module) == keys
 
 
@@ -429,14 +429,20 @@ def test_second_swap_replaces_added_modules(small):
 def test_unswap_of_a_submodule_restores_it_alone(small):
     swap(small)
     assert changed_names(unswap(small[2])) == [""]
-    assert list_types(small)[1:] == [our_class("Linear"), our_class("ReLU"), nn.Linear]
+    assert list_types(small)[1:] == [
+        get_nnmath_class("Linear"),
+        get_nnmath_class("ReLU"),
+        nn.Linear,
+    ]
 
 
 def test_modules_constructed_from_our_classes_stay():
     model = nn.Sequential(
-        nn.Linear(2, 2), our_class("Linear")(2, 2), our_class("CrossEntropyLoss")(base=2)
+        nn.Linear(2, 2),
+        get_nnmath_class("Linear")(2, 2),
+        get_nnmath_class("CrossEntropyLoss")(base=2),
     )
-    model.append(our_class("Feedforward")([2, 3, 2]))
+    model.append(get_nnmath_class("Feedforward")([2, 3, 2]))
     kinds, keys = list_types(model), list_attributes(model)
     assert changed_names(swap(model)) == ["0"]
     assert changed_names(unswap(model)) == ["0"]
@@ -446,10 +452,14 @@ def test_modules_constructed_from_our_classes_stay():
 
 @pytest.mark.skipif(not HAS_HEAD, reason="nn.LinearCrossEntropyLoss came with PyTorch 2.13")
 def test_linear_inside_our_loss_is_replaced_and_restored():
-    loss = our_class("LinearCrossEntropyLoss")(3, 4, base=2)
+    loss = get_nnmath_class("LinearCrossEntropyLoss")(3, 4, base=2)
     kind = type(loss.linear)
     assert changed_names(swap(loss)) == changed_names(unswap(loss)) == ["linear"]
-    assert (type(loss), type(loss.linear), loss.base) == (our_class(type(loss).__name__), kind, 2)
+    assert (type(loss), type(loss.linear), loss.base) == (
+        get_nnmath_class(type(loss).__name__),
+        kind,
+        2,
+    )
 
 
 def copy_by_pickle(model):
@@ -465,7 +475,7 @@ def copy_by_file(model):
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, copy_by_pickle, copy_by_file])
 def test_copies_and_pickles_can_be_unswapped(model, batch, clone):
-    model.ours = our_class("Linear")(2, 2)
+    model.ours = get_nnmath_class("Linear")(2, 2)
     truth, kinds, keys = model(*batch), list_types(model), list_attributes(model)
     swap(model)
     swapped = list_types(model)
@@ -513,10 +523,10 @@ def test_unswap_of_a_layer_parametrized_after_swap_restores_its_base(batch, agai
     assert_agree([layer(batch[0])], [truth])
 
     # The copy shares the class that was undone, and keeps it.
-    assert isinstance(other, our_class("Linear"))
+    assert isinstance(other, get_nnmath_class("Linear"))
     assert_agree([other(batch[0])], [truth])
     parametrize.remove_parametrizations(other, "weight")
-    assert type(other) is our_class("Linear")
+    assert type(other) is get_nnmath_class("Linear")
     unswap(other)
     assert type(other) is nn.Linear
 
@@ -526,7 +536,7 @@ def test_unswap_after_parametrization_was_removed_restores_the_class():
     swap(layer)
     parametrizations.weight_norm(layer)
     parametrize.remove_parametrizations(layer, "weight")
-    assert type(layer) is our_class("Linear")
+    assert type(layer) is get_nnmath_class("Linear")
     unswap(layer)
     assert type(layer) is nn.Linear
 
@@ -541,7 +551,7 @@ class Sharded:
 def test_unswap_keeps_a_shared_derived_class_shared(small, batch):
     truth = small(batch[0])
     swap(small)
-    kind = type("ShardedLinear", (Sharded, our_class("Linear")), {"note": 1})
+    kind = type("ShardedLinear", (Sharded, get_nnmath_class("Linear")), {"note": 1})
     further = type("FurtherLinear", (kind,), {})
     small[0].__class__, small[2].__class__ = kind, kind
     small.append(nn.Linear(2, 2).double())
@@ -719,5 +729,9 @@ def test_optimizer_made_before_swap_trains_alike(model, batch):
 def test_swapped_model_moves_and_casts(small, batch):
     swap(small)
     assert small.float()(batch[0].float()).dtype == torch.float32
-    assert list_types(small)[1:] == [our_class("Linear"), our_class("ReLU"), our_class("Linear")]
+    assert list_types(small)[1:] == [
+        get_nnmath_class("Linear"),
+        get_nnmath_class("ReLU"),
+        get_nnmath_class("Linear"),
+    ]
     assert changed_names(unswap(small.to("meta"))) == ["0", "1", "2"]

@@ -83,7 +83,7 @@ def test_declared_output_that_is_no_linear_is_no_head():
     model.both = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 9))
     report = swap(model)
     assert head_names(report) == []
-    assert report.left == {"both": "torch.nn.modules.container.Sequential is no torch.nn.Linear"}
+    assert report.left == {"both": "torch.nn.modules.container.Sequential is not a torch.nn.Linear"}
 
 
 @pytest.mark.parametrize("elsewhere", [nn.Linear(4, 9), nn.Sequential(nn.Linear(4, 9))])
@@ -185,7 +185,7 @@ def test_layer_constructed_from_our_class_becomes_head_and_stays_ours():
     ("head", "error", "message"),
     [
         ("3", ValueError, "no module named '3'"),
-        ("lm_haed", ValueError, "near it are 'lm_head'"),
+        ("lm_haed", ValueError, "similar names are 'lm_head'"),
         ("body.1", ValueError, "must be a torch.nn.Linear"),
         ("own", ValueError, "swapping_helpers.Subclass is a class of its own"),
         ("patched", ValueError, "forward of its own"),

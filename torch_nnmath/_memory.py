@@ -20,14 +20,14 @@ MIB = 2**20
 
 
 def can_reset_peak(device: torch.device) -> bool:
-    """Whether the peak can be restarted: on CUDA, and on a CPU under Linux."""
+    """Whether the peak can be reset: on CUDA, and on a CPU under Linux."""
     return device.type == "cuda" or (device.type == "cpu" and sys.platform == "linux")
 
 
 def reset_peak(device: torch.device) -> int:
-    """Restarts the peak and returns the bytes in use.
+    """Resets the peak and returns the bytes in use.
 
-    On a CPU elsewhere than under Linux nothing is restarted, and the peak so far is returned.
+    On a CPU without Linux it resets nothing and returns the peak so far.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -40,7 +40,7 @@ def reset_peak(device: torch.device) -> int:
 
 
 def read_peak(device: torch.device) -> int:
-    """Returns the most bytes in use since `reset_peak`, or else since the process started."""
+    """Returns the peak, in bytes, since `reset_peak`; since the start where that resets nothing."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -51,7 +51,7 @@ def read_peak(device: torch.device) -> int:
 
 
 def read_available(device: torch.device) -> float:
-    """Returns the bytes that can still be allocated; infinity where the system does not tell."""
+    """Returns the bytes that can still be allocated; infinity where the system reports none."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if sys.platform == "linux":

@@ -1,7 +1,7 @@
 """The formulas as modules: subclasses of PyTorch's with another `forward`, and the document's own.
 
 Parameters, their initialisation, state dict, repr and hooks are inherited from PyTorch's modules.
-This library's options have class-level defaults. So `swap` only needs to change a module's class.
+This library's options have class-level defaults. So it is enough that `swap` changes the class.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class MSELoss(torch.nn.MSELoss):
 
 
 class _CrossEntropyOptions:
-    """Options that PyTorch's cross entropies lack; the repr shows those that are not default.
+    """Options that PyTorch's cross entropies lack. The repr shows values other than the default.
 
     A `logit_scale` that is a Parameter is learnt; any other tensor becomes a buffer.
     """
@@ -110,6 +110,7 @@ class _CrossEntropyOptions:
             self.logit_scale = logit_scale
 
     def get_own_options(self) -> dict[str, Any]:
+        """Returns the options that PyTorch's module lacks."""
         scale = getattr(self, "logit_scale", 1.0)  # a class-level default would hide a Parameter
         names = "base", "softcap", "z_loss", "return_stats"
         return {"logit_scale": scale} | {name: getattr(self, name) for name in names}
@@ -127,7 +128,7 @@ class _CrossEntropyOptions:
 class CrossEntropyLoss(_CrossEntropyOptions, torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` by F13, with the options of `functional.cross_entropy`.
 
-    Those that PyTorch's lacks are keyword-only: base, logit_scale, softcap, z_loss, return_stats.
+    Keyword-only, as PyTorch's module lacks them: base, logit_scale, softcap, z_loss, return_stats.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
@@ -177,8 +178,8 @@ else:
             self.num_classes, self.out_features = num_classes, out_features
             self.reduction, self.ignore_index = reduction, ignore_index
             self.label_smoothing, self.options = label_smoothing, options
-            rows = math.prod(out_features, start=num_classes)
-            self.linear = torch.nn.Linear(in_features, rows, bias, device, dtype)
+            output_count = math.prod(out_features, start=num_classes)
+            self.linear = torch.nn.Linear(in_features, output_count, bias, device, dtype)
 
         def extra_repr(self) -> str:
             return (
@@ -251,9 +252,9 @@ class CategoricalCrossEntropyLoss(torch.nn.Module):
 
 
 class Feedforward(torch.nn.Module):
-    """A feed-forward network of `sizes` (n_0, ..., n_L), one formula for all its layers (F10, F12).
+    """A feed-forward network of `sizes` (n_0, ..., n_L): all layers are one formula (F10, F12).
 
-    If a fused loss follows, which takes pre-activations, use the `output_activation` "identity".
+    If a loss on pre-activations follows, set `output_activation="identity"`.
     Parameters are `layers.{i}.weight` and `layers.{i}.bias`, initialised as `torch.nn.Linear`'s.
     """
 

@@ -1,8 +1,8 @@
 """Replaces PyTorch's modules in an existing model by this library's, and restores them.
 
 Only a module's class changes: parameters, buffers, hooks and names stay the very same objects. A
-mark in each changed module (`torch_nnmath.deferred.mark`) tells `unswap` what to restore. The mark
-of a head, the Linear that makes logits, is the `HeadLog` that counts what happened to them.
+mark in each changed module (`torch_nnmath.deferred.mark`) tells `unswap` what to restore. A head is
+the Linear that computes logits. Its mark is the `HeadLog` that counts what happened to them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ Selector: TypeAlias = "str | type[Module] | Callable[[str, Module], bool] | Sequ
 NamesByModule: TypeAlias = dict[Module, list[str]]
 
 _PAIRS: list[Any] = [(getattr(torch.nn, name, ()), getattr(nn, name)) for name in nn.__all__]
-OUR_CLASSES: dict[type, type] = {
-    theirs: ours for theirs, ours in _PAIRS if issubclass(ours, theirs)
+NNMATH_CLASSES: dict[type, type] = {
+    torch_class: nnmath_class
+    for torch_class, nnmath_class in _PAIRS
+    if issubclass(nnmath_class, torch_class)
 }
-TORCH_CLASSES = {ours: theirs for theirs, ours in OUR_CLASSES.items()}
+TORCH_CLASSES = {nnmath_class: torch_class for torch_class, nnmath_class in NNMATH_CLASSES.items()}
 
 # Modules that read a Linear's weight without calling the Linear.
 _WEIGHT_READERS: Any = (
@@ -99,33 +101,35 @@ def swap(
     Linear, Sigmoid, Tanh, ReLU, Softmax, MSELoss, CrossEntropyLoss and LinearCrossEntropyLoss
     are replaced, also if the model itself is one. A module that is not exactly one of them is left
     unchanged: subclasses, parametrized, lazy, quantised and scripted modules, and a module whose
-    instance has a `forward` of its own, which would hide ours. A module that reads another one's
-    weight without calling it, as `torch.nn.TransformerEncoder` does on its fast path, keeps doing
-    so. A second call replaces what was added since. `torch.ao.quantization` looks for PyTorch's
-    exact classes: unswap first.
+    instance has a `forward` of its own, which would override the class's. A module that reads
+    another one's weight without calling it, as `torch.nn.TransformerEncoder` does on its fast path,
+    keeps doing so. A second call replaces modules that were added since. `torch.ao.quantization`
+    looks for PyTorch's exact classes: unswap first.
 
-    The head is the Linear that makes logits. It returns a tensor that computes them only if they
-    are needed. A cross entropy of them, in the model or outside of it, does not need them: it calls
-    the fused head, `functional.linear_cross_entropy`, on the features. See `docs/swapping.md`.
-    Under `torch.compile` of the whole model logits are plain: compile its body to keep the head.
+    The head is the Linear that computes logits. It returns deferred logits, a tensor whose values
+    are computed only if an operation needs them. A cross entropy, in the model or outside of it,
+    needs no values: it calls the fused head, `functional.linear_cross_entropy`, on the features.
+    See `docs/swapping.md`. Under `torch.compile` of the whole model logits are computed as usual:
+    compile the body alone to keep the fused head.
 
     Args:
         model: any module. A module under several names is replaced and reported once.
-        include: which modules: a pattern of the qualified name as for `fnmatch` ("encoder.*", where
-            * matches dots too; "" is the model itself), a class of PyTorch or of this library, a
+        include: modules to replace: a pattern of `fnmatch` for qualified names ("encoder.*", where
+            * matches dots, too; "" is the model itself), a class of PyTorch or of this library, a
             predicate `(name, module) -> bool`, or a list or tuple of these, any of which may match;
             None is all. Any of a module's names may match. If nothing matches, the report is empty.
-        exclude: which modules not, in the same forms; it takes precedence over `include`.
-        head: which Linear makes logits: its name or the module itself; None for no head. "auto" is
-            every output embedding that a submodule declares by a method `get_output_embeddings()`;
-            if none does, the last Linear of `model.modules()`.
+        exclude: modules to leave, in the same forms; it takes precedence over `include`.
+        head: the Linear that computes logits: its name or the module itself; None for no head.
+            "auto" keeps the heads that the model has. If it has none, the heads are the output
+            embeddings that submodules declare by a method `get_output_embeddings()`; if none does,
+            the last Linear of `model.modules()`.
 
     Returns:
-        the changes, the heads' logs, and the modules that were left with the reason.
+        the changes, the logs of the heads, and the modules left unchanged, each with the reason.
 
     Raises:
         TypeError: for a `model`, selector or head of another type.
-        ValueError: for a head that is not in the model, or is no Linear that can be replaced.
+        ValueError: for a head that is not in the model, or is not a Linear that can be replaced.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
     >>> swap(model, exclude="0")
@@ -135,35 +139,39 @@ def swap(
     """
     is_included = _make_predicate("include", "*" if include is None else include)
     is_excluded = _make_predicate("exclude", () if exclude is None else exclude)
-    names_of = _collect_names(model)
-    selected: dict[Module, str] = {}
-    for module, names in names_of.items():
+    names_by_module = _collect_names(model)
+    selected_names: dict[Module, str] = {}
+    for module, names in names_by_module.items():
         if _find_torch_class(module) is not None:
-            matching = [name for name in names if is_included(name, module)]
-            if matching and not any(is_excluded(name, module) for name in names):
-                selected[module] = matching[0]
-    heads = _find_heads(head, names_of)
-    left = {name: reason for m, name in selected.items() if (reason := _find_obstacle(m))}
+            matching_names = [name for name in names if is_included(name, module)]
+            if matching_names and not any(is_excluded(name, module) for name in names):
+                selected_names[module] = matching_names[0]
+    heads = _find_heads(head, names_by_module)
+    left = {name: reason for m, name in selected_names.items() if (reason := _find_obstacle(m))}
     if head == "auto":
         for module in heads:
-            if not isinstance(module, torch.nn.Linear) and module not in selected:
-                left[names_of[module][0]] = f"{_full_name(type(module))} is no torch.nn.Linear"
+            if not isinstance(module, torch.nn.Linear) and module not in selected_names:
+                left[names_by_module[module][0]] = (
+                    f"{_full_name(type(module))} is not a torch.nn.Linear"
+                )
         heads = [m for m in heads if isinstance(m, torch.nn.Linear)]
-        heads = [m for m in heads if m in selected or get_head_log(m) is not None]
-    selected |= {m: names_of[m][0] for m in heads if m not in selected}
-    changes = []  # all predicates have been called: one that raises leaves the model unchanged
-    for module in names_of:
-        name = selected.get(module, "")
-        if module in selected and type(module) in OUR_CLASSES and name not in left:
-            changes.append(Change(name, *_titles(OUR_CLASSES[type(module)])))
-            module.__class__ = OUR_CLASSES[type(module)]
+        heads = [m for m in heads if m in selected_names or get_head_log(m) is not None]
+    selected_names |= {m: names_by_module[m][0] for m in heads if m not in selected_names}
+    # Changes start after all predicates were called: one that raises leaves the model unchanged.
+    changes = []
+    for module in names_by_module:
+        name = selected_names.get(module, "")
+        if module in selected_names and type(module) in NNMATH_CLASSES and name not in left:
+            changes.append(Change(name, *_public_names(NNMATH_CLASSES[type(module)])))
+            module.__class__ = NNMATH_CLASSES[type(module)]
             set_mark(module, True)
-        is_head = any(module is m for m in heads)  # not `in`: a module may define its own ==
+        is_head = any(module is m for m in heads)  # not `in`: a module may override ==
         _set_head(module, name, is_head and name not in left)
     logs = {}
-    for module, names in names_of.items():
+    for module, names in names_by_module.items():
         if (log := get_head_log(module)) is not None:
-            log.name = selected.get(module, names[0])  # the log of a copy has the original's name
+            # The log of a copied module still has the original's name.
+            log.name = selected_names.get(module, names[0])
             logs[log.name] = log
     return Report(changes, logs, left)
 
@@ -171,12 +179,12 @@ def swap(
 def unswap(model: Module) -> Report:
     """Restores, in place, the classes that `swap` replaced, and no others.
 
-    Modules made from `torch_nnmath.nn`'s classes stay. A class derived from ours after the swap, as
-    by `torch.nn.utils.parametrize`, is derived anew from PyTorch's. A bound `forward` that was
-    stored elsewhere stays ours.
+    Modules constructed from `torch_nnmath.nn`'s classes stay. A class derived from one of these
+    after the swap, as by `torch.nn.utils.parametrize`, is derived anew from PyTorch's. A bound
+    method `forward` that was stored elsewhere still runs this library's code.
 
     Raises:
-        TypeError: for a `model` that is no module.
+        TypeError: for a `model` that is not a module.
 
     >>> model = torch.nn.Linear(4, 3)
     >>> report = swap(model)
@@ -184,14 +192,14 @@ def unswap(model: Module) -> Report:
     (root)  torch_nnmath.nn.Linear  ->  torch.nn.Linear
     1 module changed
     """
-    restored = dict(TORCH_CLASSES)
+    class_copies = dict(TORCH_CLASSES)
     changes = []
     for module, names in _collect_names(model).items():
         _set_head(module, names[0], False)
-        ours = next((cls for cls in type(module).__mro__ if cls in TORCH_CLASSES), None)
-        if get_mark(module) and ours is not None:
-            module.__class__ = _restore_class(type(module), restored)
-            changes.append(Change(names[0], *reversed(_titles(ours))))
+        nnmath_class = next((cls for cls in type(module).__mro__ if cls in TORCH_CLASSES), None)
+        if get_mark(module) and nnmath_class is not None:
+            module.__class__ = _restore_class(type(module), class_copies)
+            changes.append(Change(names[0], *reversed(_public_names(nnmath_class))))
         set_mark(module, False)
     return Report(changes)
 
@@ -199,22 +207,22 @@ def unswap(model: Module) -> Report:
 def _collect_names(model: Module) -> NamesByModule:
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r:.80}")
-    names_of: NamesByModule = {}
+    names_by_module: NamesByModule = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names_of.setdefault(module, []).append(name)
-    return names_of
+        names_by_module.setdefault(module, []).append(name)
+    return names_by_module
 
 
 def _find_torch_class(module: Module) -> type | None:
     """Returns the replaceable class of PyTorch that the module is an instance of."""
-    return next((theirs for theirs in OUR_CLASSES if isinstance(module, theirs)), None)
+    return next((cls for cls in NNMATH_CLASSES if isinstance(module, cls)), None)
 
 
 def _find_obstacle(module: Module) -> str | None:
     """Returns the reason why the module's class cannot be replaced, if any."""
     if "forward" in vars(module):
         return "its instance has a forward of its own"
-    if type(module) in OUR_CLASSES or isinstance(module, tuple(TORCH_CLASSES)):
+    if type(module) in NNMATH_CLASSES or isinstance(module, tuple(TORCH_CLASSES)):
         return None
     return f"{_full_name(type(module))} is a class of its own"
 
@@ -223,54 +231,62 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _find_heads(head: Any, names_of: NamesByModule) -> list[Module]:
-    """Returns the modules that are to be heads: the one asked for, the present ones, or by rule."""
+def _find_heads(head: Any, names_by_module: NamesByModule) -> list[Module]:
+    """Returns the modules to make heads, as the argument `head` of `swap` says."""
     if head is None:
         return []
     if isinstance(head, str) and head == "auto":
-        present = [module for module in names_of if get_head_log(module) is not None]
-        return present or _find_declared_heads(names_of) or _find_last_linear(names_of)
+        existing_heads = [module for module in names_by_module if get_head_log(module) is not None]
+        return (
+            existing_heads
+            or _find_declared_heads(names_by_module)
+            or _find_last_linear(names_by_module)
+        )
     if isinstance(head, str):
-        module_of = {name: module for module, names in names_of.items() for name in names}
-        if head not in module_of:
-            similar = difflib.get_close_matches(head, module_of, 3, 0.3)
-            hint = f"; near it are {', '.join(map(repr, similar))}" if similar else ""
+        module_by_name = {
+            name: module for module, names in names_by_module.items() for name in names
+        }
+        if head not in module_by_name:
+            matches = difflib.get_close_matches(head, module_by_name, 3, 0.3)
+            hint = f"; similar names are {', '.join(map(repr, matches))}" if matches else ""
             raise ValueError(f"head: the model has no module named {head!r}{hint}")
-        module = module_of[head]
+        module = module_by_name[head]
     elif isinstance(head, Module):
         module = head
-        if module not in names_of:
+        if module not in names_by_module:
             raise ValueError(f"head: this {type(module).__name__} is not in the model")
     else:
         raise TypeError(f'head must be a name, a module, "auto" or None, got {head!r:.80}')
     if not isinstance(module, torch.nn.Linear):
         raise ValueError(f"head must be a torch.nn.Linear, got {head!r:.80}: {type(module)}")
     if reason := _find_obstacle(module):
-        raise ValueError(f"head {names_of[module][0]!r} cannot be changed: {reason}")
+        raise ValueError(f"head {names_by_module[module][0]!r} cannot be changed: {reason}")
     return [module]
 
 
-def _find_declared_heads(names_of: NamesByModule) -> list[Module]:
-    """Returns the output embeddings that modules declare, also those that are no Linear."""
-    declared = []
-    for module in names_of:
+def _find_declared_heads(names_by_module: NamesByModule) -> list[Module]:
+    """Returns the output embeddings that modules declare, whether they are a Linear or not."""
+    output_embeddings = []
+    for module in names_by_module:
         try:
-            declared.append(module.get_output_embeddings())  # type: ignore[operator]
-        except (AttributeError, NotImplementedError, TypeError):  # absent, or takes arguments
+            output_embeddings.append(module.get_output_embeddings())  # type: ignore[operator]
+        except (AttributeError, NotImplementedError, TypeError):  # not a method without arguments
             continue
-    return [module for module in dict.fromkeys(declared) if module in names_of]
+    return [module for module in dict.fromkeys(output_embeddings) if module in names_by_module]
 
 
-def _find_last_linear(names_of: NamesByModule) -> list[Module]:
-    """Returns the last Linear that is called, as a list; an empty one if there is none."""
-    readers = [module for module in names_of if isinstance(module, _WEIGHT_READERS)]
-    uncalled = {module for reader in readers for module in reader.modules()}
-    linears = [m for m in names_of if isinstance(m, torch.nn.Linear) and m not in uncalled]
+def _find_last_linear(names_by_module: NamesByModule) -> list[Module]:
+    """Returns a list of the last Linear that is called; an empty one if there is none."""
+    readers = [module for module in names_by_module if isinstance(module, _WEIGHT_READERS)]
+    uncalled_modules = {module for reader in readers for module in reader.modules()}
+    linears = [
+        m for m in names_by_module if isinstance(m, torch.nn.Linear) and m not in uncalled_modules
+    ]
     return [*linears[-1:]]
 
 
 def _set_head(module: Module, name: str, is_head: bool) -> None:
-    """Makes a Linear of ours a head or an ordinary layer; a swapped module remains marked."""
+    """Makes a Linear of this library a head or an ordinary layer; it stays marked if swapped."""
     log = get_head_log(module)
     if is_head and log is None:
         set_mark(module, HeadLog(name, is_swapped=bool(get_mark(module))))
@@ -293,22 +309,25 @@ def _make_predicate(argument: str, selector: Any) -> Callable[[str, Module], boo
 
 
 def _is_instance(module: Module, cls: type[Module]) -> bool:
-    """Whether a module of PyTorch or of ours is selected by a class of PyTorch or of ours."""
-    theirs = _find_torch_class(module)
-    return theirs is not None and issubclass(OUR_CLASSES[theirs], cls)  # ours derives from theirs
+    """Whether a class of PyTorch or of this library selects a module of either."""
+    torch_class = _find_torch_class(module)
+    # This library's class derives from PyTorch's, so either may be `cls`.
+    return torch_class is not None and issubclass(NNMATH_CLASSES[torch_class], cls)
 
 
-def _restore_class(cls: type, restored: dict[type, type]) -> type:
-    """Returns `cls`, or if it derives from a class of ours, its copy derived from PyTorch's.
+def _restore_class(cls: type, class_copies: dict[type, type]) -> type:
+    """Returns `cls`, or its copy derived from PyTorch's class if `cls` derives from this library's.
 
-    `restored` collects these classes, so that modules of one class still share it afterwards.
+    `class_copies` maps classes to their copies, so that modules of one class still share a class.
     """
-    if cls not in restored:
-        bases = tuple(_restore_class(base, restored) for base in cls.__bases__)
+    if cls not in class_copies:
+        bases = tuple(_restore_class(base, class_copies) for base in cls.__bases__)
         body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-        restored[cls] = cls if bases == cls.__bases__ else type(cls)(cls.__name__, bases, body)
-    return restored[cls]
+        class_copies[cls] = cls if bases == cls.__bases__ else type(cls)(cls.__name__, bases, body)
+    return class_copies[cls]
 
 
-def _titles(ours: type) -> tuple[str, str]:
-    return f"torch.nn.{ours.__name__}", f"torch_nnmath.nn.{ours.__name__}"
+def _public_names(nnmath_class: type) -> tuple[str, str]:
+    """Returns the names of PyTorch's and of this library's class."""
+    name = nnmath_class.__name__
+    return f"torch.nn.{name}", f"torch_nnmath.nn.{name}"

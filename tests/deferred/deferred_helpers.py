@@ -1,7 +1,7 @@
 """A model with a head, its swapped copy, and the comparison of the two.
 
-The truth is the plain model in float64. In the tables of the tests, `z` are the logits and `o` the
-inputs of `make_inputs`.
+The reference is the plain model in float64. In the tables of the tests, `z` are the logits, and `o`
+is the namespace that `make_inputs` returns.
 """
 
 import copy
@@ -102,7 +102,7 @@ def make_inputs(dtype=F64, examples=B, tokens=T, classes=C, exact=False):
 
 
 def compute_results(model, loss, o=None, backward=False):
-    """Returns the loss of the model's logits, and its gradient in everything that requires grad."""
+    """Returns the loss of a model's logits, and the gradients of all tensors that require grad."""
     o = o or make_inputs()
     out = loss(model(o.x), o)
     leaves = [*model.parameters(), *(getattr(o, name) for name in o.learnt)]

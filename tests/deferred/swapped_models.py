@@ -77,7 +77,7 @@ def assert_steps_agree(step: Step, truth: Step) -> None:
 
 
 def record_logits(model, loss_of, rows, classes) -> tuple[Step, list[str]]:
-    """Runs a step, and lists the tensors of so many rows of so many classes that it made."""
+    """Runs a step, and lists the tensors with these numbers of rows and classes that it made."""
 
     def has_logits_shape(shape):
         return classes in shape and math.prod(shape) // classes in rows
@@ -88,14 +88,14 @@ def record_logits(model, loss_of, rows, classes) -> tuple[Step, list[str]]:
 
 
 def apply_change(model, change):
-    """Applies the user's change, which may return another module."""
+    """Applies a change, which may return another module."""
     torch.manual_seed(3)
     changed = change(model)
     return changed if isinstance(changed, nn.Module) else model
 
 
 class Pair:
-    """A plain model and its swapped copy, both with the user's change.
+    """A plain model and its swapped copy, both changed as a user might change them.
 
     `when` tells whether the copy is swapped before or after the change.
     """
@@ -123,7 +123,8 @@ class Pair:
     ) -> None:
         """Asserts that a training step has the same loss and gradients in both models.
 
-        `fused` losses must be computed without logits, or the logits for a matching `reason`.
+        The number of losses computed without logits must be `fused`. If there is a `reason`, logits
+        must be computed, for reasons that match it.
         """
         fused_before = self.fused
         is_without_logits = fused and not reason
@@ -310,8 +311,9 @@ def make_task(name) -> Task:
 
 
 def assert_no_larger_errors(step: Step, plain: Step, truth: Step, roundings: int = 1) -> None:
-    """Asserts that no gradient, nor the loss, has an error larger than the plain model's by so many
-    roundings of bfloat16.
+    """Asserts that the errors of the loss and of every gradient are at most the plain model's.
+
+    They may exceed them by this number of bfloat16 roundings.
     """
     eps = roundings * torch.finfo(torch.bfloat16).eps
     compared = {

@@ -41,16 +41,37 @@ class Chain:
         self.token = torch.arange(shape[0] * shape[1]).view(*shape[:2], 1).expand(shape)
         self.cls = torch.arange(self.classes).expand(shape)
         self.like = torch.empty(shape)  # has the strides of the logits
-        self.is_foldable, self.is_scaled, self.is_capped, self.is_by_row = (True, *[False] * 3)
+        self.is_foldable, self.is_scaled, self.is_capped, self.has_row_scales = (True, *[False] * 3)
         for _ in range(self.draw(0, 1, 2, 3, 4, 5)):
-            getattr(self, self.draw(*self.KINDS))()
+            getattr(self, self.draw(*self.STEP_NAMES))()
         self.loss = self.draw("cross_entropy", "nnmath_cross_entropy", "nll_loss", "gather", "sum")
         getattr(self, f"draw_{self.loss}")()
 
-    KINDS = (
-        *("transpose", "flatten", "part", "select", "unsqueeze", "index", "mask", "pieces", "view"),
-        *("copy", "number", "learnt", "cap", "bend", "row", "temperature", "widen", "negate") * 2,
-        "foreign",
+    STEP_NAMES = (
+        *(
+            "transpose",
+            "flatten",
+            "slice_rows",
+            "select_row",
+            "unsqueeze",
+            "index_rows",
+            "mask_rows",
+            "split_rows",
+            "view_rows_as_two_axes",
+        ),
+        *(
+            "copy_logits",
+            "scale_by_number",
+            "scale_by_parameter",
+            "apply_cap",
+            "apply_tanh",
+            "add_row",
+            "scale_rows",
+            "widen",
+            "negate",
+        )
+        * 2,
+        "apply_unsupported",
     )
 
     def draw(self, *options: Any) -> Any:
@@ -68,10 +89,12 @@ class Chain:
         return [d for d in range(self.cls.dim()) if d != self.axis]
 
     def move(self, f: Any) -> None:
+        """Appends a step that moves rows or axes."""
         self.steps.append(lambda z, o: f(z))
         self.token, self.cls, self.like = f(self.token), f(self.cls), f(self.like)
 
     def apply(self, f: Any, is_foldable: bool) -> None:
+        """Appends a step that changes values."""
         self.steps.append(f)
         self.is_foldable &= is_foldable
         self.like = self.like + 1
@@ -79,7 +102,7 @@ class Chain:
     def is_packed(self) -> bool:
         return self.like.stride() == torch.empty(self.like.shape).stride()
 
-    # steps
+    # Steps
 
     def transpose(self):
         i, j = (self.draw(*range(self.cls.dim())) for _ in range(2))
@@ -89,13 +112,13 @@ class Chain:
         axis, C = self.axis, self.classes
         self.move(lambda v: v.movedim(axis, -1).reshape(-1, C))
 
-    def view(self):
+    def view_rows_as_two_axes(self):
         """Views the axes before the classes as two."""
         n, sizes = math.prod(self.cls.shape[: self.axis]), self.cls.shape[self.axis :]
         first = self.draw(*(k for k in range(1, n + 1) if n % k == 0))
         self.move(lambda v: v.reshape(first, n // first, *sizes))
 
-    def part(self):
+    def slice_rows(self):
         if self.row_axes:
             d = self.draw(*self.row_axes)
             start, step = self.draw(0, 1), self.draw(1, 1, 2)
@@ -103,7 +126,7 @@ class Chain:
                 index = (slice(None),) * d + (slice(start, None, step),)
                 self.move(lambda v: v[index])
 
-    def select(self):
+    def select_row(self):
         if self.row_axes:
             d, i = self.draw(*self.row_axes), self.draw(0, -1)
             self.move(lambda v: v.select(d, i))
@@ -114,7 +137,7 @@ class Chain:
         if self.draw(True, False):
             self.move(lambda v: v.squeeze(d))
 
-    def index(self):
+    def index_rows(self):
         if self.row_axes:
             d = self.draw(*self.row_axes)
             n = self.cls.shape[d]
@@ -122,14 +145,14 @@ class Chain:
             self.is_foldable &= self.is_packed()
             self.move(lambda v: v[(slice(None),) * d + (at,)])
 
-    def mask(self):
+    def mask_rows(self):
         if self.axis == self.cls.dim() - 1:
             mask = self.token.select(-1, 0) % self.draw(1, 2, 3) == 0
             if mask.any():
                 self.is_foldable &= self.is_packed()
                 self.move(lambda v: v[mask])
 
-    def pieces(self):
+    def split_rows(self):
         if self.row_axes:
             d, i = self.draw(*self.row_axes), self.draw(0, -1)
             if self.draw(True, False):
@@ -137,7 +160,7 @@ class Chain:
             else:
                 self.move(lambda v: v.chunk(2, d)[i])
 
-    def copy(self):
+    def copy_logits(self):
         f = self.draw(torch.clone, torch.Tensor.contiguous, lambda v: v.view_as(v))
         self.move(f)
 
@@ -145,7 +168,7 @@ class Chain:
         self.apply(lambda z, o: z.double(), is_foldable=True)
         self.dtype = F64
 
-    def number(self):
+    def scale_by_number(self):
         k = self.draw(0.5, -2, 3.0, torch.tensor(0.7))
         f = self.draw(torch.mul, torch.div)
         self.apply(lambda z, o: f(z, k), is_foldable=True)
@@ -155,43 +178,43 @@ class Chain:
         self.apply(lambda z, o: -z, is_foldable=True)
         self.is_scaled = True
 
-    def learnt(self):
+    def scale_by_parameter(self):
         f = self.draw(torch.mul, torch.div)
         self.apply(lambda z, o: f(z, o.s), is_foldable=not self.is_capped)
         self.is_scaled = True
 
-    def cap(self):
+    def apply_cap(self):
         cap = self.draw(1.5, 4)
         self.apply(
             lambda z, o: cap * torch.tanh(z / cap),
-            is_foldable=not (self.is_capped or self.is_by_row),
+            is_foldable=not (self.is_capped or self.has_row_scales),
         )
         self.is_scaled = self.is_capped = True
 
-    def bend(self):
-        """A cap of 1 without factors."""
-        self.apply(lambda z, o: z.tanh(), is_foldable=not (self.is_capped or self.is_by_row))
+    def apply_tanh(self):
+        """Caps at 1, without factors."""
+        self.apply(lambda z, o: z.tanh(), is_foldable=not (self.is_capped or self.has_row_scales))
         self.is_capped = True
 
-    def row(self):
+    def add_row(self):
         axis, dim, name = self.axis, self.cls.dim(), self.draw("row", "fixed_row")
         shape = [self.classes if d == axis else 1 for d in range(dim)]
-        is_foldable = not (self.is_scaled or self.is_capped or self.is_by_row)
+        is_foldable = not (self.is_scaled or self.is_capped or self.has_row_scales)
         self.apply(lambda z, o: z + getattr(o, name).view(shape).to(z.dtype), is_foldable)
         self.has_row = True
 
     has_row = False
 
-    def temperature(self):
+    def scale_rows(self):
         axis, token, name = self.axis, self.token, self.draw("t", "fixed_t")
         f = self.draw(torch.mul, torch.div)
         at = token.narrow(axis, 0, 1)
         is_foldable = not (self.bias or self.has_row or self.is_capped)
         self.apply(lambda z, o: f(z, getattr(o, name).flatten()[at].to(z.dtype)), is_foldable)
-        self.is_by_row = True
+        self.has_row_scales = True
 
-    def foreign(self):
-        """An operation that is no step."""
+    def apply_unsupported(self):
+        """Applies an operation that is not a step."""
         axis = self.axis
         perm = torch.randperm(self.classes, generator=torch.Generator().manual_seed(0))
         functions = [
@@ -204,7 +227,7 @@ class Chain:
         ]
         self.apply(self.draw(*functions), is_foldable=False)
 
-    # losses
+    # Losses
 
     def move_classes(self):
         """Moves the classes to the axis where PyTorch's losses expect them."""
@@ -215,7 +238,7 @@ class Chain:
             self.move(lambda v: v.movedim(axis, expected))
         self.targets = self.token.select(expected, 0)
 
-    def target(self, o: Any, ignored: int) -> torch.Tensor:
+    def get_target(self, o: Any, ignored: int) -> torch.Tensor:
         return (o.y if ignored == IGNORED else o.all_y).flatten()[self.targets]
 
     def draw_options(self):
@@ -232,7 +255,7 @@ class Chain:
         def loss(z, o):
             weight = {"weight": o.weight.to(z.dtype)} if weighted else {}
             if not is_distribution:
-                y = self.target(o, ignored)
+                y = self.get_target(o, ignored)
                 return function(z, y, ignore_index=ignored, **options, **weight)
             p = o.probs.flatten(0, 1)[at].movedim(-1, axis).to(z.dtype)
             return function(z, p, **options, **weight)
@@ -255,7 +278,9 @@ class Chain:
         def loss(z, o):
             weight = o.weight.to(z.dtype) if weighted else None
             l = z.log_softmax(axis)
-            return F.nll_loss(l, self.target(o, ignored), weight, ignore_index=ignored, **options)
+            return F.nll_loss(
+                l, self.get_target(o, ignored), weight, ignore_index=ignored, **options
+            )
 
         self.steps.append(loss)
 
@@ -277,7 +302,7 @@ class Chain:
 
 
 def test_random_chains_agree_and_are_fused_if_foldable():
-    """Always right, and without logits if every step can be applied to the features."""
+    """Results always agree. The loss is fused if all steps can be applied to the features."""
     fused = Counter()
 
     @settings(deadline=None, derandomize=True, max_examples=500)

@@ -26,8 +26,8 @@ from torch_nnmath import functional
 pytestmark = MARKS
 
 
-def smoothed_by_trainer(z, o):
-    """The code of the label smoother of transformers."""
+def smooth_labels_as_trainer(z, o):
+    """Computes the loss as the label smoother of transformers does."""
     labels, epsilon, ignore_index = o.y.clone(), 0.1, IGNORED
     log_probs = -nn.functional.log_softmax(z, dim=-1)
     if labels.dim() == log_probs.dim() - 1:
@@ -78,7 +78,7 @@ LOSSES: dict[str, Any] = {
     "logsumexp of wide": lambda z, o: widen(z).logsumexp(-1),
     "sum": lambda z, o: z.log_softmax(-1).sum(-1, dtype=torch.float32),
     "mean": lambda z, o: z.log_softmax(-1).mean(-1),
-    "smoothed by trainer": smoothed_by_trainer,
+    "smoothed by trainer": smooth_labels_as_trainer,
     "read": lambda z, o: (z / 9).exp().mean(),
     "read, detached": lambda z, o: (z.detach() / 9).exp().mean() + (z / 9).exp().mean(),
 }
@@ -98,9 +98,9 @@ REGIONS = ["float32", "bfloat16", "float16", "inside", "outside", "before"]
     ("region", "name"), make_params(itertools.product(REGIONS, LOSSES | LOSSES_WITHOUT_BIAS))
 )
 def test_error_is_at_most_a_rounding_more_than_the_plain_model(region, name):
-    """Dtypes are those of the plain model.
+    """Dtypes agree with the plain model's.
 
-    Under autocast are the logits and the loss ("inside"), the logits alone ("outside") or the loss
+    Autocast covers the logits and the loss ("inside"), the logits alone ("outside") or the loss
     alone ("before").
     """
     loss = (LOSSES | LOSSES_WITHOUT_BIAS)[name]

@@ -1,4 +1,4 @@
-"""Gradients that are disabled for a part: each tensor gets the gradient it gets in PyTorch."""
+"""Gradients disabled for some tensors: which tensors get one, and its value, agree with PyTorch."""
 
 from typing import Any
 
@@ -10,37 +10,37 @@ from deferred_helpers import MARKS, C, assert_agree, ce, make_inputs, make_pair,
 pytestmark = MARKS
 
 
-def head_without_gradient(model, o):
+def compute_logits_without_gradient(model, o):
     with torch.no_grad():
         return model(o.x)
 
 
-def loss_without_gradient(model, o):
+def compute_loss_without_gradient(model, o):
     z = model(o.x)
     with torch.no_grad():
         return ce(z, o.y)
 
 
-def view_without_gradient(model, o):
+def compute_loss_of_view_without_gradient(model, o):
     z = model(o.x)
     with torch.no_grad():
         v = z.view(-1, C)
     return ce(v, o.y)
 
 
-def made_a_leaf(model, o):
-    z = head_without_gradient(model, o).requires_grad_()
+def compute_gradient_of_leaf(model, o):
+    z = compute_logits_without_gradient(model, o).requires_grad_()
     ce(z, o.y).backward()
     return z.grad
 
 
-def in_inference_mode(model, o):
+def compute_loss_in_inference_mode(model, o):
     with torch.inference_mode():
         z = model(o.x)
         return ce(z, o.y), z.exp()
 
 
-def loss_in_inference_mode(model, o):
+def compute_part_of_loss_in_inference_mode(model, o):
     z = model(o.x)
     with torch.inference_mode():
         v = z[:, 1:]
@@ -48,23 +48,23 @@ def loss_in_inference_mode(model, o):
     return [ce(z, o.y), z.exp().mean(), *(x.clone() for x in out)]
 
 
-def frozen(model, o):
+def compute_frozen_logits(model, o):
     model.requires_grad_(False)
     return model(o.x.detach())
 
 
-def frozen_head(model, o):
+def compute_loss_of_frozen_head(model, o):
     model.lm_head.requires_grad_(False)
     return ce(model(o.x), o.y)
 
 
-def only_the_bias(model, o):
+def compute_loss_of_trainable_bias(model, o):
     model.requires_grad_(False)
     model.lm_head.bias.requires_grad_()
     return ce(model(o.x.detach()), o.y)
 
 
-def chunked_by_hand(model, o):
+def pass_gradient_by_hand(model, o):
     z = model(o.x)
     d = z.detach().requires_grad_()
     ce(d, o.y).backward()
@@ -72,14 +72,14 @@ def chunked_by_hand(model, o):
     return model.lm_head.weight.grad, o.x.grad
 
 
-def twice(model, o):
+def run_backward_twice(model, o):
     loss = ce(model(o.x), o.y)
     loss.backward(retain_graph=True)
     loss.backward()
     return model.lm_head.weight.grad, o.x.grad
 
 
-def saved_elsewhere(hooks):
+def save_for_backward_by(hooks):
     def f(model, o):
         with hooks():
             z = model(o.x)
@@ -92,42 +92,44 @@ class Labels(torch.Tensor):
     pass
 
 
-def in_context(model, o):
+def compute_loss_under_default_device(model, o):
     with torch.device("cpu"):
         return ce(3 * torch.tanh(model(o.x) / 3), o.y)
 
 
 CASES: dict[str, Any] = {
-    "head without gradient": lambda m, o: ce(head_without_gradient(m, o), o.y),
-    "head without, scale with": lambda m, o: ce(head_without_gradient(m, o) * o.s, o.y),
-    "head without, row with": lambda m, o: ce(head_without_gradient(m, o) + o.row, o.y),
+    "head without gradient": lambda m, o: ce(compute_logits_without_gradient(m, o), o.y),
+    "head without, scale with": lambda m, o: ce(compute_logits_without_gradient(m, o) * o.s, o.y),
+    "head without, row with": lambda m, o: ce(compute_logits_without_gradient(m, o) + o.row, o.y),
     "head without, cap of scaled": lambda m, o: ce(
-        torch.tanh(head_without_gradient(m, o) / o.s), o.y
+        torch.tanh(compute_logits_without_gradient(m, o) / o.s), o.y
     ),
-    "loss without gradient": loss_without_gradient,
-    "view without gradient": view_without_gradient,
-    "made a leaf": made_a_leaf,
-    "inference mode": in_inference_mode,
-    "loss in inference mode": loss_in_inference_mode,
-    "frozen": lambda m, o: ce(frozen(m, o), o.y),
-    "frozen, scale with": lambda m, o: ce(frozen(m, o) * o.s, o.y),
-    "frozen, row with": lambda m, o: ce((frozen(m, o) + o.row).mT.mT, o.y),
-    "frozen, view, scale with": lambda m, o: ce(frozen(m, o)[:, :] * o.s, o.y),
-    "frozen, learnt targets": lambda m, o: F.cross_entropy(frozen(m, o).mT, o.probs.mT),
-    "frozen, made a leaf": lambda m, o: ce(frozen(m, o).requires_grad_(), o.y),
+    "loss without gradient": compute_loss_without_gradient,
+    "view without gradient": compute_loss_of_view_without_gradient,
+    "made a leaf": compute_gradient_of_leaf,
+    "inference mode": compute_loss_in_inference_mode,
+    "loss in inference mode": compute_part_of_loss_in_inference_mode,
+    "frozen": lambda m, o: ce(compute_frozen_logits(m, o), o.y),
+    "frozen, scale with": lambda m, o: ce(compute_frozen_logits(m, o) * o.s, o.y),
+    "frozen, row with": lambda m, o: ce((compute_frozen_logits(m, o) + o.row).mT.mT, o.y),
+    "frozen, view, scale with": lambda m, o: ce(compute_frozen_logits(m, o)[:, :] * o.s, o.y),
+    "frozen, learnt targets": lambda m, o: F.cross_entropy(
+        compute_frozen_logits(m, o).mT, o.probs.mT
+    ),
+    "frozen, made a leaf": lambda m, o: ce(compute_frozen_logits(m, o).requires_grad_(), o.y),
     "detached in place": lambda m, o: ce((2 * m(o.x)).detach_(), o.y),
-    "frozen head": frozen_head,
-    "only the bias": only_the_bias,
-    "chunked by hand": chunked_by_hand,
-    "twice": twice,
+    "frozen head": compute_loss_of_frozen_head,
+    "only the bias": compute_loss_of_trainable_bias,
+    "chunked by hand": pass_gradient_by_hand,
+    "twice": run_backward_twice,
     "logits as targets": lambda m, o: F.cross_entropy(m(o.x).mT, m(2 * o.x).mT),
     "two calls": lambda m, o: ce(m(o.x), o.y) + ce(m(o.x.flip(1)), o.y.flip(1)),
     "two calls, one sum": lambda m, o: ce(m(o.x) + m(2 * o.x), o.y),
-    "saved on the CPU": saved_elsewhere(torch.autograd.graph.save_on_cpu),
-    "saved as copies": saved_elsewhere(
+    "saved on the CPU": save_for_backward_by(torch.autograd.graph.save_on_cpu),
+    "saved as copies": save_for_backward_by(
         lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x)
     ),
-    "in a device's context": in_context,
+    "in a device's context": compute_loss_under_default_device,
     "targets of another class": lambda m, o: ce(m(o.x), o.y.as_subclass(Labels)).as_subclass(
         torch.Tensor
     ),

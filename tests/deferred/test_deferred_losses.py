@@ -33,29 +33,29 @@ from torch_nnmath.kernels._block import count_block_rows
 pytestmark = MARKS
 
 
-def in_chunks(z, o):
+def sum_losses_of_chunks(z, o):
     pairs = zip(z.chunk(3, 1), o.y.chunk(3, 1), strict=True)
     return sum(ce(v, y, reduction="sum") for v, y in pairs) / (o.y != IGNORED).sum()
 
 
-def of_module(loss):
-    """The loss by a module."""
+def call_loss_module(loss):
+    """Returns the loss as a module computes it."""
     return lambda z, o: loss(o)(z.flatten(0, 1), o.y.flatten())
 
 
-def with_stats(z, o):
+def stack_loss_and_stats(z, o):
     options = {"softcap": 5.0, "z_loss": 0.01, "base": 2.0, "reduction": "none"}
     loss, stats = functional.cross_entropy(z.mT, o.y, **options, return_stats=True)
     assert not any(v.requires_grad for v in stats)
     return torch.stack([loss, *(v.to(loss.dtype) for v in stats)])
 
 
-def with_z_loss(z, o):
+def add_z_loss(z, o):
     return ce(z, o.y) + 1e-2 * z.logsumexp(-1).square().mean()
 
 
-def log_probs_of_policy(z, o):
-    """As trainers for reinforcement learning write it, one example at a time."""
+def compute_log_probs_of_policy(z, o):
+    """Computes log-probabilities as trainers for reinforcement learning do, example by example."""
     chosen = torch.gather(z, dim=-1, index=o.all_y.unsqueeze(-1)).squeeze(-1)
     return chosen - torch.stack([torch.logsumexp(v, dim=-1) for v in z])
 
@@ -116,7 +116,7 @@ FUSED: dict[str, Any] = {
         ce(v, y) for v, y in zip(z.split(5, 1), o.y.split(5, 1), strict=True)
     ),
     "split by sizes": lambda z, o: ce(z.split([4, 5], 1)[1], o.y[:, 4:]),
-    "chunk": in_chunks,
+    "chunk": sum_losses_of_chunks,
     "two losses": lambda z, o: ce(z, o.y) + 0.3 * ce(z[:, :-2], o.y[:, 2:]),
     # values
     "clone": lambda z, o: ce(z.clone(), o.y),
@@ -163,8 +163,10 @@ FUSED: dict[str, Any] = {
     ),
     "learnt probabilities": lambda z, o: F.cross_entropy(z.mT, o.probs.mT),
     "module of PyTorch": lambda z, o: nn.CrossEntropyLoss(o.weight, label_smoothing=0.1)(z.mT, o.y),
-    "module of nnmath": of_module(lambda o: torch_nnmath.nn.CrossEntropyLoss(o.weight, base=2)),
-    "module of nnmath, capped": of_module(
+    "module of nnmath": call_loss_module(
+        lambda o: torch_nnmath.nn.CrossEntropyLoss(o.weight, base=2)
+    ),
+    "module of nnmath, capped": call_loss_module(
         lambda o: torch_nnmath.nn.CrossEntropyLoss(softcap=4.0, logit_scale=o.s, z_loss=0.1)
     ),
     "function of nnmath": lambda z, o: functional.cross_entropy(
@@ -176,7 +178,7 @@ FUSED: dict[str, Any] = {
     "function of nnmath, capped": lambda z, o: functional.cross_entropy(
         4 * torch.tanh(z.mT * o.s / 4), o.y, z_loss=1e-2, weight=o.weight
     ),
-    "stats": with_stats,
+    "stats": stack_loss_and_stats,
     # log-probabilities
     "nll_loss": lambda z, o: F.nll_loss(F.log_softmax(z, -1).flatten(0, 1), o.y.flatten()),
     "NLLLoss": lambda z, o: nn.NLLLoss(o.weight, reduction="none")(nn.LogSoftmax(1)(z.mT), o.y),
@@ -204,11 +206,11 @@ FUSED: dict[str, Any] = {
     "logsumexp, special": lambda z, o: torch.special.logsumexp(z[:, 1:] + o.row, dim=2).sin(),
     "logsumexp of capped logits": lambda z, o: (3 * (z * o.s).tanh()).logsumexp(2),
     "logsumexp of negated logits": lambda z, o: (-z).logsumexp(-1),
-    "z-loss of the user's": with_z_loss,
+    "z-loss of the user's": add_z_loss,
     "gather less logsumexp": lambda z, o: (
         z.gather(-1, o.all_y[..., None]) - z.logsumexp(-1, keepdim=True)
     ),
-    "log-probabilities of a policy": log_probs_of_policy,
+    "log-probabilities of a policy": compute_log_probs_of_policy,
 }
 FUSED_WITHOUT_BIAS: dict[str, Any] = {
     "over temperatures": lambda z, o: ce(z / o.fixed_t, o.y),
@@ -309,7 +311,7 @@ PRECEDING_USES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", make_params(PRECEDING_USES))
-def test_loss_of_logits_without_steps_after_another_use(name):
+def test_loss_of_logits_without_steps_after_another_use_agrees(name):
     def loss(z, o):
         PRECEDING_USES[name](z, o)
         return F.cross_entropy(z, o.y.flatten(), label_smoothing=0.1)

@@ -44,11 +44,11 @@ class TripledGradient(torch.autograd.Function):
         return -3 * g.to(ctx.dtype), None
 
 
-def through_function(kind):
+def apply_function(kind):
     return lambda z, o: ce(TripledGradient.apply(z, kind), o.y)
 
 
-def edited(edit):
+def edit_before_loss(edit):
     """Returns a loss after an edit in place, which may return other logits for the loss."""
 
     def loss(z, o):
@@ -72,7 +72,7 @@ def edit_of_view(z, o):
     return z + w + v.view(z.shape)
 
 
-def edit_seen_by_relatives(z, o):
+def edit_after_views_and_copies(z, o):
     v = z[:, :-1]
     u, w = v.transpose(1, 2), z.clone()
     z.mul_(2)
@@ -102,19 +102,19 @@ def edit_after_a_loss(z, o):
     return before + ce(z, o.y)
 
 
-def after_steps(z, o):
-    """Deferred tensors of every form are right after one of them was materialised."""
+def use_results_of_steps(z, o):
+    """After one deferred tensor is materialised, those of other forms have the right values."""
     v, w, u = z.flatten(0, 1), (z + o.row) * o.s, 3 * torch.tanh(z.mT / 3)
     l = u.log_softmax(1)
     total = w.exp().mean()
     return total + ce(z, o.y) + F.cross_entropy(v, o.y.flatten()) + F.nll_loss(l, o.y) + u.sum()
 
 
-def of_two_heads(z, o):
+def add_other_logits(z, o):
     return ce(z + z.detach().roll(1, 0).requires_grad_(), o.y)
 
 
-def out_variant(z, o):
+def write_out_argument(z, o):
     return ce(z, o.y) + torch.add(z.detach(), 1, out=torch.empty_like(z.detach())).sum()
 
 
@@ -226,37 +226,43 @@ MATERIALIZED: dict[str, tuple[str, Any]] = {
     "accuracy": ("argmax", lambda z, o: ce(z, o.y) * (z.argmax(-1) == o.y).sum().add(1)),
     "topk": ("topk", lambda z, o: ce(z, o.y) + z.topk(3)[0].mean()),
     "sorting": ("sort", lambda z, o: z.sort(-1)[0][..., ::30]),
-    "after steps": ("exp", after_steps),
-    "sum of logits and targets": ("detach", of_two_heads),
+    "after steps": ("exp", use_results_of_steps),
+    "sum of logits and targets": ("detach", add_other_logits),
     "detached": ("detach", lambda z, o: ce(z.detach(), o.y) + 0 * z.sum()),
     "data": ("data", lambda z, o: ce(z.data, o.y) + 0 * z.sum()),
     "own targets": ("_softmax", lambda z, o: F.cross_entropy(z.mT, z.mT.softmax(1))),
-    "out": ("detach", out_variant),
+    "out": ("detach", write_out_argument),
     "as_strided": ("as_strided", lambda z, o: z[1].as_strided((T,), (C,))),
     # in place
-    "add_": ("add_", edited(lambda z, o: z.add_(1))),
-    "iadd": ("add_", edited(lambda z, o: z.__iadd__(o.row))),
-    "mul_": ("mul_", edited(lambda z, o: z.mul_(o.s))),
-    "tanh_": ("tanh_", edited(lambda z, o: z.tanh_())),
-    "setitem": ("select|slice|fill_|copy_", edited(set_first_class)),
-    "setitem, mask": ("index_put_", edited(set_rows)),
-    "masked_fill_": ("masked_fill_", edited(lambda z, o: z.masked_fill_(o.fixed_row > 1, -1e4))),
-    "zero_": ("zero_", edited(lambda z, o: z.zero_())),
-    "copy_": ("copy_", edited(lambda z, o: z.copy_(o.probs))),
-    "index_fill_": ("index_fill_", edited(lambda z, o: z.index_fill_(2, torch.tensor([3]), -5))),
-    "scatter_": ("scatter_", edited(lambda z, o: z.scatter_(2, o.all_y[..., None], 0.0))),
-    "of a view": ("_to_copy", edited(edit_of_view)),
-    "of a part": ("div_", edited(edit_of_a_part)),
-    "of a clone": ("mul_", edited(edit_of_a_clone)),
-    "seen by relatives": ("mul_", edited(edit_seen_by_relatives)),
-    "without gradient": ("mul_|select", edited(edit_without_gradient)),
+    "add_": ("add_", edit_before_loss(lambda z, o: z.add_(1))),
+    "iadd": ("add_", edit_before_loss(lambda z, o: z.__iadd__(o.row))),
+    "mul_": ("mul_", edit_before_loss(lambda z, o: z.mul_(o.s))),
+    "tanh_": ("tanh_", edit_before_loss(lambda z, o: z.tanh_())),
+    "setitem": ("select|slice|fill_|copy_", edit_before_loss(set_first_class)),
+    "setitem, mask": ("index_put_", edit_before_loss(set_rows)),
+    "masked_fill_": (
+        "masked_fill_",
+        edit_before_loss(lambda z, o: z.masked_fill_(o.fixed_row > 1, -1e4)),
+    ),
+    "zero_": ("zero_", edit_before_loss(lambda z, o: z.zero_())),
+    "copy_": ("copy_", edit_before_loss(lambda z, o: z.copy_(o.probs))),
+    "index_fill_": (
+        "index_fill_",
+        edit_before_loss(lambda z, o: z.index_fill_(2, torch.tensor([3]), -5)),
+    ),
+    "scatter_": ("scatter_", edit_before_loss(lambda z, o: z.scatter_(2, o.all_y[..., None], 0.0))),
+    "of a view": ("_to_copy", edit_before_loss(edit_of_view)),
+    "of a part": ("div_", edit_before_loss(edit_of_a_part)),
+    "of a clone": ("mul_", edit_before_loss(edit_of_a_clone)),
+    "seen by relatives": ("mul_", edit_before_loss(edit_after_views_and_copies)),
+    "without gradient": ("mul_|select", edit_before_loss(edit_without_gradient)),
     "after a loss": ("mul_", edit_after_a_loss),
-    "of data": ("data", edited(edit_of_data)),
+    "of data": ("data", edit_before_loss(edit_of_data)),
     # a Function of the user between head and loss
-    "Function, the same": ("TripledGradientBackward stands between", through_function("as it is")),
-    "Function, a view": ("TripledGradientBackward stands between", through_function("view")),
-    "Function, a cast": ("_to_copy", lambda z, o: through_function("cast")(z, o).double()),
-    "Function, in place": ("mul_", through_function("in place")),
+    "Function, the same": ("TripledGradientBackward stands between", apply_function("as it is")),
+    "Function, a view": ("TripledGradientBackward stands between", apply_function("view")),
+    "Function, a cast": ("_to_copy", lambda z, o: apply_function("cast")(z, o).double()),
+    "Function, in place": ("mul_", apply_function("in place")),
 }
 
 

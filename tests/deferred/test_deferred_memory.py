@@ -1,4 +1,4 @@
-"""What reads the memory of logits, and how long logits and features stay in memory."""
+"""Functions that read the memory of logits, and the lifetime of logits and features."""
 
 import copy
 import ctypes

@@ -1,4 +1,4 @@
-"""Hooks and everything else that observes the gradient in logits."""
+"""Hooks and everything else that observes the gradient of logits."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def record(o, g):
     o.recorded.append(g.clone())
 
 
-def loss_after(observe, steps=lambda z: z):
+def make_loss_after(observe, steps=lambda z: z):
     """Returns a loss that is computed after `observe` of the logits, or of `steps` of them."""
 
     def loss(z, o):
@@ -40,27 +40,27 @@ def retain_grad(z, o):
     o.after = lambda: record(o, z.grad)
 
 
-def late_view(z, o):
-    """The hook is on the logits, and the loss of a view that was made before."""
+def hook_logits_after_view(z, o):
+    """Computes the loss of a view that was made before the logits got a hook."""
     v = z[:, 1:]
     z.register_hook(lambda g: record(o, g))
     return ce(v, o.y[:, 1:])
 
 
-def late_transpose(z, o):
-    """The hook is on the logits, and the loss of a transpose that was made before."""
+def hook_logits_after_transpose(z, o):
+    """Computes the loss of a transpose that was made before the logits got a hook."""
     v = z.mT
     z.register_hook(lambda g: record(o, g))
     return F.cross_entropy(v, o.y)
 
 
-def hook_on_input_of_loss(z, o):
+def hook_input_of_loss(z, o):
     v = z.mT
     v.register_hook(lambda g: record(o, g) or 2 * g)
     return F.cross_entropy(v, o.y)
 
 
-def hook_on_both(z, o):
+def hook_logits_and_scaled_logits(z, o):
     z.register_hook(lambda g: 2 * g)
     v = z * 3
     v.register_hook(lambda g: record(o, g))
@@ -72,48 +72,50 @@ def hook_on_a_deep_node(z, o):
     return ce((z * 2)[:, 1:], o.y[:, 1:])
 
 
-def hook_on_the_node_below(z, o):
+def hook_node_below(z, o):
     v = (z * 2)[:, 1:]
     v.grad_fn.next_functions[0][0].register_hook(lambda gi, go: record(o, gi[0]))
     return ce(v, o.y[:, 1:])
 
 
 OBSERVERS: dict[str, Any] = {
-    "hook": loss_after(lambda z, o: z.register_hook(lambda g: record(o, g))),
-    "hook that changes": loss_after(lambda z, o: z.register_hook(lambda g: record(o, g) or 5 * g)),
-    "hook on a view": loss_after(
+    "hook": make_loss_after(lambda z, o: z.register_hook(lambda g: record(o, g))),
+    "hook that changes": make_loss_after(
+        lambda z, o: z.register_hook(lambda g: record(o, g) or 5 * g)
+    ),
+    "hook on a view": make_loss_after(
         lambda z, o: z.register_hook(lambda g: record(o, g) or -g), lambda z: z.mT.mT
     ),
-    "hook on the scaled": loss_after(
+    "hook on the scaled": make_loss_after(
         lambda z, o: z.register_hook(lambda g: record(o, g)), lambda z: z / 3
     ),
-    "hook on the capped": loss_after(
+    "hook on the capped": make_loss_after(
         lambda z, o: z.register_hook(lambda g: record(o, g)), torch.tanh
     ),
-    "hooks on both": hook_on_both,
-    "hook after a view": late_view,
-    "hook after a transpose": late_transpose,
-    "hook on the loss's own": hook_on_input_of_loss,
-    "retain_grad": loss_after(retain_grad),
-    "retain_grad of the scaled": loss_after(retain_grad, lambda z: z * 0.5),
-    "node's hook": loss_after(
+    "hooks on both": hook_logits_and_scaled_logits,
+    "hook after a view": hook_logits_after_view,
+    "hook after a transpose": hook_logits_after_transpose,
+    "hook on the loss's own": hook_input_of_loss,
+    "retain_grad": make_loss_after(retain_grad),
+    "retain_grad of the scaled": make_loss_after(retain_grad, lambda z: z * 0.5),
+    "node's hook": make_loss_after(
         lambda z, o: z.grad_fn.register_hook(lambda gi, go: record(o, go[0]))
     ),
-    "node's prehook": loss_after(
+    "node's prehook": make_loss_after(
         lambda z, o: z.grad_fn.register_prehook(lambda go: record(o, go[0]) or (go[0] * 2,))
     ),
-    "view's node's prehook": loss_after(
+    "view's node's prehook": make_loss_after(
         lambda z, o: z.grad_fn.register_prehook(lambda go: record(o, go[0]) or (go[0] * 2,)),
         lambda z: z[:, :],
     ),
-    "node below's hook": hook_on_the_node_below,
-    "multi-grad hook": loss_after(
+    "node below's hook": hook_node_below,
+    "multi-grad hook": make_loss_after(
         lambda z, o: register_multi_grad_hook((z,), lambda gs: record(o, gs[0]))
     ),
-    "multi-grad hook, any": loss_after(
+    "multi-grad hook, any": make_loss_after(
         lambda z, o: register_multi_grad_hook((z, o.x), lambda g: record(o, g), mode="any")
     ),
-    "gradient in logits": lambda z, o: (
+    "gradient of logits": lambda z, o: (
         record(o, torch.autograd.grad(z.exp().sum(), z, retain_graph=True)[0]) or z.exp().mean()
     ),
     "edge of logits": lambda z, o: (
@@ -196,8 +198,10 @@ def test_observer_after_a_fused_loss_raises():
     late = {
         "register_hook": lambda z, l: z.register_hook(lambda g: g),
         "retain_grad": lambda z, l: z.retain_grad(),
-        "the gradient in logits": lambda z, l: torch.autograd.grad(l, z),
-        "the gradient  in logits": lambda z, l: torch.autograd.grad(inputs=[o.x, z], outputs=[l]),
+        "the gradient of the logits": lambda z, l: torch.autograd.grad(l, z),
+        "the gradient of the  logits": lambda z, l: torch.autograd.grad(
+            inputs=[o.x, z], outputs=[l]
+        ),
     }
     for name, observe in late.items():
         z = swapped(o.x)

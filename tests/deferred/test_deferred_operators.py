@@ -38,7 +38,7 @@ CHANGES_SHAPE = {  # refused in place; dropout3d calls unsqueeze_
 
 
 def compute_value_and_gradient(function, model, sample):
-    """Returns those of an operator on logits as its first argument, or the type of its error."""
+    """Returns the value and gradient of an operator on logits, or the type of its error."""
     x = sample.input.detach().clone().requires_grad_()
     args, kwargs = copy.deepcopy((sample.args, sample.kwargs))
     z = model(x)

@@ -1,4 +1,4 @@
-"""The steps: layouts are known without values, and operands count as they were at the step."""
+"""The steps: layouts are known without values, and later changes of operands have no effect."""
 
 import itertools
 from typing import Any

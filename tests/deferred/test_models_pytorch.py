@@ -284,7 +284,7 @@ def test_dynamic_quantisation_needs_unswap(when):
     if when == "after":
         ((name, reason),) = pair.report.left.items()
         assert name == "lm_head"
-        assert "is no torch.nn.Linear" in reason
+        assert "is not a torch.nn.Linear" in reason
     if when == "before":
         assert type(pair.swapped.lm_head) is torch_nnmath.nn.Linear
         pair.plain = make_causal()

@@ -253,7 +253,7 @@ def test_peft_and_merged_model_train_alike(when, kind):
         pair.assert_trains_alike(loss_in_model, fused=0)
         ((name, reason),) = pair.report.left.items()
         assert name == "base_model.model.lm_head"
-        assert "is no torch.nn.Linear" in reason
+        assert "is not a torch.nn.Linear" in reason
     elif kind == "the head saved":  # PEFT copies the head, with its log
         before = pair.report
         pair.report = torch_nnmath.swap(pair.swapped)
@@ -438,7 +438,7 @@ def test_head_argument_selects_the_head(head):
 @pytest.mark.parametrize(
     ("head", "error", "message"),
     [
-        ("lm_haed", ValueError, "no module named 'lm_haed'; near it are 'lm_head'"),
+        ("lm_haed", ValueError, "no module named 'lm_haed'; similar names are 'lm_head'"),
         ("model.embed_tokens", ValueError, "must be a torch.nn.Linear"),
         ("model", ValueError, "must be a torch.nn.Linear"),
         (nn.Linear(32, V), ValueError, "is not in the model"),

@@ -44,7 +44,7 @@ def test_wrong_backward_of_the_user_raises_numerical_error(is_swapped, precision
     assert error.step == 0
     assert check.errors["gradient_error/numerical"] > 1e-2
     assert check.errors["gradient_error/pytorch"] < 1e-1
-    start = f"step 0: the gradient in {error.parameter}[{error.entry[0]}"
+    start = f"step 0: the gradient with respect to {error.parameter}[{error.entry[0]}"
     assert str(error).startswith(start)
     assert "numerical differentiation gives" in str(error)
     assert not is_marked(model)

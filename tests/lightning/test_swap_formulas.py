@@ -136,7 +136,7 @@ def test_exception_restores_the_module(place):
 
 def test_invalid_arguments_raise_and_restore():
     model = Classifier()
-    with pytest.raises(ValueError, match="no module named 'haed'; near it are 'head'"):
+    with pytest.raises(ValueError, match="no module named 'haed'; similar names are 'head'"):
         make_trainer(SwapFormulas(head="haed")).fit(model, make_loader())
     assert not is_marked(model)
     with pytest.raises(TypeError, match="include must be"):

@@ -2,13 +2,13 @@
 
 A head (a Linear whose logits go into a cross entropy) returns `DeferredLogits`: a tensor with the
 logits' shape, strides, dtype and place in the graph, but without memory. It is the output of the
-affine map's Function (F1, F8), whose backward is the gradient in case the logits are computed.
+affine map's Function (F1), whose backward (F8) runs only if the logits are materialised.
 
 - `steps`: the operations after which logits stay deferred, such as views and scales.
 - `losses`: the losses that apply these steps to the features and call the fused head (F14, F15).
-  They do so only if the graph between head and loss is exactly these steps, so that a hook, a
-  checkpoint or a Function between them still runs.
-- `observers`: the functions that observe logits or read their memory.
+  They do so only if the graph between head and loss consists of exactly these steps. Otherwise
+  they materialise the logits, so that a hook, a checkpoint or a Function in the graph still runs.
+- `observers`: the functions that observe the gradient of logits or read their memory.
 - `logits`: the tensor. Any other operation materialises the logits, once for every tensor that
   came from the same call of the head; from then on they behave as plain tensors.
 """

@@ -1,4 +1,4 @@
-"""The record of what happened to a head's logits, and the warning when they were computed."""
+"""The record of what happened to a head's logits, and the warning that they were materialised."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch_nnmath import _check as check
 
 
 class MaterializedLogits(UserWarning):
-    """The logits of a head were computed while it was trained: memory was not saved."""
+    """The logits of a head were computed in training, so that no memory was saved."""
 
 
 class HeadLog:
@@ -22,7 +22,7 @@ class HeadLog:
 
     Attributes:
         name: the head's name in the model; "" is the model itself.
-        is_swapped: whether `swap` changed the head's class, rather than found one of ours.
+        is_swapped: whether `swap` changed the head's class; False if it was this library's before.
         fused: how many losses were computed without logits.
         materialized: how often logits were computed, by operation and line of code.
     """
@@ -40,21 +40,23 @@ class HeadLog:
         return "\n".join(lines)
 
     def count_materialization(self, reason: str, *, is_training: bool = False) -> None:
-        """Counts the reason for which logits are computed; warns the first time in training."""
+        """Counts a materialisation by its reason. Warns at the first one in training."""
         if is_training and not self.has_warned:
             self.has_warned = True
             warnings.warn(
                 f"the logits of head {self.name or '(root)'} were computed, and memory was not "
-                f"saved: {reason}. What to do is in docs/swapping.md; the report of swap() counts "
-                "how often. If another Linear makes the logits, swap(model, head=NAME) names it; "
-                "swap(model, head=None) leaves all plain",
+                f"saved: {reason}. docs/swapping.md lists remedies; the report of swap() counts "
+                "how often it happens. If another Linear computes the logits, pass its name: "
+                "swap(model, head=NAME). With swap(model, head=None) no logits are deferred",
                 MaterializedLogits,
                 stacklevel=find_user_frame()[0],
             )
         self.materialized[reason] += 1
 
 
-_PACKAGES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (torch, check))
+_LIBRARY_FOLDERS = tuple(
+    os.path.dirname(str(module.__file__)) + os.sep for module in (torch, check)
+)
 
 
 def find_user_frame() -> tuple[int, str]:
@@ -64,7 +66,7 @@ def find_user_frame() -> tuple[int, str]:
     """
     frame: Any = sys._getframe(1)
     level = 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGES):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARY_FOLDERS):
         frame, level = frame.f_back, level + 1
     code = frame.f_code
     return level, f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"

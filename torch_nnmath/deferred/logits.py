@@ -1,4 +1,4 @@
-"""Deferred logits: the tensor, its dispatch, and the calls of a head that they come from."""
+"""Deferred logits: the tensor, its dispatch, and the calls of a head that create it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from torch_nnmath.deferred.steps import (
 )
 from torch_nnmath.kernels.dispatch import PLAIN_TYPES
 
-# The head
+# The calls of a head
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -> Tensor:
     """F1 with deferred logits where they can be deferred; otherwise `functional.linear`.
 
-    `module` is the head, marked with a `HeadLog`.
+    `module` is the head; its mark is a `HeadLog`.
     """
-    if torch.compiler.is_compiling() or not _are_untraced_plain(input, weight, bias):
+    if torch.compiler.is_compiling() or not _are_plain_and_untraced(input, weight, bias):
         return F.linear(input, weight, bias)
     log = get_head_log(module)
     assert log is not None
@@ -46,7 +46,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
         is_training = module.training and torch.is_grad_enabled()
         log.count_materialization("by forward hooks of the head", is_training=is_training)
         return F.linear(input, weight, bias)
-    # Autocast's cast belongs here: the loss may stand outside of autocast's region.
+    # Autocast's cast belongs here: the loss may be computed outside of the autocast region.
     operands = cast_for_product(input, weight, bias)
     if not _are_operands_of_head(*operands):
         return F.linear(input, weight, bias)
@@ -56,24 +56,29 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
     return logits
 
 
-def _are_untraced_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are plain tensors with values, and nothing transforms or traces them."""
+def _are_plain_and_untraced(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors with values, and no transform or tracer is active."""
     if _torch.is_transformed() or torch.is_inference_mode_enabled() or is_traced():
         return False
-    given = [x for x in tensors if x is not None]
-    return all(type(x) in PLAIN_TYPES and not x.is_meta and not x.is_inference() for x in given)
+    given_tensors = [x for x in tensors if x is not None]
+    return all(
+        type(x) in PLAIN_TYPES and not x.is_meta and not x.is_inference() for x in given_tensors
+    )
 
 
 def is_traced() -> bool:
-    """Whether a tracer records operations, which must be those of plain logits."""
+    """Whether a tracer records operations. It must record those of plain logits."""
     return _torch.is_jit_tracing() or _torch.is_fx_tracing()
 
 
 def _are_operands_of_head(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the product exists and has rows and several classes; PyTorch raises the errors."""
-    given = [features, weight] if bias is None else [features, weight, bias]
+    """Whether the product is defined and has rows and several classes.
+
+    If it is undefined, `functional.linear` raises PyTorch's error.
+    """
+    operands = [features, weight] if bias is None else [features, weight, bias]
     return (
-        len({(x.dtype, x.device) for x in given}) == 1
+        len({(x.dtype, x.device) for x in operands}) == 1
         and features.is_floating_point()
         and features.dim() > 0
         and features.numel() > 0
@@ -84,7 +89,7 @@ def _are_operands_of_head(features: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 class DeferredAffine(formulas.Affine):
-    """F1 and F8, with a forward that computes nothing."""
+    """F1 with a forward that returns deferred logits; the backward is F8."""
 
     @staticmethod
     def forward(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
@@ -94,13 +99,13 @@ class DeferredAffine(formulas.Affine):
 
 
 class HeadCall:
-    """One call of a head: its operands, and the recipes of everything made from its logits.
+    """One call of a head: its operands, and the recipes of its logits and of all steps on them.
 
-    The operands' versions tell whether the logits can still be computed.
+    The operands' versions tell whether the logits can still be computed: each must be unchanged.
     """
 
     log: HeadLog
-    grad_fn: Any  # the node of the logits in the graph; None without gradient
+    grad_fn: Any  # the node of the logits in the graph; None if they do not require grad
     is_training = False
 
     def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None):
@@ -108,8 +113,8 @@ class HeadCall:
         self.versions: list[tuple[Tensor, int]] = []
         self.recipes: list[weakref.ref[Recipe]] = []
         self.is_materialized = False
-        self.observer: str | None = None  # the function that observes the logits
-        self.has_fused_loss = False  # a loss whose gradient does not reach the logits
+        self.observer: str | None = None  # what first observed the logits' gradient
+        self.has_fused_loss = False  # whether a loss bypassed the logits, which get no gradient
         for operand in self.operands:
             if operand is not None:
                 self.record_version(operand)
@@ -124,20 +129,20 @@ class HeadCall:
         """Raises RuntimeError if an operand was freed or changed since the call."""
         if any(x.untyped_storage().nbytes() == 0 for x, _ in self.versions if x.numel()):
             raise RuntimeError(
-                f"the logits of head {self.log.name!r} are needed, but its parameters' memory was "
-                "freed since, as FSDP does after the forward: compute the loss inside the wrapped "
-                "model or keep the head's parameters (reshard_after_forward=False), read logits "
-                "before backward, or swap(model, head=None)"
+                f"the logits of head {self.log.name!r} are needed, but its parameters' memory has "
+                "since been freed, as FSDP does after the forward: compute the loss inside the "
+                "wrapped model, keep the head's parameters (reshard_after_forward=False), read "
+                "logits before backward, or swap(model, head=None)"
             )
         if any(_torch.get_version(x) != version for x, version in self.versions):
             raise RuntimeError(
                 f"the logits of head {self.log.name!r} are needed, but its features, weight or "
-                "bias, or what they were scaled by, were changed in place since, as by an "
-                "optimizer's step: read logits before, or swap(model, head=None)"
+                "bias, or a scale or row applied to the logits, were changed in place since, as by "
+                "an optimizer's step: read logits before that, or swap(model, head=None)"
             )
 
     def materialize(self, operation: str) -> None:
-        """Computes the logits and everything made from them that is still alive."""
+        """Computes the logits and the results of all steps on them that are still alive."""
         if self.is_materialized:
             return
         self.check_operands()
@@ -159,23 +164,23 @@ _LIVE_CALLS: weakref.WeakSet[HeadCall] = weakref.WeakSet()
 
 @functools.cache
 def _track_fused_optimizers() -> None:
-    """Has each optimizer step increment the versions of the parameters of live heads.
+    """Makes each optimizer step increment the versions of the operands of live calls.
 
-    Fused optimizers leave the versions of what they change as they were.
+    Fused optimizers change parameters without incrementing their versions.
     """
 
     def increment_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        live = {id(x) for call in _LIVE_CALLS for x, _ in call.versions}
+        operand_ids = {id(x) for call in _LIVE_CALLS for x, _ in call.versions}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.autograd.graph.increment_version([p for p in parameters if id(p) in live])
+        torch.autograd.graph.increment_version([p for p in parameters if id(p) in operand_ids])
 
     register_optimizer_step_post_hook(increment_versions)
 
 
 class Recipe:
-    """How one deferred tensor is made: by a head's call, or from another recipe by an operation.
+    """How to compute one deferred tensor: by the head's affine map, or by a step on its parent.
 
-    After `materialize`, `tensor` has the values, and the recipe it was made from is released.
+    After `materialize`, `tensor` has the values, and the parent is released.
     """
 
     def __init__(
@@ -218,7 +223,7 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def __new__(cls, recipe: Recipe) -> DeferredLogits:
-        if torch.is_inference_mode_enabled():  # a view of a tensor with a version has one too
+        if torch.is_inference_mode_enabled():  # a view must have a version counter if its base has
             with torch.inference_mode(False):
                 return DeferredLogits(recipe)
         layout = recipe.layout
@@ -245,7 +250,7 @@ class DeferredLogits(Tensor):
 
 
 def _hide_from_compiler(function: Any) -> Any:
-    """Applies `torch.compiler.disable`, which imports the compiler, once that is imported."""
+    """Applies `torch.compiler.disable` if Dynamo is loaded; else the call would import Dynamo."""
     if not _torch.is_dynamo_loaded():
         return function
     if function not in _HIDDEN:
@@ -255,28 +260,29 @@ def _hide_from_compiler(function: Any) -> Any:
 
 _HIDDEN: dict[Any, Any] = {}
 
-FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+OVERRIDES: dict[Any, Callable[..., Any]] = {}
 
 
-def overrides(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enters a rule into the table, under the functions that it overrides for deferred logits.
+def register_override(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a rule that overrides these functions for deferred logits.
 
     The rule gets the function and its arguments. If it returns NotImplemented, the function itself
     is called.
     """
 
-    def enter(rule: Callable[..., Any]) -> Callable[..., Any]:
-        FUNCTIONS.update(dict.fromkeys(functions, rule))
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        OVERRIDES.update(dict.fromkeys(functions, rule))
         return rule
 
-    return enter
+    return register
 
 
 def _call_function(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Calls a function of PyTorch or of this library, above autograd."""
-    if not all(cls in (DeferredLogits, *PLAIN_TYPES) for cls in types):  # another subclass decides
+    if not all(cls in (DeferredLogits, *PLAIN_TYPES) for cls in types):
+        # Another tensor subclass handles the call.
         return call_with_plain_tensors(func, *args, **kwargs)
-    rule = FUNCTIONS.get(func)
+    rule = OVERRIDES.get(func)
     with _torch.disable_torch_function():
         if rule is not None:
             result = rule(func, *args, **kwargs)
@@ -286,7 +292,7 @@ def _call_function(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 
 
 def call_with_plain_tensors(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls a function with materialised logits, as tensors of no subclass in the same memory."""
+    """Calls a function with plain tensors that share the memory of the materialised logits."""
 
     def materialize(argument: Any) -> Any:
         if not isinstance(argument, DeferredLogits):
@@ -300,13 +306,13 @@ def call_with_plain_tensors(func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-# Operations that need a dtype and a device only.
+# Operations that read only the dtype and the device of their tensor.
 FACTORIES = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 FACTORIES |= {aten.new_empty.default, aten.new_empty_strided.default}
 
 
 def _call_operation(func: Any, args: Any, kwargs: Any) -> Any:
-    """Calls an operation below autograd: deferred by its rule, or on materialised logits."""
+    """Handles an operation below autograd: defers it by its rule, or materialises the logits."""
     rule = STEPS.get(func)
     if rule is not None:
         result = _defer(func, rule, args, kwargs)
@@ -314,8 +320,8 @@ def _call_operation(func: Any, args: Any, kwargs: Any) -> Any:
             return result
     if func in FACTORIES:
         logits = args[0]
-        like = torch.empty(0, dtype=logits.dtype, device=logits.device)
-        return func(like, *args[1:], **kwargs)
+        template = torch.empty(0, dtype=logits.dtype, device=logits.device)
+        return func(template, *args[1:], **kwargs)
     if torch.Tag.inplace_view in func.tags:
         raise RuntimeError(
             f"deferred logits cannot change their shape in place by {_operation_name(func)}: "
@@ -333,7 +339,10 @@ def _call_operation(func: Any, args: Any, kwargs: Any) -> Any:
         return tensor
 
     def restore(output: Any) -> Any:
-        """An in-place operation returns the tensor that it was given."""
+        """Returns the deferred argument for an output that is its materialised tensor.
+
+        An in-place operation returns the tensor that it was given.
+        """
         return deferred_of.get(id(output), output) if isinstance(output, Tensor) else output
 
     args, kwargs = _torch.tree_map(materialize, (args, kwargs))
@@ -356,29 +365,35 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
     for operand in operands:
         if operand is not args[position] and operand.numel() > max(class_count, row_count):
             return None  # larger than a row or a column: too large to be copied
-    kept = [None if i == position else _keep_operand(v, call) for i, v in enumerate(args)]
-    operation = Operation(func, tuple(kept), kwargs, position)
+    captured_args = [
+        None if i == position else _capture_operand(v, call) for i, v in enumerate(args)
+    ]
+    operation = Operation(func, tuple(captured_args), kwargs, position)
     try:
-        found = rule(form, layout, operation)
-    except (RuntimeError, IndexError):  # the operation itself raises it again
+        rule_result = rule(form, layout, operation)
+    except (RuntimeError, IndexError):  # the operation raises it again on materialised logits
         return None
-    results = found if isinstance(found, list) else [found]
+    has_several_outputs = isinstance(rule_result, list)
+    results: Any = rule_result if has_several_outputs else [rule_result]
     outputs = []
     for i, result in enumerate(results):
         if result is None or result.layout.shape[result.form.axis] != class_count:
             return None
         dtype = result.layout.dtype
         if torch.promote_types(dtype, layout.dtype) != dtype:
-            return None  # a narrower dtype rounds
-        made_by = operation._replace(output=i) if isinstance(found, list) else operation
-        outputs.append(DeferredLogits(Recipe(call, result, recipe, made_by)))
-    return outputs if isinstance(found, list) else outputs[0]
+            return None  # a cast to a narrower dtype rounds
+        step = operation._replace(output=i) if has_several_outputs else operation
+        outputs.append(DeferredLogits(Recipe(call, result, recipe, step)))
+    return outputs if has_several_outputs else outputs[0]
 
 
-def _keep_operand(operand: Any, call: HeadCall) -> Any:
-    """Returns a copy of an operand; one that requires grad itself, whose version is recorded."""
+def _capture_operand(operand: Any, call: HeadCall) -> Any:
+    """Returns an operand for later use.
+
+    A tensor is copied. If it requires grad, it is returned itself and its version is recorded.
+    """
     if isinstance(operand, list | tuple):
-        return [_keep_operand(v, call) for v in operand]
+        return [_capture_operand(v, call) for v in operand]
     if not isinstance(operand, Tensor):
         return operand
     if not operand.requires_grad:
@@ -392,12 +407,12 @@ def _operation_name(func: Any) -> str:
 
 
 def function_name(func: Any) -> str:
-    """Returns a function's name, or that of an attribute whose getter it is."""
+    """Returns a function's name; for the getter of an attribute, the attribute's name."""
     name: str = getattr(func, "__name__", str(func))
     return func.__self__.__name__ if name == "__get__" else name
 
 
 def get_grad_fn(x: Tensor) -> Any:
-    """Returns `grad_fn` without counting as an observer of it."""
+    """Returns `grad_fn` past the override that records its readers as observers."""
     with _torch.disable_torch_function():
         return x.grad_fn

@@ -17,7 +17,7 @@ from torch_nnmath import functional as F
 from torch_nnmath._head import Head, LogitChanges, LogitOptions, is_scaled, prepare_head
 from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, widen
 from torch_nnmath._target import TargetOptions
-from torch_nnmath.deferred.logits import DeferredLogits, get_grad_fn, is_traced, overrides
+from torch_nnmath.deferred.logits import DeferredLogits, get_grad_fn, is_traced, register_override
 
 DEFAULT_TARGET_OPTIONS, DEFAULT_LOGIT_OPTIONS = TargetOptions(), LogitOptions()
 
@@ -42,7 +42,7 @@ class HeadRows(NamedTuple):
         target_options: TargetOptions = DEFAULT_TARGET_OPTIONS,
         logit_options: LogitOptions = DEFAULT_LOGIT_OPTIONS,
     ) -> Head:
-        """Returns the fused head of this target; the options are those of the loss."""
+        """Returns the fused head for a target, with the options of the loss."""
         base, scale, softcap = logit_options
         return prepare_head(
             self.features,
@@ -57,20 +57,20 @@ class HeadRows(NamedTuple):
     def prepare_head_of_any_class(
         self, target_options: TargetOptions = DEFAULT_TARGET_OPTIONS
     ) -> Head:
-        """Returns the fused head of a value that does not depend on the target."""
+        """Returns the fused head for a value that does not depend on the target."""
         shape = self.features.shape[:-1]
         target = torch.zeros(shape, dtype=torch.int64, device=self.features.device)
         return self.prepare_head(target, target_options)
 
 
-# From deferred logits to the fused head
+# Arguments of the fused head, from deferred logits
 
 
 def find_obstacle(logits: DeferredLogits) -> str | None:
     """Returns the reason why a loss may not bypass the graph between it and the head, if any.
 
-    The graph must consist of the recorded steps alone: a Function or a checkpoint between them
-    would not run.
+    The graph must consist of exactly the recorded steps: the loss would skip a Function or a
+    checkpoint between them.
     """
     call, node = logits.recipe.call, get_grad_fn(logits)
     if call.observer or not (torch.is_grad_enabled() and logits.requires_grad):
@@ -79,8 +79,8 @@ def find_obstacle(logits: DeferredLogits) -> str | None:
         operation = recipe.operation
         assert operation is not None
         if not _is_node_of(node, operation.func):
-            found = "nothing" if node is None else node.name()
-            return f"{found} stands between head and loss, where {operation.func} was expected"
+            node_name = "nothing" if node is None else node.name()
+            return f"{node_name} stands between head and loss, where {operation.func} was expected"
         node = node.next_functions[operation.position][0]
     if node is not call.grad_fn:
         return f"{'nothing' if node is None else node.name()} stands between head and loss"
@@ -88,7 +88,7 @@ def find_obstacle(logits: DeferredLogits) -> str | None:
 
 
 def _is_node_of(node: Any, func: Any) -> bool:
-    """Whether a node of the graph is PyTorch's own for an operation."""
+    """Whether a node of the graph is the one that PyTorch makes for an operation."""
     if node is None or isinstance(node, BackwardCFunction):
         return False
     name = func.overloadpacket.__name__.replace("_", "")
@@ -98,8 +98,9 @@ def _is_node_of(node: Any, func: Any) -> bool:
 def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int) -> Any:
     """Returns the `HeadRows` of a loss over the classes at `axis`, of logits or log-probabilities.
 
-    Returns NotImplemented if the loss is of something else. Materialises the logits if something
-    stands between head and loss.
+    Returns NotImplemented if the classes are at another axis, or for logits in place of
+    log-probabilities and vice versa; also, after materialising the logits, if the graph has an
+    obstacle between head and loss.
     """
     recipe, form = logits.recipe, logits.recipe.form
     call = recipe.call
@@ -115,7 +116,7 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int) -> Any:
     def detach_unless(has_gradient: bool, value: Any) -> Any:
         return value if has_gradient or not isinstance(value, Tensor) else value.detach()
 
-    # If the logits have no gradient, neither has anything that they were made from.
+    # If the logits do not require grad, no gradient may reach what they were computed from.
     detach = functools.partial(detach_unless, logits.requires_grad)
     has_head_gradient = logits.requires_grad and call.grad_fn is not None
     operands = [detach_unless(has_head_gradient, x) for x in call.operands]
@@ -126,7 +127,7 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int) -> Any:
     for x, width in ((rows, features.shape[-1]), (row_scale, 1)):
         shape = [width if d == form.axis else size for d, size in enumerate(logits.shape)]
         if x is not None and [*x.shape] != shape:
-            return NotImplemented  # a step did something else to the features than to the classes
+            return NotImplemented  # a step had another effect on the features than on the logits
     scale, softcap = detach(form.scale.evaluate(logits.dtype)), None
     if form.inner_scale is not None:  # t tanh(s z) = |t| tanh((s t) z / |t|)
         softcap = abs(scale)
@@ -155,8 +156,8 @@ def _apply_steps(
         if apply is not None:
             rows = apply(rows)
             row_scale = None if row_scale is None else apply(row_scale)
-        if recipe.result.row_scale is not None:
-            factor = detach(recipe.result.row_scale())
+        if recipe.result.compute_row_scale is not None:
+            factor = detach(recipe.result.compute_row_scale())
             row_scale = factor if row_scale is None else row_scale * factor
     return rows, row_scale
 
@@ -164,15 +165,16 @@ def _apply_steps(
 # The losses
 
 
-def fused_loss(*functions: Any) -> Callable[..., Any]:
-    """Enters a rule into the table, under functions that it computes without logits if it can.
+def register_loss(*functions: Any) -> Callable[..., Any]:
+    """Registers a rule that computes these functions without logits.
 
-    The rule gets the function, the deferred logits, whether autocast is on (for the loss: the
-    product has been cast at the head) and the function's other arguments.
+    The rule gets the function, the deferred logits, whether autocast is on and the function's other
+    arguments. It runs without autocast, since the head has cast the operands of the product
+    already. It returns NotImplemented if the function needs the logits.
     """
 
-    def enter(rule: Callable[..., Any]) -> Callable[..., Any]:
-        @overrides(*functions)
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        @register_override(*functions)
         @functools.wraps(rule)
         def loss(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
             if not isinstance(input, DeferredLogits):
@@ -188,14 +190,14 @@ def fused_loss(*functions: Any) -> Callable[..., Any]:
 
         return loss
 
-    return enter
+    return register
 
 
 @dataclass
 class CrossEntropyArguments:
-    """The arguments of `cross_entropy` after the logits, PyTorch's and this library's.
+    """The arguments of `cross_entropy` after the logits: PyTorch's, then this library's.
 
-    Those of `nll_loss` begin with the same ones.
+    Those of `nll_loss` are the first six.
     """
 
     target: Any
@@ -216,21 +218,25 @@ class CrossEntropyArguments:
         return self.softcap is not None or is_scaled(self.logit_scale)
 
 
-@fused_loss(torch.nn.functional.cross_entropy, F.cross_entropy, torch.nn.functional.nll_loss)
+@register_loss(torch.nn.functional.cross_entropy, F.cross_entropy, torch.nn.functional.nll_loss)
 def cross_entropy(
     func: Any, input: DeferredLogits, is_loss_autocast: bool, *args: Any, **kwargs: Any
 ) -> Any:
-    """F14, F15 in place of `cross_entropy` or, of log-probabilities, of `nll_loss`."""
-    given = CrossEntropyArguments(*args, **kwargs)
-    target, weight, is_log = given.target, given.weight, func is torch.nn.functional.nll_loss
+    """F14, F15: `cross_entropy` of logits, or `nll_loss` of log-probabilities."""
+    arguments = CrossEntropyArguments(*args, **kwargs)
+    target, weight, is_log = (
+        arguments.target,
+        arguments.weight,
+        func is torch.nn.functional.nll_loss,
+    )
     form, axis = input.recipe.form, min(input.dim() - 1, 1)
     if not isinstance(target, Tensor):
         return NotImplemented
-    if form.log_sign < 0 or (form.is_capped and given.changes_logits()):
+    if form.log_sign < 0 or (form.is_capped and arguments.changes_logits()):
         return NotImplemented
     is_distribution = target.shape == input.shape and target.is_floating_point()
     if is_distribution and not is_log:
-        check.probabilities(target, given.ignore_index)
+        check.probabilities(target, arguments.ignore_index)
         target = target.movedim(axis, -1)
     elif target.shape != form.rows_shape or target.dtype not in (torch.int64, torch.uint8):
         return NotImplemented
@@ -240,21 +246,23 @@ def cross_entropy(
     if is_loss_autocast:
         rows = rows._replace(dtype=wide_type(rows.dtype))
         target, weight = widen(target), None if weight is None else widen(weight)
-    ignore_index = None if is_distribution else given.ignore_index
+    ignore_index = None if is_distribution else arguments.ignore_index
     head = rows.prepare_head(
         target,
-        TargetOptions(weight, ignore_index, given.label_smoothing),
-        LogitOptions(given.base, given.logit_scale, given.softcap),
+        TargetOptions(weight, ignore_index, arguments.label_smoothing),
+        LogitOptions(arguments.base, arguments.logit_scale, arguments.softcap),
     )
-    reduction = check.resolve_reduction(given.reduction, given.size_average, given.reduce)
-    return head.compute_loss(reduction, given.z_loss, given.return_stats)
+    reduction = check.resolve_reduction(
+        arguments.reduction, arguments.size_average, arguments.reduce
+    )
+    return head.compute_loss(reduction, arguments.z_loss, arguments.return_stats)
 
 
-@fused_loss(torch.gather, Tensor.gather)
+@register_loss(torch.gather, Tensor.gather)
 def gather(
     func: Any, input: DeferredLogits, is_loss_autocast: bool, dim: Any, index: Any, **kwargs: Any
 ) -> Any:
-    """One class of each row: of log-probabilities F22, of logits F1."""
+    """One class of each row: F22 for log-probabilities, F1 for logits."""
     form, axis = input.recipe.form, input.recipe.form.axis
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or "out" in kwargs:
         return NotImplemented
@@ -266,7 +274,7 @@ def gather(
     try:
         ignore_nothing = TargetOptions(ignore_index=torch.iinfo(torch.int64).min)
         head = rows.prepare_head(index.squeeze(axis), ignore_nothing)
-    except IndexError:  # `gather` itself raises a RuntimeError
+    except IndexError:  # an index out of range, for which `gather` raises a RuntimeError
         return NotImplemented
     result = (
         form.log_sign * head.compute_log_probs(False)
@@ -279,7 +287,7 @@ def gather(
 MEANS = (torch.mean, Tensor.mean)
 
 
-@fused_loss(torch.sum, Tensor.sum, *MEANS)
+@register_loss(torch.sum, Tensor.sum, *MEANS)
 def sum_over_classes(
     func: Any,
     input: DeferredLogits,
@@ -290,7 +298,10 @@ def sum_over_classes(
     dtype: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """The sum or mean of log-probabilities over the classes: a cross entropy of equal targets."""
+    """The sum or mean of log-probabilities over the classes.
+
+    It is a cross entropy whose target has the same probability for every class.
+    """
     form, axis, dtype = input.recipe.form, _get_only_axis(dim), dtype or input.dtype
     if kwargs or axis is None or torch.promote_types(dtype, input.dtype) != dtype:
         return NotImplemented
@@ -303,7 +314,7 @@ def sum_over_classes(
     return result.unsqueeze(form.axis) if keepdim else result
 
 
-@fused_loss(torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp)
+@register_loss(torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp)
 def log_sum_exp(
     func: Any,
     input: DeferredLogits,
@@ -312,10 +323,10 @@ def log_sum_exp(
     keepdim: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """F7's denominator: the cross entropy without its target's logit."""
+    """The log-sum-exp over the classes, the logarithm of F7's denominator."""
     form, axis = input.recipe.form, _get_only_axis(dim)
     if kwargs or axis is None or (is_loss_autocast and input.dtype.itemsize < 4):
-        return NotImplemented  # autocast of half precision has another dtype on some devices
+        return NotImplemented  # autocast's dtype for half-precision logits depends on the device
     rows = make_rows(input, is_log=False, axis=axis)
     if rows is NotImplemented:
         return NotImplemented

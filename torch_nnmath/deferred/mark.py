@@ -1,6 +1,6 @@
-"""The mark that `swap` leaves in a module: True, or the `HeadLog` if the module is a head.
+"""The mark that `swap` sets on a module: True, or the `HeadLog` if the module is a head.
 
-It lives in the module's `__dict__`, so that copies and pickles carry it and a state dict does not.
+It is in the module's `__dict__`, so that copies and pickles carry it and a state dict does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Functions that observe the gradient in deferred logits, or read their memory."""
+"""Functions that observe the gradient of deferred logits, or read their memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch_nnmath.deferred.logits import (
     DeferredLogits,
     call_with_plain_tensors,
     function_name,
-    overrides,
+    register_override,
 )
 
 HOOKS = (Tensor.register_hook, Tensor.retain_grad)
 GET_GRAD_FN, GET_GRAD, GET_DATA = (
     getattr(Tensor, name).__get__ for name in ("grad_fn", "grad", "data")
 )
-SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009 (mypy knows no descriptor)
+SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009 (mypy does not know it as a descriptor)
 MEMORY_READERS = [
     getattr(Tensor, name)
     for name in (
@@ -31,13 +31,13 @@ MEMORY_READERS = [
 ]
 
 
-@overrides(*HOOKS, GET_GRAD_FN)
+@register_override(*HOOKS, GET_GRAD_FN)
 def observe_gradient(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
-    """Records the observer: losses after it are computed from plain logits."""
+    """Records the observer; later losses are computed from materialised logits."""
     if isinstance(logits, DeferredLogits):
         call = logits.recipe.call
         name = function_name(func)
-        if call.has_fused_loss and func in HOOKS and not _is_fsdp_hook(args):
+        if call.has_fused_loss and func in HOOKS and not _is_distributed_hook(args):
             raise RuntimeError(
                 f"{name} on logits of head {call.log.name!r} after their loss was computed without "
                 "them: no gradient will reach them. Call it before the loss, or "
@@ -47,7 +47,7 @@ def observe_gradient(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
     return NotImplemented
 
 
-def _is_fsdp_hook(args: Any) -> bool:
+def _is_distributed_hook(args: Any) -> bool:
     """Whether a hook comes from a wrapper of `torch.distributed`.
 
     Such a wrapper puts a hook on every output; after a fused loss it does not fire.
@@ -56,47 +56,47 @@ def _is_fsdp_hook(args: Any) -> bool:
     return any(module.startswith("torch.distributed") for module in modules)
 
 
-@overrides(torch.autograd.grad)
+@register_override(torch.autograd.grad)
 def check_gradient_inputs(func: Any, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """Raises RuntimeError for the gradient in logits that a fused loss has bypassed."""
+    """Raises RuntimeError for the gradient of logits that a fused loss has bypassed."""
     for x in inputs if isinstance(inputs, list | tuple) else [inputs]:
         if isinstance(x, DeferredLogits) and x.recipe.call.has_fused_loss:
             raise RuntimeError(
-                f"the gradient in logits of head {x.recipe.call.log.name!r} is needed, but their "
-                "loss was computed without them: call logits.retain_grad() before the loss, or "
-                "swap(model, head=None)"
+                f"the gradient of the logits of head {x.recipe.call.log.name!r} is needed, but "
+                "their loss was computed without them: call logits.retain_grad() before the loss, "
+                "or swap(model, head=None)"
             )
     return NotImplemented
 
 
-@overrides(GET_GRAD)
+@register_override(GET_GRAD)
 def get_grad(func: Any, logits: Any) -> Any:
     """Warns that logits have no gradient. PyTorch warns too, but not after `backward(inputs=)`."""
     if not isinstance(logits, DeferredLogits) or not logits.recipe.call.has_fused_loss:
         return NotImplemented
     warnings.warn(
-        f"the gradient in logits of head {logits.recipe.call.log.name!r} is read, but their loss "
-        "was computed without them: call logits.retain_grad() before the loss, or "
+        f"the gradient of the logits of head {logits.recipe.call.log.name!r} is read, but their "
+        "loss was computed without them: call logits.retain_grad() before the loss, or "
         "swap(model, head=None)",
         stacklevel=find_user_frame()[0],
     )
     return None
 
 
-@overrides(Tensor.detach, torch.detach, GET_DATA)
+@register_override(Tensor.detach, torch.detach, GET_DATA)
 def materialize_first(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
-    """Materialises logits that leave the graph: later their operands may have changed."""
+    """Materialises logits that leave the graph, before their operands can change."""
     if isinstance(logits, DeferredLogits):
         logits.recipe.call.materialize(function_name(func))
     return NotImplemented
 
 
-@overrides(SET_DATA)
-def refuse_data(func: Any, *args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("deferred logits have no memory that could be set: use copy_()")
+@register_override(SET_DATA)
+def refuse_setting_data(func: Any, *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("deferred logits have no memory to replace: use copy_()")
 
 
-@overrides(*MEMORY_READERS)
+@register_override(*MEMORY_READERS)
 def read_memory(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Gives a function that reads memory tensors that have some."""
+    """Calls a function that reads memory with materialised logits."""
     return call_with_plain_tensors(func, *args, **kwargs)

@@ -20,7 +20,7 @@ from torch_nnmath._precision import wide_type
 
 aten = torch.ops.aten
 
-# What deferred logits are
+# The description of deferred logits
 
 
 class Layout(NamedTuple):
@@ -68,18 +68,18 @@ class Scale(NamedTuple):
 class Form(NamedTuple):
     """The value of deferred logits as a formula of the head's logits z and a row r.
 
-    With z' = s (z + r), or z' = t tanh(s (z + r)) if capped, it is z', log softmax z' or
-    -log softmax z'.
+    The value is z', log softmax z' or -log softmax z', where z' = s (z + r), or
+    z' = t tanh(s (z + r)) if capped.
     """
 
     axis: int  # of the classes
-    probe: Tensor  # shaped as the logits with 0 classes; its empty axis tells where classes went
+    probe: Tensor  # with the shape of the logits, but 0 classes; an operation moves its empty axis
     has_bias: bool  # of the head
     scale: Scale = Scale()  # s; if capped, t
     inner_scale: Scale | None = None  # if capped, s
     row: tuple[Tensor, ...] = ()  # r, as a sum
-    log_sign: int = 0  # 1 for log-probabilities, -1 for negated ones, 0 for logits
-    has_row_scales: bool = False  # whether each row has a scale of its own besides s
+    log_sign: int = 0  # 1: log-probabilities, -1: negated log-probabilities, 0: logits
+    has_row_scales: bool = False  # whether each row is also multiplied by its own number
 
     @property
     def is_capped(self) -> bool:
@@ -92,19 +92,20 @@ class Form(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """An operation's result, and what the operation does to the features.
+    """An operation's result, and what to do to the features instead.
 
-    `apply_to_rows` takes a tensor with any width at the axis of the classes; None leaves it as it
-    is. `row_scale` returns a scale for each row, with size 1 at the axis of the classes.
+    `apply_to_rows` applies the operation to a tensor that has any size at the axis of the classes;
+    None if the operation moves no rows. `compute_row_scale` returns a scale for each row, with size
+    1 at the axis of the classes; None if there are none.
     """
 
     form: Form
     layout: Layout
     apply_to_rows: Callable[[Tensor], Tensor] | None = None
-    row_scale: Callable[[], Tensor] | None = None
+    compute_row_scale: Callable[[], Tensor] | None = None
 
 
-# What is done to them
+# Operations on them
 
 
 class Operation(NamedTuple):
@@ -118,7 +119,7 @@ class Operation(NamedTuple):
 
     @property
     def other_operand(self) -> Any:
-        """The other one of two operands."""
+        """Of two operands, the one that is not the logits."""
         return self.args[1 - self.position]
 
     def apply(self, logits: Tensor) -> Any:
@@ -126,10 +127,10 @@ class Operation(NamedTuple):
         return out if self.output is None else out[self.output]
 
     def infer_layout(self, layout: Layout) -> Any:
-        """Returns the result's layout by PyTorch's own rules, or a list for several outputs."""
+        """Returns the result's layout by PyTorch's own rules, in a list if there are several."""
         args = self._args_with(layout)
         kwargs = tuple((name, v) for name, v in self.kwargs.items() if name != "device")
-        types = tuple(map(type, args))  # 2 and 2 + 0j are equal keys
+        types = tuple(map(type, args))  # 2 and 2 + 0j are equal, but their results differ in dtype
         return _infer_layout(self.func, _make_key(args), kwargs, self.position, types)
 
     def _args_with(self, logits: Any) -> list[Any]:
@@ -145,7 +146,7 @@ def _make_key(argument: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _infer_layout(func: Any, key: Any, kwargs: Any, position: int, types: Any) -> Any:
-    """Runs the operation on the meta device."""
+    """Runs the operation on the meta device and returns the layout of its result."""
 
     def make_argument(key: Any) -> Any:
         if isinstance(key, Layout):
@@ -172,70 +173,72 @@ STEPS: dict[Any, Rule] = {}
 INDEXING = (aten.index.Tensor, aten.index_select.default)
 
 
-def step(*operations: Any) -> Callable[[Rule], Rule]:
-    """Enters a rule into the table, under its operations."""
+def register_step(*operations: Any) -> Callable[[Rule], Rule]:
+    """Registers the rule of these operations."""
 
-    def enter(rule: Rule) -> Rule:
+    def register(rule: Rule) -> Rule:
         STEPS.update(dict.fromkeys(operations, rule))
         return rule
 
-    return enter
+    return register
 
 
-@step(aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default)
+@register_step(aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default)
 def copy(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
-    """Copies keep values and shape; only the dtype may change."""
+    """Keeps values and shape: aliases, copies and casts."""
     device = operation.kwargs.get("device")
     if device is not None and torch.device(device) != form.probe.device:
         return None
     return StepResult(form, operation.infer_layout(layout))
 
 
-@step(aten.slice.Tensor, aten.select.int, *INDEXING)
-@step(aten.transpose.int, aten.permute.default, aten.t.default)
-@step(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+@register_step(aten.slice.Tensor, aten.select.int, *INDEXING)
+@register_step(aten.transpose.int, aten.permute.default, aten.t.default)
+@register_step(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 def select_rows_or_move_axes(
     form: Form, layout: Layout, operation: Operation
 ) -> StepResult | list[StepResult] | None:
-    """Selects rows or permutes axes, and leaves every row whole.
+    """Selects whole rows or permutes axes.
 
-    The operation runs on two tensors without entries. In the result of the probe, the empty axis
-    is the axis of the classes. A tensor with another number of classes must keep them all, so that
-    the operation can be applied to the features.
+    To see what the operation does to the classes, it runs on two tensors of almost no memory. The
+    empty axis of the probe's result is the axis of the classes. A tensor with another number of
+    classes must keep all of them: then the operation can be applied to the features.
     """
     probes, axis = operation.apply(form.probe), form.axis
-    has_several = not isinstance(probes, Tensor)
+    has_several_outputs = not isinstance(probes, Tensor)
     if operation.func in INDEXING:
-        # The shape depends on a mask's values, which the meta device lacks; the result is packed.
+        # The shape depends on a mask's values, which the meta device lacks. The result is packed.
         width, layouts = 1, None
     else:
         width, layouts = layout.shape[axis] + 1, operation.infer_layout(layout)
-        layouts = layouts if has_several else [layouts]
+        layouts = layouts if has_several_outputs else [layouts]
     shape = [width if d == axis else size for d, size in enumerate(form.probe.shape)]
-    others = operation.apply(form.probe.new_empty(()).expand(shape))
-    probes, others = (out if has_several else [out] for out in (probes, others))
-    if len(others) != len(probes):
+    wide_probes = operation.apply(form.probe.new_empty(()).expand(shape))
+    if not has_several_outputs:
+        probes, wide_probes = [probes], [wide_probes]
+    if len(wide_probes) != len(probes):
         return None
     results = []
-    for i, (probe, other) in enumerate(zip(probes, others, strict=True)):
+    for i, (probe, wide_probe) in enumerate(zip(probes, wide_probes, strict=True)):
         empty_axes = [d for d, size in enumerate(probe.shape) if size == 0]
-        if len(empty_axes) != 1 or other.shape[empty_axes[0]] != width:
+        if len(empty_axes) != 1 or wide_probe.shape[empty_axes[0]] != width:
             return None
         shape = [layout.shape[axis] if size == 0 else size for size in probe.shape]
         out = layouts[i] if layouts else make_packed_layout(shape, layout.dtype)
         if [*out.shape] != shape:
             return None
-        apply = operation._replace(output=i).apply if has_several else operation.apply
+        apply = operation._replace(output=i).apply if has_several_outputs else operation.apply
         results.append(StepResult(form._replace(axis=empty_axes[0], probe=probe), out, apply))
-    return results if has_several else results[0]
+    return results if has_several_outputs else results[0]
 
 
-@step(aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default)
-@step(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+@register_step(aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default)
+@register_step(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 def reshape(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
-    """Splits and joins axes of rows.
+    """Splits and joins axes other than that of the classes.
 
-    The classes are at the axis that has as many entries after it as before the operation.
+    The axis of the classes is the one that has the same size as before, and as many entries in the
+    axes after it.
     """
     out = operation.infer_layout(layout)
     class_count, inner_count = layout.shape[form.axis], math.prod(layout.shape[form.axis + 1 :])
@@ -252,7 +255,7 @@ def reshape(form: Form, layout: Layout, operation: Operation) -> StepResult | No
     return StepResult(form._replace(axis=axis, probe=apply(form.probe)), out, apply)
 
 
-@step(aten.mul.Tensor, aten.div.Tensor)
+@register_step(aten.mul.Tensor, aten.div.Tensor)
 def scale(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
     """F18: multiplies or divides by a number, a tensor of shape (), or one scale for each row."""
     is_division = operation.func is aten.div.Tensor
@@ -279,7 +282,10 @@ def scale(form: Form, layout: Layout, operation: Operation) -> StepResult | None
 def _scale_rows(
     form: Form, layout: Layout, operation: Operation, out: Layout, power: int
 ) -> StepResult | None:
-    """Scales each row: of a head without bias the features can be scaled instead."""
+    """Multiplies or divides each row by its own number.
+
+    The features are scaled instead, which is the same for a head without bias.
+    """
     other = operation.other_operand
     is_scalable = not (form.has_bias or form.row or form.is_capped or form.log_sign)
     if not is_scalable or out.shape != layout.shape:
@@ -289,19 +295,19 @@ def _scale_rows(
         return None
     rows_shape = [1 if d == form.axis else size for d, size in enumerate(layout.shape)]
 
-    def row_scale() -> Tensor:
+    def compute_row_scale() -> Tensor:
         factor = other.to(torch.promote_types(wide_type(other.dtype), out.dtype))
         return (factor if power == 1 else 1 / factor).expand(rows_shape)
 
-    return StepResult(form._replace(has_row_scales=True), out, None, row_scale)
+    return StepResult(form._replace(has_row_scales=True), out, None, compute_row_scale)
 
 
-@step(aten.add.Tensor)
+@register_step(aten.add.Tensor)
 def add_row(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
-    """Adds the same row to all rows: it is added to the bias."""
+    """Adds the same row to all rows. The fused head adds it to the bias."""
     row, out = operation.other_operand, operation.infer_layout(layout)
-    is_changed = form.is_capped or form.log_sign or form.has_row_scales
-    if is_changed or not form.scale.is_identity() or operation.kwargs:
+    is_transformed = form.is_capped or form.log_sign or form.has_row_scales
+    if is_transformed or not form.scale.is_identity() or operation.kwargs:
         return None
     if not isinstance(row, Tensor) or not row.is_floating_point():
         return None
@@ -311,7 +317,7 @@ def add_row(form: Form, layout: Layout, operation: Operation) -> StepResult | No
     return StepResult(form._replace(row=(*form.row, row)), out)
 
 
-@step(aten.neg.default)
+@register_step(aten.neg.default)
 def negate(form: Form, layout: Layout, operation: Operation) -> StepResult:
     """Changes the sign."""
     out = operation.infer_layout(layout)
@@ -320,16 +326,16 @@ def negate(form: Form, layout: Layout, operation: Operation) -> StepResult:
     return StepResult(form._replace(scale=form.scale.multiply(-1, 1)), out)
 
 
-@step(aten.tanh.default)
+@register_step(aten.tanh.default)
 def cap(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
-    """F19 without the factor: tanh of scaled logits."""
+    """F19 without its last factor: the tanh of scaled logits."""
     if form.is_capped or form.log_sign or form.has_row_scales:
         return None
     out = operation.infer_layout(layout)
     return StepResult(form._replace(inner_scale=form.scale, scale=Scale()), out)
 
 
-@step(aten._log_softmax.default)
+@register_step(aten._log_softmax.default)
 def take_log_softmax(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
     """F7: log-probabilities over the classes."""
     if form.log_sign or operation.args[1] % layout.dim() != form.axis:

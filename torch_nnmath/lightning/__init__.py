@@ -3,8 +3,8 @@
     trainer = Trainer(callbacks=[SwapFormulas(), GradientCheck(every_n_steps=500), PeakMemory()])
 
 They work with `lightning.pytorch` and with `pytorch_lightning`. They derive from the Callback of
-the first if it is installed; the Trainer of either calls them. Metrics go to the Trainer's loggers,
-with the same step as those of `self.log`.
+`lightning.pytorch` if it is installed; the Trainer of either package accepts them. Metrics go to
+the Trainer's loggers, with the same step as those of `self.log`.
 """
 
 from torch_nnmath.lightning.gradient_check import GradientCheck, GradientError

@@ -1,4 +1,4 @@
-"""Gradients compared entry by entry, and the tolerances for it."""
+"""The comparison of gradients entry by entry, and its tolerances."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SOURCES = {
 class Comparison(NamedTuple):
     """A derivative compared with its expected value.
 
-    Its error and its uncertainty are relative to the gradient. Without a parameter it is the
-    derivative along a direction in all parameters.
+    Error and uncertainty are relative to the gradient. If `parameter` is "", the derivative is that
+    along a direction in all parameters.
     """
 
     kind: Literal["pytorch", "numerical"]
@@ -34,7 +34,7 @@ class Comparison(NamedTuple):
     uncertainty: float = 0.0
 
     def __str__(self) -> str:
-        subject = f"gradient in {self.parameter}{list(self.entry)}"
+        subject = f"gradient with respect to {self.parameter}{list(self.entry)}"
         if not self.parameter:
             subject = "derivative along a random direction in all parameters"
         return (
@@ -45,10 +45,12 @@ class Comparison(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """How rounding limits a comparison in the training's precision."""
+    """The limits that rounding sets to a comparison in the training's precision."""
 
     tolerance: float  # the relative error that rounding may cause
-    scale_floor: float  # the smallest scale, as a fraction of the largest entry of all gradients
+    scale_floor: (
+        float  # the smallest scale of an error, as a fraction of the gradients' largest entry
+    )
 
 
 def choose_limits(precision: str, parameters: Iterable[Tensor]) -> Limits:
@@ -67,12 +69,14 @@ def choose_limits(precision: str, parameters: Iterable[Tensor]) -> Limits:
     return Limits(1e-3 if is_full_float32 else 1e-2, 1e-3)
 
 
-def compare_entries(name: str, found: Gradients, expected: Gradients, limits: Limits) -> Comparison:
+def compare_entries(
+    name: str, gradients: Gradients, expected: Gradients, limits: Limits
+) -> Comparison:
     """Compares a parameter's gradient with PyTorch's and returns its worst entry.
 
-    An entry that is the same infinity or nan in both has no error.
+    Where both are nan or the same infinity, the error is 0.
     """
-    a, b = found.by_name[name].double(), expected.by_name[name].double()
+    a, b = gradients.by_name[name].double(), expected.by_name[name].double()
     is_same = (a == b) | (a.isnan() & b.isnan())
     distance = (a - b).abs().masked_fill(is_same, 0).nan_to_num(math.inf)
     entry = unravel_index(int(distance.argmax()), a.shape)

@@ -1,4 +1,4 @@
-"""Imports from Lightning, under either name of its package, and the logging of metrics."""
+"""Imports from either package of Lightning, and the logging of metrics."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def log_metrics(
     device = trainer.strategy.root_device
     values = torch.tensor([*map(float, metrics.values())], device=device, dtype=torch.float32)
     values = trainer.strategy.reduce(values, reduce_op=reduce_op)
-    reduced = dict(zip(metrics, values.tolist(), strict=True))
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped + step_offset  # as `self.log` has it
+    reduced_metrics = dict(zip(metrics, values.tolist(), strict=True))
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped + step_offset  # as in `self.log`
     for logger in trainer.loggers:
-        logger.log_metrics(reduced, step=step)
-    return reduced
+        logger.log_metrics(reduced_metrics, step=step)
+    return reduced_metrics

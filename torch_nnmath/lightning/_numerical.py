@@ -1,4 +1,4 @@
-"""Gradients compared with central differences of the loss in float64."""
+"""The comparison of gradients with central differences of the loss in float64."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class NumericalCheck:
     def compare_direction(self, seed: int) -> Comparison:
         """Compares the derivative along a random direction in all parameters.
 
-        If it is wrong, bisection over the parameters' entries looks for a wrong one, whose
+        If it is wrong, bisection over all entries looks for a wrong one. If that finds one, its
         comparison is returned instead.
         """
         gradients = self.gradients.by_name
@@ -61,7 +61,7 @@ class NumericalCheck:
         return entry if entry.error > self.tolerance else whole
 
     def _compare_along(self, direction: dict[str, Tensor], segments: list[Segment]) -> Comparison:
-        """Compares the derivative along the part of a direction that is in some segments."""
+        """Compares the derivative along a direction that is 0 outside of the segments."""
         gradients = self.gradients.by_name
         displacement = [(s, direction[s.parameter][s.start : s.stop]) for s in segments]
         found = sum(gradients[s.parameter].flatten()[s.start : s.stop] @ v for s, v in displacement)
@@ -79,9 +79,12 @@ class NumericalCheck:
         difference: Difference,
         scale: float,
     ) -> Comparison:
-        """Compares a derivative with a difference; the error is what exceeds its uncertainty."""
+        """Compares a derivative with a central difference.
+
+        The error is the distance minus the difference's uncertainty.
+        """
         expected, uncertainty = difference
-        if not math.isfinite(expected + uncertainty):  # there is nothing to compare with
+        if not math.isfinite(expected + uncertainty):  # the difference tells nothing
             error, uncertainty = 0.0, math.inf
         elif not math.isfinite(found):
             error = math.inf
@@ -100,7 +103,7 @@ class NumericalCheck:
 
 
 class Difference(NamedTuple):
-    """A derivative by a central difference, and how wrong it may be."""
+    """A derivative by a central difference, and a bound for its error."""
 
     value: float
     uncertainty: float
@@ -109,7 +112,7 @@ class Difference(NamedTuple):
 def central_difference(function: Callable[[float], float], h: float) -> Difference:
     """Returns (f(h) - f(-h)) / 2h.
 
-    Its uncertainty is how far the difference with 2h is from it, plus what rounding may change.
+    The uncertainty is the distance from the difference with 2h, plus a bound for rounding.
     """
     f = {step: function(step * h) for step in (-2, -1, 1, 2)}
     value, wider = (f[1] - f[-1]) / (2 * h), (f[2] - f[-2]) / (4 * h)
@@ -118,7 +121,7 @@ def central_difference(function: Callable[[float], float], h: float) -> Differen
 
 
 def bisect_segments(segments: list[Segment]) -> list[list[Segment]]:
-    """Returns two halves: of several segments, or of the entries of one; [] for one entry."""
+    """Returns two halves of several segments, or of the entries of one; [] for a single entry."""
     if len(segments) > 1:
         middle = len(segments) // 2
         return [segments[:middle], segments[middle:]]

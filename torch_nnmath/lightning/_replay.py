@@ -33,11 +33,13 @@ class Gradients(NamedTuple):
     """Gradients by the parameter's name."""
 
     by_name: dict[str, Tensor]
-    largest: float  # magnitude of an entry, over all parameters, also those not in by_name
+    largest: (
+        float  # the largest magnitude of an entry, over all parameters, also those not in by_name
+    )
 
 
 class LossReplay:
-    """Recomputes the loss of a batch with copies of the module, which stays as it is."""
+    """Recomputes the loss of a batch with copies of the module, which itself stays unchanged."""
 
     def __init__(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int):
         self.trainer, self.pl_module = trainer, pl_module
@@ -50,7 +52,7 @@ class LossReplay:
 
         Args:
             names: the parameters to return gradients of.
-            is_pytorch: whether PyTorch's modules stand in for this library's.
+            is_pytorch: whether to replace this library's modules by PyTorch's.
             is_double: whether to compute in float64 rather than in the training's precision.
         """
         module = self._copy_module(is_pytorch, is_double)
@@ -67,7 +69,7 @@ class LossReplay:
         return Gradients(by_name, largest)
 
     def make_displaced_loss(self) -> Callable[[Displacement, float], float]:
-        """Returns a function that computes c(w + h v) in float64 by PyTorch, from v and h."""
+        """Returns the function (v, h) -> c(w + h v), computed by PyTorch's modules in float64."""
         module = self._copy_module(is_pytorch=True, is_double=True)
         for p in module.parameters():
             p.data = p.data.contiguous()
@@ -76,16 +78,16 @@ class LossReplay:
         saved_buffers = [_copy_deeply(b) for b in buffers]
 
         def displaced_loss(displacement: Displacement, h: float) -> float:
-            for current, saved in zip(buffers, saved_buffers, strict=True):
-                current.update(_copy_deeply(saved))
-            displaced = [flat[s.parameter][s.start : s.stop] for s, _ in displacement]
-            saved_entries = [w.clone() for w in displaced]
-            for w, (_, v) in zip(displaced, displacement, strict=True):
+            for current, saved_buffer in zip(buffers, saved_buffers, strict=True):
+                current.update(_copy_deeply(saved_buffer))
+            displaced_entries = [flat[s.parameter][s.start : s.stop] for s, _ in displacement]
+            saved_entries = [w.clone() for w in displaced_entries]
+            for w, (_, v) in zip(displaced_entries, displacement, strict=True):
                 w.add_(v, alpha=h)
             with isolate_rng():
                 c = self._compute_loss(module, is_double=True).item()
-            for w, saved_w in zip(displaced, saved_entries, strict=True):
-                w.copy_(saved_w)
+            for w, saved_entry in zip(displaced_entries, saved_entries, strict=True):
+                w.copy_(saved_entry)
             return c
 
         return displaced_loss
@@ -131,7 +133,7 @@ def max_abs(x: Tensor) -> float:
 
 
 class _TrainerView:
-    """The Trainer that a copy sees: writes stay in this object, and what is logged is discarded."""
+    """The Trainer of a copy: keeps writes from the real one, and discards what is logged."""
 
     def __init__(self, trainer: Any):
         self._trainer, self.logger = trainer, DummyLogger()
@@ -142,7 +144,7 @@ class _TrainerView:
 
 
 class _DoubleMode(TorchFunctionMode):
-    """Replaces the floating types that calls name by float64, as in `logits.float()`."""
+    """Replaces floating dtypes that a call requests by float64, also that of `logits.float()`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
@@ -152,8 +154,8 @@ class _DoubleMode(TorchFunctionMode):
 
 
 def _replace_dtype(value: Any) -> Any:
-    is_real = isinstance(value, torch.dtype) and value.is_floating_point
-    return torch.float64 if is_real else value
+    is_floating = isinstance(value, torch.dtype) and value.is_floating_point
+    return torch.float64 if is_floating else value
 
 
 def _to_double(x: Tensor) -> Tensor:
@@ -178,22 +180,22 @@ def _enter_precision(trainer: Any, is_double: bool) -> Iterator[None]:
 
 @contextmanager
 def _ignore_warnings() -> Iterator[None]:
-    """Ignores warnings of a training step: the step itself will give them."""
+    """Ignores the warnings of a copy: the training step itself will raise them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _copy_deeply(x: Any, tree: Any = None) -> Any:
-    """Copies x deeply. Tensors that are results of a graph, which `deepcopy` refuses, are detached.
+    """Copies x deeply. Non-leaf tensors, which `deepcopy` refuses, are detached.
 
-    These are looked for in `tree`, by default in x.
+    They are searched in `tree`, by default in x.
     """
     leaves = _torch.tree_leaves(x if tree is None else tree)
-    results = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_leaf]
-    memo: Any = {id(result): result.detach().clone() for result in results}
+    non_leaves = [t for t in leaves if isinstance(t, Tensor) and not t.is_leaf]
+    memo: Any = {id(t): t.detach().clone() for t in non_leaves}
     return copy.deepcopy(x, memo)
 
 
 def _discard(*args: Any, **kwargs: Any) -> None:
-    """Stands in for `log` and `log_dict` of a copy."""
+    """Replaces `log` and `log_dict` in a copy."""

@@ -1,4 +1,4 @@
-"""The state that `swap` leaves in modules: marks to save and restore, classes to undo."""
+"""Saves and restores the marks and classes that `swap` sets in modules."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class SwapState:
         self._marks = {module: get_mark(module) for module in model.modules()}
 
     def restore_heads(self) -> None:
-        """Makes the modules heads again that were heads, with their logs."""
+        """Makes those modules heads again that were heads before, with their logs."""
         for module, mark in self._marks.items():
             if isinstance(mark, HeadLog):
                 set_mark(module, mark)
 
     def restore(self, model: Module) -> None:
-        """Undoes the swaps made since, also in modules that are new, and restores all marks."""
+        """Undoes later swaps, also of modules that were added since, and restores all marks."""
         for module in model.modules():
             if get_mark(module) and not self._marks.get(module):
                 unswap(module)
@@ -34,7 +34,7 @@ class SwapState:
 
 
 def use_pytorch_classes(model: Module) -> None:
-    """Changes this library's modules to PyTorch's, in place, also those that were never swapped.
+    """Changes this library's modules to PyTorch's, in place, whether they were swapped or not.
 
     A module with options that PyTorch's class lacks stays.
     """
@@ -45,7 +45,7 @@ def use_pytorch_classes(model: Module) -> None:
 
 
 def has_own_options(module: Any) -> bool:
-    """Whether an option that PyTorch's class lacks, such as `base`, has not its default value."""
+    """Whether an option that PyTorch's class lacks, such as `base`, differs from its default."""
     options = module.get_own_options() if hasattr(module, "get_own_options") else {}
     return any(
         isinstance(value, Tensor) or value != getattr(type(module), name, 1.0)

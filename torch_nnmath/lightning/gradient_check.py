@@ -22,14 +22,14 @@ SHARDING_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrate
 
 
 class GradientError(AssertionError):
-    """A gradient that differs from its expected value by more than the tolerance.
+    """A gradient differs from its expected value by more than the tolerance.
 
     Attributes:
-        step: the number of optimizer steps before it.
-        parameter: the parameter's name in the LightningModule; "" for the gradient as a whole.
+        step: the number of optimizer steps before the check.
+        parameter: the parameter's name in the LightningModule; "" for all parameters together.
         entry: the entry's indices in the parameter.
-        found: the entry of the gradient.
-        expected: what it was compared with.
+        found: the entry of the gradient, or its derivative along a direction in all parameters.
+        expected: the value that it was compared with.
         error: their distance, relative to the gradient.
 
     In a process that raises it because of another process's gradient, only `step` is set.
@@ -48,20 +48,22 @@ class GradientCheck(Callback):
     """Compares gradients with PyTorch's and with numerical differentiation during training.
 
     Before every n-th step, copies of the module compute the batch's loss by `training_step`. Each
-    copy starts with the module's mode and state of random numbers, so that dropout is the same.
+    copy starts with the module's mode and the same random state, so that dropout is the same.
 
-    - The first comparison is in the training's precision, between the module and one with PyTorch's
-      own modules. Some parameters' gradients are compared entry by entry.
-    - The second is in float64, between the module's gradient and differences of the loss of one
-      with PyTorch's own modules, so that it also detects errors in a backward of the module's own.
+    - The first comparison is in the training's precision, with a copy that has PyTorch's own
+      modules. The gradients of some parameters are compared entry by entry.
+    - The second is in float64, with numerical differentiation of the loss of such a copy. So it
+      also detects errors in a backward that the user has written.
       A few entries of the gradient are compared with (c(w + h) - c(w - h)) / 2h, where
       h = 1e-5 max(1, |w|). The gradient as a whole is compared along a random direction in all
       parameters, with h = 1e-7, which detects one wrong entry among many; bisection then finds it.
-      The uncertainty of such a difference is its distance from that with 2h, plus its rounding.
+      The uncertainty of such a difference is its distance from that with 2h, plus a bound for
+      rounding.
 
     Errors are relative to the largest entry of the parameter's expected gradient, or to a
-    thousandth (in half precision a tenth) of the largest entry of all parameters if that is more;
-    for the gradient as a whole, to its norm. Each check logs the maxima over all processes:
+    thousandth (in half precision a tenth) of the largest entry of all gradients if that is more.
+    Along the random direction they are relative to the gradient's norm. Each check logs the maxima
+    over all processes:
 
         gradient_error/pytorch      error of the first comparison
         gradient_error/numerical    error of the second, beyond the uncertainty
@@ -70,12 +72,13 @@ class GradientCheck(Callback):
     The gradient is that of the loss that `training_step` returns. Changes by parameter hooks,
     `on_after_backward`, clipping or an override of `backward` are not checked.
 
-    Training continues as without the check: weights, gradients, buffers, metrics, random numbers
-    and optimizers do not change. The copies repeat other effects of `training_step`, as on a global
-    counter. What they log is discarded, and what they write to the Trainer does not reach it. A
-    check costs two steps in the training's precision, one in float64 and 4 · (entries + 1) forward
-    passes in float64, and needs memory for two more modules and a step in float64. A batch without
-    a finite loss is skipped. With gradient accumulation the first batch of a step is checked.
+    Training is the same as without the check: weights, gradients, buffers, metrics, random numbers
+    and optimizers do not change. The copies repeat other side effects of `training_step`, such as
+    on a global counter. What they log is discarded, and what they write to the Trainer does not
+    reach it. A check costs two steps in the training's precision, one in float64 and 4 · (entries +
+    1) forward passes in float64, and needs memory for two more modules and a step in float64. A
+    batch without a finite loss is skipped. With gradient accumulation the first batch of a step is
+    checked.
 
     Args:
         every_n_steps: number of optimizer steps between checks; the first check is before the first
@@ -130,10 +133,10 @@ class GradientCheck(Callback):
         self.tolerance, self.numerical_tolerance = tolerance, numerical_tolerance
         self.on_error, self.seed = on_error, seed
         self.errors: dict[str, float] = {}
-        self._last_step: int | None = None  # that was checked
+        self._last_checked_step: int | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self._last_step = None
+        self._last_checked_step = None
         strategy_classes = [cls.__name__ for cls in type(trainer.strategy).__mro__]
         for strategy in SHARDING_STRATEGIES:
             if strategy in strategy_classes:
@@ -154,25 +157,25 @@ class GradientCheck(Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps or step == self._last_step:
+        if step % self.every_n_steps or step == self._last_checked_step:
             return
-        self._last_step = step
+        self._last_checked_step = step
         replay = LossReplay(trainer, pl_module, batch, batch_idx)
         comparisons = [*self._compare(replay, step)]
         self.errors = log_metrics(trainer, _collect_metrics(comparisons))
-        wrong = [c for c in comparisons if c.error > c.tolerance]
-        is_any_wrong = trainer.strategy.reduce_boolean_decision(bool(wrong), all=False)
-        if wrong:
-            worst = max(wrong, key=lambda c: c.error / c.tolerance)
+        failures = [c for c in comparisons if c.error > c.tolerance]
+        has_any_failed = trainer.strategy.reduce_boolean_decision(bool(failures), all=False)
+        if failures:
+            worst = max(failures, key=lambda c: c.error / c.tolerance)
             message = f"step {step}: {worst}"
             if self.on_error == "raise":
                 raise GradientError(message, step, worst)
             warnings.warn(message, stacklevel=2)
-        elif is_any_wrong and self.on_error == "raise":
+        elif has_any_failed and self.on_error == "raise":
             raise GradientError(f"step {step}: a gradient is wrong in another process", step)
 
     def _compare(self, replay: LossReplay, step: int) -> Iterator[Comparison]:
-        """Yields both comparisons of a batch; none without a finite loss."""
+        """Yields the comparisons of a batch; none if its loss is not finite."""
         rng = random.Random(f"{self.seed} {step}")
         parameters = dict(replay.pl_module.named_parameters())
         trainable = [
@@ -181,8 +184,8 @@ class GradientCheck(Callback):
             if p.requires_grad and p.numel() and p.is_floating_point()
         ]
         names = rng.sample(trainable, min(self.parameters, len(trainable)))
-        found = replay.compute_gradients(names)
-        if found is None:
+        gradients = replay.compute_gradients(names)
+        if gradients is None:
             return
         expected = replay.compute_gradients(names, is_pytorch=True)
         assert expected is not None
@@ -190,7 +193,7 @@ class GradientCheck(Callback):
         if self.tolerance is not None:
             limits = Limits(self.tolerance, limits.scale_floor)
         for name in names:
-            yield compare_entries(name, found, expected, limits)
+            yield compare_entries(name, gradients, expected, limits)
         if self.entries and names:
             try:
                 yield from self._compare_numerically(replay, trainable, names, rng)

@@ -19,11 +19,11 @@ class PeakMemory(Callback):
     On a GPU it measures what PyTorch allocated there, and resets PyTorch's peak statistics. On a
     CPU under Linux it measures the resident memory of the process, and first returns the C
     library's free memory to the system. Elsewhere it warns and logs nothing. Place it after
-    `GradientCheck` in the list of callbacks, or the copies of that check are counted.
+    `GradientCheck` in the list of callbacks, so that it does not count the copies of that check.
 
     Args:
         every_n_steps: measures batches 0, n, 2n, ... of each epoch. The first step also allocates
-            what stays, such as the optimizer's state.
+            memory that stays in use, such as the optimizer's state.
 
     Attributes:
         peaks: the metrics of the last measurement.

@@ -14,10 +14,10 @@ from torch_nnmath.swapping import Report, Selector, swap
 class SwapFormulas(Callback):
     """Swaps the module by `torch_nnmath.swap` while the Trainer runs it.
 
-    Swaps when fit, validate, test or predict starts, and undoes it when they end, also after an
-    exception. Modules that were swapped before stay swapped. Checkpoints are those of the plain
-    module, and can be resumed with or without the callback. The changed modules are logged at the
-    start, and at the end how often the head's logits were computed. At the end of each epoch,
+    Swaps when fit, validate, test or predict starts, and restores the module when it ends, also
+    after an exception. Modules that were swapped before stay swapped. Checkpoints are those of the
+    plain module, and can be resumed with or without the callback. The changed modules are logged at
+    the start, and at the end how often the head's logits were computed. At the end of each epoch,
     except in predict, it logs the metrics
 
         head/fused_losses        losses so far that were computed without logits
@@ -27,8 +27,8 @@ class SwapFormulas(Callback):
     and predict use inference mode, where logits are always computed and neither metric counts:
     `Trainer(inference_mode=False)` keeps the fused head.
 
-    Modules that `configure_model` builds are swapped too, except a Linear that it wraps by itself,
-    as `fully_shard(self.head)` of FSDP2 does: its class has changed by then, so call `swap` before
+    Modules that `configure_model` builds are swapped too. A Linear that it wraps directly is not,
+    such as by `fully_shard(self.head)` of FSDP2, which changes its class: call `swap` before
     wrapping it. `docs/swapping.md` describes how to compute the loss under sharding. A strategy
     that spawns processes does not return the report to the main process.
 
@@ -39,7 +39,7 @@ class SwapFormulas(Callback):
             LightningModule.
 
     Attributes:
-        report: the `Report` of the current or else of the last run.
+        report: the `Report` of the current run, or else of the last one.
 
     Raises, when the Trainer starts, what `swap` raises.
 
