@@ -1,4 +1,4 @@
-"""Every sample of the catalog against the reference and numerical differentiation."""
+"""Every sample of the catalogue against the reference and numerical differentiation."""
 
 import itertools
 import math

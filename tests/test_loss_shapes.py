@@ -36,7 +36,7 @@ def draw_normal(*shape):
 
 @parametrize_entries(UNBATCHED)
 @pytest.mark.parametrize("target_kind", ["index", "probabilities"])
-def test_unbatched_loss_is_a_scalar_and_pytorchs(entry, target_kind):
+def test_unbatched_loss_is_a_scalar_and_equals_pytorch(entry, target_kind):
     target = draw_labels(()) if target_kind == "index" else draw_probabilities(entry)
     for reduction in REDUCTIONS:
         for options in ({}, {"label_smoothing": 0.1, "weight": make_class_weight()}):

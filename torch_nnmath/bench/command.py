@@ -227,7 +227,7 @@ def format_list(device: str) -> str:
 
 
 def align_columns(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> list[str]:
-    """Returns a line for each row: first column left-aligned, others right-aligned, then the note."""
+    """Returns a line for each row: the first column left-aligned, others right, then the note."""
     first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows]
     return [f"  {line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True)]

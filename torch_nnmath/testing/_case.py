@@ -234,7 +234,7 @@ class Case:
         )
 
     def _partial_derivatives(self, i: int, order: int) -> Iterator[Tensors]:
-        """Yields the outputs' derivative in each entry of input i; order 2: then along the tangents."""
+        """Yields the derivative in each entry of input i; of order 2: then along the tangents."""
         for entry in range(self.differentiable_inputs[i].numel()):
             direction = [
                 torch.zeros_like(x, dtype=torch.float64) for x in self.differentiable_inputs
@@ -349,7 +349,7 @@ class Case:
         return [self, *(self.with_inputs(self._perturb_inputs(k)) for k in (1, 2))]
 
     def _perturb_inputs(self, k: int) -> list[Any]:
-        """Perturbs differentiable inputs, and permutes integer tensors if the function accepts it."""
+        """Perturbs differentiable inputs; permutes integer tensors if the function accepts it."""
         inputs = list(self.inputs)
         for p in self.positions:
             x = inputs[p]

@@ -1,7 +1,7 @@
 """The transforms of autograd and of `torch.func`: each checks a case against its exact values.
 
-A check returns None if the function is right. Otherwise it raises a `Finding` or the function's own
-error.
+A check returns None if the function is right. Otherwise it raises a `Finding`, or the function's
+own error.
 """
 
 from __future__ import annotations
@@ -201,9 +201,7 @@ def check_edit_before_backward(case: Case) -> None:
         outputs = case.call_tensors(*tensors)
         try:
             edit_in_place([*tensors, *outputs][i])
-        except (
-            RuntimeError
-        ):  # PyTorch forbids the edit: an expanded tensor, or one of several views
+        except RuntimeError:  # of an expanded tensor, or of one of several views
             continue
         try:
             gradients = compute_gradients(case, outputs, xs)
