@@ -67,7 +67,7 @@ def test_unbatched_modules_match_their_formulas(reduction):
 
 
 def list_empty_variants(entry):
-    """The entry point with size 0 along the first or the last batch axis of its first tensor."""
+    """Returns variants with size 0 along the first or the last batch axis of the first tensor."""
     last = len(entry.batch) - 1
     has_positions = len(entry.shapes) > 1 and len(entry.shapes[1]) > 2  # axes of W, not of x
     for axis in {0, 0 if has_positions else last}:
@@ -78,7 +78,7 @@ def list_empty_variants(entry):
 
 
 def check_empty_loss(f, shapes, reduction, batch):
-    """The sum is 0, the mean nan, the losses are empty; gradients are 0 and have full shapes."""
+    """Checks for a sum of 0, a mean of nan, no losses, and full-sized gradients of 0."""
     leaves = draw_leaves(shapes)
     loss = f(*leaves)
     if reduction == "none":

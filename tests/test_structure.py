@@ -67,7 +67,7 @@ def test_formulas_and_kernels_have_at_most_8_parameters(path):
 
 
 def record_frames(call):
-    """The package's frames, as (file, function), at the first matrix product of `call`."""
+    """Returns the package's frames, as (file, function), at the first matrix product of `call`."""
     frames = []
 
     def profile(frame, event, argument):

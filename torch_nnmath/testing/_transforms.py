@@ -101,10 +101,7 @@ def check_frozen_inputs(case: Case) -> None:
 
 @transform("types of gradients", quick=True)
 def check_gradient_dtypes(case: Case) -> None:
-    """Checks that each backward returns gradients in its input's dtype.
-
-    Autograd casts other gradients silently.
-    """
+    """Checks the dtype of the gradients that each backward returns; autograd casts silently."""
     xs = case.make_leaves()
     outputs = case.call(*xs)
     messages: list[str] = []
