@@ -45,7 +45,7 @@ def stack_members(case: Case) -> Tensors:
 
 
 def make_strided(x: Tensor) -> Tensor:
-    """Returns x with gaps between its entries in memory, and its dimensions in reverse order."""
+    """Returns a copy of x that in memory has gaps and its dimensions in reverse order."""
     wide = x.new_zeros([2 * n for n in reversed(x.shape)])
     view = wide.permute(tuple(reversed(range(x.ndim))))[(slice(None, None, 2),) * x.ndim]
     return view.copy_(x)

@@ -183,7 +183,7 @@ class Case:
         for y, second_y in zip(outputs, second_outputs, strict=True):
             if not are_equal(y, second_y):
                 raise Wrong(
-                    "the function returns another value at each call: seed random numbers in it"
+                    "the function returns another value at each call: seed random numbers inside it"
                 )
         return outputs
 
@@ -234,7 +234,10 @@ class Case:
         )
 
     def _partial_derivatives(self, i: int, order: int) -> Iterator[Tensors]:
-        """Yields the derivative in each entry of input i; of order 2: then along the tangents."""
+        """Yields the outputs' derivative in each entry of input i.
+
+        For order 2, that derivative is differentiated along the tangents.
+        """
         for entry in range(self.differentiable_inputs[i].numel()):
             direction = [
                 torch.zeros_like(x, dtype=torch.float64) for x in self.differentiable_inputs
@@ -245,9 +248,9 @@ class Case:
     def _directional_derivative(
         self, direction: Sequence[Tensor], times: int, order: int
     ) -> Tensors:
-        """Returns the outputs' derivative of this order: the first `times` along the direction.
+        """Differentiates the outputs `times` times along the direction.
 
-        The remaining ones are along the tangents.
+        The other differentiations, up to the order, are along the tangents.
         Reduces the step until the derivative no longer changes, so that it crosses no kink nearby.
         """
         directions = [direction] * times + [self.tangents] * (order - times)

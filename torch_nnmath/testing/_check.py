@@ -87,8 +87,9 @@ def assert_right(
 def _judge(transform: Transform, case: Case) -> tuple[Verdict, str]:
     """Returns the verdict and its detail.
 
-    If a control fails under the transform too, the verdict is "PyTorch cannot". One combination
-    remains the function's fault: it returns a wrong result where the control raises an error.
+    If a control fails under the transform too, the verdict is "PyTorch cannot", with two
+    exceptions. A written input is always the function's fault. So is a result that is wrong without
+    an error where the control raises one.
     """
     verdict, detail = _run(transform, case)
     if verdict.is_fault and verdict is not Verdict.WRITES:
