@@ -7,8 +7,9 @@ else. The products come from a small transformer (`text_model.py`), for two func
     head     the loss as a function of the last layer's weight, with fixed features
     whole    the loss as a function of all parameters
 
-SciPy's `eigsh` computes the largest eigenvalues, and the smallest of whole (the loss of head is
-convex, so its Hessian has no negative ones). Stochastic Lanczos quadrature computes the density.
+SciPy's `eigsh` computes the largest eigenvalues, and for `whole` the smallest, too: the loss of
+`head` is convex, so its Hessian has no negative ones. Stochastic Lanczos quadrature computes the
+density.
 Results:
 
 - a table: for a tiny model, whose Hessian PyTorch computes as a matrix from the plain expression
@@ -531,7 +532,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--probes", type=parse_positive, default=1, help="random vectors for the density"
     )
     parser.add_argument(
-        "--lanczos", type=parse_positive, default=60, help="Lanczos steps per vector"
+        "--lanczos", type=parse_positive, default=60, help="Lanczos steps per random vector"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and probes")
     parser.add_argument("--out", type=Path, default=Path("curvature_out"), help="output folder")

@@ -9,7 +9,8 @@ pixels; nothing is downloaded) for the two problems of the document:
 each with `torch_nnmath`, whose gradients are the document's (with the sign of dc/da in 5.1
 corrected), and with PyTorch's own modules, from the same weights over the same batches. Results:
 
-- a table: both reach the same test accuracy, at least 95 %, and their losses agree to rounding;
+- a table: both networks reach the same test accuracy, at least 95 %, and their losses agree to
+  rounding;
 - a picture: the loss curves coincide; below them are test digits with the predictions of the two
   networks.
 

@@ -14,8 +14,8 @@ which never materialises the logits, and once with `F.cross_entropy` of all logi
     python examples/language_model.py --devices 2       # the same curve, in two processes
     python examples/language_model.py --size large      # for a GPU, in bfloat16
 
-It needs `pip install ".[examples]"`, and takes under six minutes on two cores. Reading the text of
-`--size large`, some 40 MB if many packages are installed, takes several minutes.
+It needs `pip install ".[examples]"`, and takes under six minutes on two cores. With `--size large`,
+reading the text (some 40 MB if many packages are installed) takes several minutes.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ are trained first:
 The examples with the largest norms are the hardest for the model. Results:
 
 - a table: the distribution of the norms, and the difference of the mean of all gradients from the
-  batch's gradient by an ordinary backward pass, which is rounding;
+  batch's gradient by an ordinary backward pass, which is due to rounding;
 - the sequences with the largest and the smallest norms;
 - a picture: histograms of the norms, and the hardest digits with their predictions.
 
@@ -317,7 +317,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--chunk",
         type=parse_positive,
         default=8,
-        help="text sequences whose gradients are in memory together",
+        help="text sequences whose gradients are in memory at the same time",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of split, weights and order")
     parser.add_argument(

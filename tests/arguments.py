@@ -8,7 +8,7 @@ C, D = 4, 3  # classes, features
 
 
 def floats(*shape, dtype=torch.float32):
-    """Numbers in (0, 1), which serve as logits, features and probabilities."""
+    """Returns numbers in (0, 1), which serve as logits, features and probabilities."""
     return torch.rand(shape).to(dtype).requires_grad_()
 
 

@@ -52,7 +52,7 @@ class BoundedReal:
         self.size = abs(float(v)) if size is None else size
 
     def round(self, v, e):
-        """v with error e before its own rounding. What is exactly 0 stays so."""
+        """Returns v with the error e plus that of rounding it. An exact 0 stays exact."""
         size = abs(float(v))
         if math.isinf(size) or (e == 0 and v == 0):
             return type(self)(v, 0.0, size)
@@ -132,7 +132,7 @@ def real_type(dtype: torch.dtype, wide_dtype: torch.dtype) -> type[BoundedReal]:
 
 
 def to_reals(x: Tensor, real: type[BoundedReal]) -> Any:
-    """x's numbers without error, as an array of objects."""
+    """Returns x's numbers without error, as an array of objects."""
     reals = np.empty(x.shape, object)
     for i in np.ndindex(*x.shape):
         reals[i] = real(mpf(x[i].item()))
@@ -140,7 +140,7 @@ def to_reals(x: Tensor, real: type[BoundedReal]) -> Any:
 
 
 def sum_over(x, axis=-1):
-    """The sum over an axis, which stays with size 1."""
+    """Returns the sum over an axis, which keeps size 1."""
     x = np.moveaxis(x, axis, -1)
     sums = np.empty((*x.shape[:-1], 1), object)
     for i in np.ndindex(*x.shape[:-1]):

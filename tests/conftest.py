@@ -30,7 +30,7 @@ class Operation(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Without namespace and overload: "mm"."""
+        """The name without namespace and overload, such as "mm"."""
         return self.operator.name().split("::")[1].split(".")[0]
 
 
@@ -60,7 +60,7 @@ class OperationRecorder(TorchDispatchMode):
         return sum(operation.operator is operator for operation in self.operations)
 
     def list_outputs(self, is_selected: Callable[[tuple[int, ...]], bool]) -> list[str]:
-        """A line for each returned tensor with a selected shape: "aten.mm.default (6, 4)"."""
+        """Returns a line for each tensor with a selected shape: "aten.mm.default (6, 4)"."""
         return [
             f"{operator} {shape}"
             for operator, shapes in self.operations
@@ -106,7 +106,7 @@ def check_operator(operator: Any, args: Sequence[Any], checks: Sequence[str] = O
 
 @contextlib.contextmanager
 def fill_new_memory_with_nan() -> Iterator[None]:
-    """`torch.empty` is filled with nan, so that an element that is never written shows."""
+    """Fills `torch.empty` with nan, which reveals an element that is never written."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -129,13 +129,13 @@ def fixed_seed() -> None:
 
 
 def limit_head_blocks(block_bytes: int = 1) -> Any:
-    """The head works in blocks of so many bytes of logits, and of at least 32 rows."""
+    """Limits the head's blocks to so many bytes of logits, but at least 32 rows."""
     return mock.patch.object(_block, "BLOCK_BYTES", (block_bytes, block_bytes))
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels run for few entries too, in blocks of 32 rows and slices of 64 entries."""
+    """Makes kernels run for few entries, too, in blocks of 32 rows and slices of 64 entries."""
     monkeypatch.setattr(_block, "BLOCK_BYTES", (1, 1))
     monkeypatch.setattr(dispatch, "MIN_KERNEL_SIZE", 0)
     for module in (_block, elementwise, cross_entropy_kernel):
@@ -154,6 +154,6 @@ def limit_threads(number: int = 1) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Small tensors are faster on one thread, and results do not depend on the machine."""
+    """Uses one thread: faster for small tensors, and independent of the machine."""
     with limit_threads():
         yield

@@ -101,7 +101,7 @@ def draw_leaves(shapes, dtype=torch.float64):
 
 
 def draw_labels(shape, *first):
-    """Class indices; `first` replaces as many of the first of them as there are."""
+    """Returns class indices, the first of which are those in `first`."""
     y = torch.randint(C, shape)
     for i, label in enumerate(first[: y.numel()]):
         y.view(-1)[i] = label
@@ -138,7 +138,7 @@ def is_zero(x):
 
 
 def make_primal(x: Tensor) -> Tensor:
-    """x for forward mode, packed where PyTorch gives x or its views no tangent."""
+    """Returns x for forward mode, packed if PyTorch supports no tangent of x or its views."""
     x = x.detach()
     return x.resolve_neg().clone() if 0 in x.stride() or x.is_neg() else x
 
@@ -164,7 +164,7 @@ def compute_derivatives(
 
 
 def assert_derivatives_match(f, g, leaves, plain_leaves=None, cotangent=None):
-    """f(*leaves) and g(*plain_leaves) agree in value, gradient, second derivative and jvp."""
+    """Asserts that f and g agree in value, gradient, second derivative and jvp."""
     plain_leaves = leaves if plain_leaves is None else plain_leaves
     directions = [torch.randn(x.shape, dtype=x.dtype) for x in leaves]
     if cotangent is None:
@@ -177,7 +177,7 @@ def assert_derivatives_match(f, g, leaves, plain_leaves=None, cotangent=None):
 
 
 def assert_matches_truth(entry, leaves, target, **options):
-    """The entry point's loss and derivatives are the truth's."""
+    """Asserts that the entry point's loss and derivatives are the truth's."""
     assert_derivatives_match(
         lambda *leaves: entry.compute_loss(leaves, target, **options),
         lambda *leaves: compute_truth(entry, leaves, target, **options),

@@ -33,7 +33,7 @@ def use_examples(number: int) -> Any:
 
 
 def run_examples(number: int, check: Callable[[Any], None]) -> None:
-    """Runs `check(data)` with so many draws of hypothesis."""
+    """Runs `check(data)` for this number of hypothesis examples."""
     use_examples(number)(given(st.data())(check))()
 
 
@@ -58,7 +58,7 @@ class RandomArguments:
         return self.draw(st.sampled_from(options))
 
     def choose_subset(self, names: Sequence[str]) -> list[str]:
-        """Some of the names. An example shrinks to all of them."""
+        """Returns some of the names. An example shrinks to all of them."""
         left_out = self.draw(st.sets(st.sampled_from(list(names))))
         return [name for name in names if name not in left_out]
 
@@ -94,7 +94,7 @@ class RandomArguments:
         return self.lay_out((self.uniform(*shape) + 0.05).to(self.dtype))
 
     def lay_out(self, x: Tensor) -> Tensor:
-        """Copies x into a random layout. The memory between its elements is nan, or 77."""
+        """Returns a copy of x in a random layout. The memory between its elements is nan, or 77."""
         layout = self.choose(*LAYOUTS)
         fill = math.nan if x.is_floating_point() else 77
         if layout == "offset":

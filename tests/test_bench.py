@@ -98,7 +98,7 @@ def test_targets_of_every_work_match_the_list():
 
 @pytest.mark.parametrize("name", WORKS)
 def test_contenders_in_float64_agree(name):
-    """Eager, also for compiled contenders; the test of the command compiles two."""
+    """Runs compiled contenders without compiling; the test of the command compiles two."""
     work = WORKS[name]
     problem = work.make_problem(make_small_size(work), torch.float64, "cpu")
     expected = run(work, "ours", problem)
@@ -123,7 +123,7 @@ def test_compiled_contenders_compile_the_eager_functions():
 
 @pytest.mark.parametrize("library", OTHER_LIBRARIES)
 def test_other_libraries_on_gpu_agree_and_on_cpu_raise(library):
-    """On a GPU it is skipped where the library is not installed."""
+    """On a GPU, skips a library that is not installed."""
     for work in (WORKS["head"], WORKS["head-ignored"], WORKS["cross_entropy"]):
         if library not in work.contenders:
             continue

@@ -36,7 +36,7 @@ every_forbidding_entry = parametrize_entries(
 
 
 def forbid_class_0(entry, leaves):
-    """The leaves with -inf in the logits of class 0, or in the head's bias."""
+    """Returns the leaves with -inf in the logits of class 0, or in the head's bias."""
     leaves = [x.detach().clone() for x in leaves]
     class_dim = entry.class_dim if len(leaves) == 1 else 0
     leaves[-1].select(class_dim, 0).fill_(-math.inf)

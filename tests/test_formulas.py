@@ -1,4 +1,4 @@
-"""Every sample of the catalog against the reference and numerical differentiation."""
+"""Every sample of the catalogue against the reference and numerical differentiation."""
 
 import itertools
 import math
@@ -87,7 +87,7 @@ def test_third_derivative_is_independent_of_nesting_of_modes(sample):
 
 
 def compute_third_derivative(f, h=2e-2):
-    """Differentiates at 0 by central differences, with an error of about 1e-7."""
+    """Returns the third derivative at 0 by central differences, with an error of about 1e-7."""
     steps, weights = (1, 2, 3, 4), (-488 / 240, 338 / 240, -72 / 240, 7 / 240)
     terms = (
         w * (f(torch.tensor(k * h).double()) - f(torch.tensor(-k * h).double()))

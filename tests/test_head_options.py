@@ -41,7 +41,7 @@ def weighted_log_sum_exp(x: Tensor, W: Tensor, p: Tensor, b: Any, keep: Any, bas
 
 @pytest.fixture
 def gather_or_mask_ignored_rows(request, monkeypatch):
-    """The CPU leaves ignored rows out of the products; a GPU masks them, to not synchronise."""
+    """Selects how the head leaves out ignored rows: gathers the others, or masks as on a GPU."""
     if request.param == "mask":
         monkeypatch.setattr(_block, "may_gather_rows", lambda keep: False)
 
@@ -138,9 +138,9 @@ def search_settings(examples: int) -> Any:
 
 
 def test_drawn_options_have_the_value_and_gradients_of_the_truth(small_blocks):
-    """A fault counts if it repeats with two other sets of numbers.
+    """A fault counts only if it recurs with two other sets of random numbers.
 
-    The tolerance is the plain expression's own error, which a few numbers make small by chance.
+    The tolerance is the plain expression's own error, which may be small by chance.
     """
 
     def find_faults(head: DrawnHead) -> list[str]:
@@ -367,7 +367,7 @@ def test_options_ignore_nan_and_inf_in_ignored_rows(function):
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("positions", [(), (2,)])
 @pytest.mark.parametrize("gather_or_mask_ignored_rows", ["gather", "mask"], indirect=True)
-def test_stats_equal_the_truth_and_leave_the_loss_alone(
+def test_stats_equal_the_truth_and_do_not_change_the_loss(
     small_blocks, gather_or_mask_ignored_rows, positions, requires_grad, reduction, target
 ):
     generator = torch.Generator().manual_seed(0)
@@ -406,7 +406,7 @@ def test_stats_equal_the_truth_and_leave_the_loss_alone(
     ("reduction", "gradient_shapes"), [("mean", [(6, D), (C, D)]), ("none", [])]
 )
 def test_stats_need_one_call_of_the_kernel(reduction, gradient_shapes):
-    """That of a mean's forward computes the gradients too; that of losses per row does not."""
+    """The call for a mean also computes the gradients; that for unreduced losses does not."""
     x, W = torch.randn(6, D, requires_grad=True), torch.randn(C, D, requires_grad=True)
     y = torch.randint(C, (6,))
     options = {"z_loss": 0.3, "softcap": 2.0, "return_stats": True, "reduction": reduction}
@@ -536,7 +536,7 @@ def test_modules_apply_show_and_learn_their_options(make_module):
 @pytest.mark.parametrize(
     "make_module", [lambda **o: nn.LinearCrossEntropyLoss(D, C, **o), nn.CrossEntropyLoss]
 )
-def test_modules_keep_a_fixed_scale_as_buffer_and_the_default_out_of_sight(make_module):
+def test_modules_keep_a_fixed_scale_as_buffer_and_hide_the_default(make_module):
     fixed = make_module(logit_scale=torch.tensor(2.0))
     assert [*dict(fixed.named_buffers())][-1] == "logit_scale"
     assert fixed.double().logit_scale.dtype == F64

@@ -17,7 +17,7 @@ def _seed():
 
 
 def combine(**choices):
-    """Options for every combination of the values."""
+    """Returns a dict of options for each combination of the values."""
     return [
         dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
     ]

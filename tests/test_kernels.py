@@ -114,7 +114,7 @@ def test_class_indices_message_names_ignore_index_only_if_given():
 
 
 def make_losses():
-    """(name, function of leaves, leaves) for every option."""
+    """Returns (name, function of leaves, leaves) for every option."""
     w = draw(C, seed=3).abs()
     options = itertools.product(
         ("none", "sum", "mean"), (False, True), (0.0, 0.2), (torch.e, 2.0), ("y", "t")
@@ -173,7 +173,7 @@ CASES = {name: (f, leaves) for name, f, leaves in (*make_losses(), *make_element
 
 
 def evaluate(f, leaves, dtype=torch.float64, upstream="random"):
-    """f's value and its gradients for an upstream gradient that is random or 0.7 everywhere."""
+    """Returns f's value and gradients; the upstream gradient is random or 0.7 everywhere."""
     leaves = [v.detach().to(dtype, copy=True).requires_grad_() for v in leaves]
     value = f(*leaves)
     g = draw(*value.shape, seed=5).to(value.dtype)
@@ -288,7 +288,7 @@ def test_blocks_after_one_that_needs_the_maximum_take_it_at_once(small_blocks, m
 
 
 def evaluate_head(target, options):
-    """Value, gradients, a Hessian-vector product and a tangent of the head."""
+    """Returns value, gradients, a Hessian-vector product and a tangent of the head."""
     goal = draw_classes() if target == "indices" else t
     options = {**options, "weight": draw(C, seed=6).abs()} if "weight" in options else options
 

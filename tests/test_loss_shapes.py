@@ -36,7 +36,7 @@ def draw_normal(*shape):
 
 @parametrize_entries(UNBATCHED)
 @pytest.mark.parametrize("target_kind", ["index", "probabilities"])
-def test_unbatched_loss_is_a_scalar_and_pytorchs(entry, target_kind):
+def test_unbatched_loss_is_a_scalar_and_equals_pytorch(entry, target_kind):
     target = draw_labels(()) if target_kind == "index" else draw_probabilities(entry)
     for reduction in REDUCTIONS:
         for options in ({}, {"label_smoothing": 0.1, "weight": make_class_weight()}):
@@ -67,7 +67,7 @@ def test_unbatched_modules_match_their_formulas(reduction):
 
 
 def list_empty_variants(entry):
-    """The entry point with size 0 along the first or the last batch axis of its first tensor."""
+    """Returns variants with size 0 along the first or the last batch axis of the first tensor."""
     last = len(entry.batch) - 1
     has_positions = len(entry.shapes) > 1 and len(entry.shapes[1]) > 2  # axes of W, not of x
     for axis in {0, 0 if has_positions else last}:
@@ -78,7 +78,7 @@ def list_empty_variants(entry):
 
 
 def check_empty_loss(f, shapes, reduction, batch):
-    """The sum is 0, the mean nan, the losses are empty; gradients are 0 and have full shapes."""
+    """Checks for a sum of 0, a mean of nan, no losses, and full-sized gradients of 0."""
     leaves = draw_leaves(shapes)
     loss = f(*leaves)
     if reduction == "none":

@@ -225,7 +225,7 @@ def test_autocast_keeps_the_types_of_activations(half, f):
 
 
 @every_entry
-def test_autocast_leaves_float64_alone(entry):
+def test_autocast_leaves_float64_unchanged(entry):
     leaves, target = draw_leaves(entry.shapes), draw_labels(entry.batch)
     value = entry.compute_loss(leaves, target)
     assert value.dtype == torch.float64

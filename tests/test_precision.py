@@ -76,7 +76,7 @@ ACTIVATIONS = {
 
 
 def reduce_rows(c, G, reduction, n):
-    """F3 of losses c (rows, 1) with cotangent G: the value, and the cotangent of each row."""
+    """Returns F3 of losses c (rows, 1), and the cotangent of each row for the cotangent G."""
     if reduction == "none":
         return c[:, 0], G[:, None]
     return (sum_all(c), G) if reduction == "sum" else (sum_all(c) / n, G / n)
@@ -386,7 +386,7 @@ class CrossEntropyTarget:
         return pytorch.cross_entropy(z, t, **self.options) / math.log(self.base)
 
     def expand(self, t=None):
-        """The weighted and smoothed target (rows, C), the mean's divisor, and dT/dt."""
+        """Returns the weighted and smoothed target (rows, C), the mean's divisor, and dT/dt."""
         real, n = self.inputs.real, self.inputs.classes
         w, s = self.options["weight"], real(mpf(self.options["label_smoothing"]))
         w = to_reals(torch.ones(n) if w is None else w, real)
@@ -400,7 +400,7 @@ class CrossEntropyTarget:
         return w * ((1 - s) * t + s / n * keep), divisor, w * (1 - s)
 
     def compute_truth(self, G, z, t=None):
-        """The value, dz, and dt if t is given."""
+        """Returns the value, dz, and dt if t is given."""
         T, n, slope = self.expand(t)
         l = log_softmax(z)
         c = sum_over(T * l) / -mpmath.log(self.base)
@@ -410,7 +410,7 @@ class CrossEntropyTarget:
         return (value, dz) if t is None else (value, dz, -(g * slope * l))
 
     def compute_second_truth(self, z, R):
-        """dz of the mean, and its derivative along R."""
+        """Returns dz of the mean, and its derivative along R."""
         T, n, _ = self.expand()
         a, g = np.exp(log_softmax(z)), 1 / (n * mpmath.log(self.base))
         return g * (sum_over(T) * a - T), g * sum_over(T) * a * (R - sum_over(a * R))
@@ -532,20 +532,20 @@ def make_case(function, options, kind, dtype):
 
 
 def distance(x, v, largest):
-    """|x - v|; 0 if x is the infinity that v is or overflows to, inf if x is nan."""
+    """Returns |x - v|: 0 if v is or overflows to the same infinity as x, inf if x is nan."""
     if abs(v) > largest:
         return 0.0 if x == float(mpmath.sign(v)) * math.inf else math.inf
     return math.inf if math.isnan(x) else abs(float(x - v))
 
 
 def error_bound(r, info):
-    """r's error and that of the final rounding; 0 where r is exactly 0, or infinite."""
+    """Returns r's error plus that of the final rounding; 0 if r is exactly 0 or infinite."""
     last = 0.0 if r.eps == info.eps else info.eps / 2
     return r.e and r.e + last * max(r.size, info.smallest_normal)
 
 
 def measure_sensitivity(case, G, leaves):
-    """How far each result moves at most, per unit of the leaves' relative movement."""
+    """Returns how far each result moves at most, per unit of the leaves' relative movement."""
     step = mpf("1e-20")
     generator = np.random.default_rng(0)
     moved = (x * (1 + step * generator.choice((-1, 1), x.shape)) for x in leaves)

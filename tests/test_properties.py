@@ -82,7 +82,7 @@ def make_leaves(*xs: Tensor) -> list[Tensor]:
 
 
 def assert_close(what: str, found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    """Equal relative to the largest number that is expected."""
+    """Asserts equality relative to the largest expected number."""
     size = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     torch.testing.assert_close(
         found, expected, rtol=tolerance, atol=tolerance * size, msg=lambda m: f"{what}: {m}"

@@ -68,7 +68,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @functools.cache
 def load_database(name):
-    """PyTorch's op_db or module_db. Their import takes seconds and freezes global flags."""
+    """Returns PyTorch's op_db or module_db, whose import takes seconds and freezes global flags."""
     with torch.backends.__allow_nonbracketed_mutation():  # unfreezes the flags
         from torch.testing._internal import common_methods_invocations, common_modules
     return {"op_db": common_methods_invocations, "module_db": common_modules}[name].__dict__[name]
@@ -230,7 +230,7 @@ def assert_no_faults(count, lines, record_property):
 
 
 def format_id(x):
-    """For example float64, linear_cross_entropy."""
+    """Returns a test id, for example float64, linear_cross_entropy."""
     return str(x).removeprefix("torch.").removeprefix("nn.functional.")
 
 

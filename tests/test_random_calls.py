@@ -40,7 +40,7 @@ DTYPES = (F64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Call:
-    """A public function of the tensors that may need gradients, and the same in plain PyTorch."""
+    """A public function of the tensors that may require gradients, and its plain equivalent."""
 
     inputs: dict[str, Tensor]
     compute: Callable[..., Tensor]
@@ -356,7 +356,7 @@ every_function = pytest.mark.parametrize("name", DRAWS)
 
 
 def assert_close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Equal in float64, relative to the largest number that is expected."""
+    """Asserts equality in float64, relative to the largest number that is expected."""
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype), what
     finite = expected.abs().nan_to_num(0, 0, 0)
     size = max(1.0, finite.max().item()) if expected.numel() else 1.0
@@ -377,7 +377,7 @@ def assert_same_bits(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def make_leaves(call: Call, names: Sequence[str], change: Any = lambda x: x) -> dict[str, Tensor]:
-    """The inputs, of which the named need gradients."""
+    """Returns the inputs; those that are named require gradients."""
     return {
         name: change(x).detach().requires_grad_(name in names) for name, x in call.inputs.items()
     }

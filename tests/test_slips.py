@@ -50,7 +50,7 @@ def assert_different(printed, expected):
 
 
 def compute_jacobians(form, *inputs, **options):
-    """Computes the Jacobian of each input, of shape value.shape + input.shape, row by row."""
+    """Computes the Jacobian in each input, of shape value.shape + input.shape, row by row."""
     value = form.value(*inputs, **options)
     rows = []
     for i in range(np.size(value)):
@@ -411,7 +411,7 @@ def test_e15_omitting_one_over_n_changes_convergence(select_form):
     assert descents["mean"] < 1e-12 < 1e6 < descents["sum"]
 
 
-def test_e16_base_must_exceed_one_and_probabilities_zero(select_form):
+def test_e16_base_must_exceed_one_and_probabilities_must_exceed_zero(select_form):
     a, t = column(0.7, 0.2, 0.1), column(1, 0, 0)
     loss = select_form(reference.CATEGORICAL_CROSS_ENTROPY)
     differences = central_difference(lambda a: loss.value(a, t, beta=0.5), a)

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 def fill_surroundings(x, shape):
-    """Memory around a view: a function that reads it as packed returns nan or raises."""
+    """Returns memory around a view; a function that reads it as packed returns nan or raises."""
     fill = math.nan if x.is_floating_point() else 77
     return torch.full(shape, fill, dtype=x.dtype)
 
@@ -54,17 +54,17 @@ def step_over(x):
 
 
 def expand_rows(x):
-    """The first row repeated, with a stride of 0."""
+    """Returns the first row repeated, with a stride of 0."""
     return x[:1].clone().expand_as(x) if x.dim() else x
 
 
 def expand_entry(x):
-    """The first entry repeated, with strides of 0."""
+    """Returns the first entry repeated, with strides of 0."""
     return x.reshape(-1)[:1].clone().expand(x.shape) if x.dim() else x
 
 
 def negate_lazily(x):
-    """A view with the negative bit, such as the imaginary part of a conjugate."""
+    """Returns a view with the negative bit, such as the imaginary part of a conjugate."""
     if not x.is_floating_point():
         return x
     return torch.complex(torch.zeros_like(x), -x).conj().imag

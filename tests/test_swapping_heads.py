@@ -28,7 +28,7 @@ def head_names(report):
     return list(report.heads)
 
 
-class Declares(nn.Module):
+class DeclaredOutput(nn.Module):
     """Its output embedding is not its last Linear."""
 
     def __init__(self, output="lm_head"):
@@ -43,12 +43,12 @@ class Declares(nn.Module):
         return self.lm_head(self.body(x))
 
 
-class DeclaresWithArgument(Declares):
+class DeclaredOutputNeedsArgument(DeclaredOutput):
     def get_output_embeddings(self, name):
         return self.lm_head
 
 
-class DeclaresNothing(Declares):
+class NoDeclaredOutput(DeclaredOutput):
     def get_output_embeddings(self):
         raise NotImplementedError
 
@@ -66,12 +66,15 @@ class DeclaresNothing(Declares):
         (Everything, ["gate.linear"]),  # the loss reads its own Linear without calling it
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1)), ["0"]),
         (lambda: nn.Sequential(nn.Linear(4, 4), torch_nnmath.nn.Feedforward([4, 4])), ["0"]),
-        (Declares, ["lm_head"]),
-        (lambda: nn.ModuleDict({"a": Declares(), "b": nn.Linear(4, 3)}), ["a.lm_head"]),
-        (lambda: nn.ModuleList([Declares(), Declares("body")]), ["0.lm_head", "1.body"]),
-        (lambda: Declares(output=None), ["body"]),
-        (DeclaresWithArgument, ["body"]),
-        (DeclaresNothing, ["body"]),
+        (DeclaredOutput, ["lm_head"]),
+        (lambda: nn.ModuleDict({"a": DeclaredOutput(), "b": nn.Linear(4, 3)}), ["a.lm_head"]),
+        (
+            lambda: nn.ModuleList([DeclaredOutput(), DeclaredOutput("body")]),
+            ["0.lm_head", "1.body"],
+        ),
+        (lambda: DeclaredOutput(output=None), ["body"]),
+        (DeclaredOutputNeedsArgument, ["body"]),
+        (NoDeclaredOutput, ["body"]),
     ],
 )
 def test_auto_head_is_the_declared_or_last_linear(model, expected):
@@ -79,7 +82,7 @@ def test_auto_head_is_the_declared_or_last_linear(model, expected):
 
 
 def test_declared_output_that_is_no_linear_is_no_head():
-    model = Declares("both")
+    model = DeclaredOutput("both")
     model.both = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 9))
     report = swap(model)
     assert head_names(report) == []
@@ -88,7 +91,7 @@ def test_declared_output_that_is_no_linear_is_no_head():
 
 @pytest.mark.parametrize("elsewhere", [nn.Linear(4, 9), nn.Sequential(nn.Linear(4, 9))])
 def test_declared_output_outside_of_the_model_is_ignored(elsewhere):
-    model = Declares()
+    model = DeclaredOutput()
     model.get_output_embeddings = lambda: elsewhere
     assert head_names(swap(model)) == ["body"]
 

@@ -87,7 +87,7 @@ EXPENSIVE = (
 
 
 def list_expensive_operations(recorder):
-    """The operations that cost rows x classes."""
+    """Returns the operations whose cost is proportional to rows x classes."""
     return [name for name in recorder.names if any(word in name for word in EXPENSIVE)]
 
 

@@ -193,7 +193,7 @@ class FlattensUpstream(Product):
 
 
 class IgnoresStrides(Product):
-    """Like a kernel that takes a pointer and no strides."""
+    """Ignores strides, like a kernel that takes only a pointer."""
 
     @staticmethod
     def forward(x, W):
@@ -258,7 +258,7 @@ class TangentReadsValues(Product):
 
 
 class SavesPointers(Product):
-    """Like a backward that saves a pointer."""
+    """Does not notice in-place edits, like a backward that saves a pointer."""
 
     @staticmethod
     def setup_context(ctx, inputs, y):
@@ -729,11 +729,9 @@ def test_check_of_invalid_arguments_raises(function, inputs, options, error, mat
         testing.check(function, inputs, **options)
 
 
-@pytest.mark.skipif(
-    not hasattr(nn.functional, "linear_cross_entropy"), reason="it came with PyTorch 2.13"
-)
+@pytest.mark.skipif(not hasattr(nn.functional, "linear_cross_entropy"), reason="needs PyTorch 2.13")
 def test_example_of_page_prints_verdicts_of_page(monkeypatch):
-    """The page's two checks: of PyTorch's chunked head, which has faults, and of this library's."""
+    """Runs both checks of the page: of PyTorch's chunked head and of this library's head."""
     page = (Path(__file__).parents[1] / "docs" / "checking.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", page, re.S | re.M)
     check, own_check = (b for kind, b in blocks if kind == "python" and "linear_cross_entropy" in b)

@@ -146,7 +146,7 @@ def test_apply_without_signature():
 
 
 class Cube(torch.autograd.Function):
-    """x³, whose `jvp` calls operations with forward mode turned on or left off."""
+    """x³. Its `jvp` calls operations with forward mode enabled or disabled."""
 
     is_enabled = True
     generate_vmap_rule = True

@@ -19,7 +19,7 @@ from torch_nnmath.testing._report import Wrong
 
 @pytest.fixture
 def reduce_catalog(monkeypatch):
-    """Returns a function that reduces the catalog to the rows with an id."""
+    """Returns a function that reduces the catalogue to the rows with an id."""
 
     def reduce(id):
         rows = tuple(row for row in catalog.CATALOG if id in row.ids)
@@ -100,7 +100,7 @@ def test_verify_of_raising_backward_reports_it_and_continues(reduce_catalog, cap
 def test_verify_of_formula_that_dynamo_does_not_support_returns_1(
     reduce_catalog, capsys, monkeypatch
 ):
-    """PyTorch cannot compile any Function with a jvp; the catalog's formulas must not have one."""
+    """PyTorch compiles no Function that has a jvp, so the catalogue's formulas must have none."""
     reduce_catalog("F6")
     monkeypatch.setattr(formulas.Sigmoid, "jvp", Sine.jvp)
     monkeypatch.setattr(verify, "QUICK", ("compile",))
@@ -126,7 +126,7 @@ def make_inputs():
 
 @pytest.fixture
 def verify_function(capsys):
-    """Returns a function that verifies one of the functions above: its status and output."""
+    """Returns a function that verifies one of the functions above and returns status and output."""
 
     def run(function, *options):
         names = [f"{__name__}:{function}", "--inputs", f"{__name__}:make_inputs"]

@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 def compute_logits(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """z = x Wᵀ + b: (*, D), (C, *d, D), (C, *d) -> (*, C, *d)."""
+    """Returns z = x Wᵀ + b: (*, D), (C, *d, D), (C, *d) -> (*, C, *d)."""
     z = torch.nn.functional.linear(x, W.flatten(0, -2), None if b is None else b.flatten())
     return z.reshape(*x.shape[:-1], *W.shape[:-1])
 
 
 def scale_and_cap(z: Tensor, logit_scale: float | Tensor = 1.0, softcap: float | None = None):
-    """v = κ tanh(s z / κ), or s z without a cap."""
+    """Returns v = κ tanh(s z / κ), or s z without a cap."""
     v = z * logit_scale
     return v if softcap is None else softcap * torch.tanh(v / softcap)
 
@@ -55,7 +55,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     class_dim: int | None = None,
 ) -> Tensor:
-    """Cross entropy and z-loss of logits z with the classes at `class_dim`.
+    """Returns cross entropy and z-loss of logits z with the classes at `class_dim`.
 
     By default that is axis 1, or 0 of a vector. The target has class indices in z's shape without
     that axis, or probabilities in z's shape. Ignored rows may hold any logits.
@@ -88,7 +88,7 @@ def cross_entropy(
 def linear_cross_entropy(
     x: Tensor, W: Tensor, target: Tensor, b: Tensor | None = None, **options
 ) -> Tensor:
-    """Cross entropy of the logits of a head: the classes come after x's batch axes."""
+    """Returns the cross entropy of a head's logits: the classes come after x's batch axes."""
     return cross_entropy(compute_logits(x, W, b), target, class_dim=x.dim() - 1, **options)
 
 
@@ -102,7 +102,7 @@ def linear_log_probs(
     logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log a_y and the entropy of each row, of x (*, D), W (C, D), y (*)."""
+    """Returns log a_y and the entropy of each row, of x (*, D), W (C, D), y (*)."""
     l = scale_and_cap(compute_logits(x, W, b), logit_scale, softcap).log_softmax(-1)
     log_probs, entropy = l.gather(-1, y.unsqueeze(-1)).squeeze(-1), -(l.exp() * l).sum(-1)
     return log_probs / math.log(base), entropy / math.log(base)

@@ -566,9 +566,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory", type=parse_positive, default=6, help="memory limit of a process, in GiB"
     )
-    parser.add_argument("--output", type=Path, help="file for the table")
-    parser.add_argument("--trace", action="store_true", help="print tracebacks")
-    parser.add_argument("--empty", action="store_true", help="control: swap nothing")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    parser.add_argument("--trace", action="store_true", help="print the tracebacks of failures")
+    parser.add_argument(
+        "--empty", action="store_true", help="control: replace the swap by one that does nothing"
+    )
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in CLASSES]
     if unknown:

@@ -1,4 +1,4 @@
-"""`python -m torch_nnmath verify` and `python -m torch_nnmath bench`."""
+"""The commands `verify`, which checks every formula, and `bench`, which measures them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The catalog of formulas, which verification, tests and README read.
+"""The catalogue of formulas, which verification, tests and README read.
 
-A formula is one row: its ids and place in the document, the Function that holds its derivative, its
-two reference forms, and samples of the public call. The reference forms are those of the first
-sample. The others vary options of the call, and are compared with numerical differentiation only.
+Each row is a formula: its ids and place in the document, the Function that holds its derivative,
+its two reference forms, and samples of the public call. The first sample computes what the
+reference forms compute. The others vary the call's options, and are compared with numerical
+differentiation only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch_nnmath import formulas, nn, reference
 from torch_nnmath import functional as F
 from torch_nnmath.reference import Form, Forms
 
-EXAMPLES = 5  # in a batch: differs from the other sizes, so that mixed-up dimensions raise
+EXAMPLES = 5  # in a batch; unlike any other size, so that swapped dimensions raise an error
 CLASSES = 3
 
 Kind = Literal["real", "signed", "positive", "class", "label"]
@@ -31,7 +32,7 @@ class Input(NamedTuple):
     """An input of one example, or one that all examples share.
 
     Kinds of real numbers: "real", "positive", and "signed", which keeps away from 0. A "class" is
-    a class index; a "label" too, but that of the first example is -100, to be ignored.
+    a class index. So is a "label", except that the first example's is -100, which is ignored.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +40,7 @@ class Input(NamedTuple):
     shared: bool = False
 
     def draw(self, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-        """Returns random numbers, for a batch of examples unless shared."""
+        """Returns random numbers: for a batch of examples, or one array if shared."""
         shape = self.shape if self.shared else (EXAMPLES, *self.shape)
         if self.kind in ("class", "label"):
             y = rng.integers(0, CLASSES, shape)
@@ -57,8 +58,8 @@ class Input(NamedTuple):
 class Sample:
     """A call and its inputs.
 
-    The inputs are a batch of examples, and the call returns a value for each or their mean. If all
-    inputs are shared, they are one example.
+    The inputs are a batch of examples; the call returns a value for each, or their sum or mean. If
+    all inputs are shared, there is one example.
     """
 
     call: Callable[..., Tensor]
@@ -87,8 +88,8 @@ class Sample:
 class Row:
     """A formula.
 
-    `slips` are the document's slips that the formula corrects (docs/slips.md), `options` those of
-    its reference forms that belong to the first sample.
+    `slips` are the document's slips that the formula corrects (docs/slips.md). `options` are the
+    arguments with which the reference forms compute the first sample.
     """
 
     ids: tuple[str, ...]
@@ -114,7 +115,7 @@ def _vector(n: int, kind: Kind = "real") -> Input:
 
 
 def _layer(n_in: int, n_out: int, suffix: str = "") -> dict[str, Input]:
-    """Weight and bias of a linear layer."""
+    """Returns weight and bias of a linear layer."""
     return {
         f"W{suffix}": Input((n_out, n_in), shared=True),
         f"b{suffix}": Input((n_out,), shared=True),
@@ -181,10 +182,10 @@ def _flatten_parameters(form: Form) -> Form:
     """Returns the reference network with its parameters as W1, b1, W2, b2, ..."""
 
     def rule(x: Any, *parameters: Any, **options: Any) -> Any:
-        value, pull = form.rule(x, parameters[::2], parameters[1::2], **options)
+        value, nested_pullback = form.rule(x, parameters[::2], parameters[1::2], **options)
 
         def pullback(g: Any) -> Any:
-            dx, dWs, dbs = pull(g)
+            dx, dWs, dbs = nested_pullback(g)
             return dx, *(d for pair in zip(dWs, dbs, strict=True) for d in pair)
 
         return value, pullback

@@ -1,8 +1,8 @@
 """The formulas in NumPy, each in element form (indices and sums) and in matrix form.
 
-Each formula is for one example: vectors are columns (n, 1), weights (outputs, inputs), losses
-scalars. A rule takes the inputs of a formula and returns its value and its pullback. The pullback
-maps g, the cotangent of the value, to one gradient per input, in that input's shape:
+Each formula is for one example: vectors are columns (n, 1), weights are (outputs, inputs), losses
+are scalars. A rule takes the inputs of a formula and returns its value and its pullback. The
+pullback maps g, the cotangent of the value, to a gradient for each input, in that input's shape:
 
     AFFINE.element.value(x, W, b)           z
     AFFINE.matrix.pullback(g, x, W, b)      (dx, dW, db)
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 Gradients: TypeAlias = tuple[Any, ...]
-# A value and its vector-Jacobian product.
+# A value and its pullback, which computes vector-Jacobian products.
 VJP: TypeAlias = tuple[Any, Callable[[Any], Gradients]]
 
 
@@ -265,7 +265,7 @@ def categorical_cross_entropy_matrix(
 ) -> VJP:
     """F5: c = -tᵀ log_β a,  dc/da = -(1/ln β) t ⊘ a, dc/dt = -log_β a."""
     ln = fn.log(beta)
-    safe_a = np.where(t == 0, 1, a)  # because 0 log 0 and 0/0 count as 0
+    safe_a = np.where(t == 0, 1, a)  # since 0 log 0 and 0/0 count as 0
     c = -(t.T @ fn.log(safe_a)).item() / ln
     return c, lambda g: (-g * (t / safe_a) / ln, -g * fn.log(a) / ln)
 
@@ -394,7 +394,7 @@ def softcap_matrix(z: Array, *, cap: Any, fn: Elementary = NUMPY) -> VJP:
 
 
 def log_softmax_element(z: Array, fn: Elementary) -> tuple[list[Any], list[Any], Any]:
-    """a_j = e^z_j / Σ_i e^z_i, l_j = ln a_j = z_j - lse, and lse = ln Σ_i e^z_i."""
+    """Returns a_j = e^z_j / Σ_i e^z_i, l_j = ln a_j = z_j - lse, and lse = ln Σ_i e^z_i."""
     J, s = range(len(z)), shift(z)
     total = sum(fn.exp(z[i, 0] - s) for i in J)
     lse = s + fn.log(total)
@@ -402,7 +402,7 @@ def log_softmax_element(z: Array, fn: Elementary) -> tuple[list[Any], list[Any],
 
 
 def log_softmax_matrix(z: Array, fn: Elementary) -> tuple[Array, Array, Any]:
-    """a = e^z / (1ᵀ e^z), l = z - lse, and lse = ln 1ᵀ e^z."""
+    """Returns a = e^z / (1ᵀ e^z), l = z - lse, and lse = ln 1ᵀ e^z."""
     s = shift(z)
     e = fn.exp(z - s)
     lse = s + fn.log(e.sum())
@@ -499,7 +499,7 @@ def _make_scaled_head(form: str) -> Callable[..., VJP]:
 
 
 def layer_activations(count: int, activation: str, output_activation: str) -> list[Forms]:
-    """Returns each layer's activation. Softmax only at the end: F12 needs an elementwise f'."""
+    """Returns each layer's activation. Softmax may only be the last: F12 needs elementwise f'."""
     return [HIDDEN[activation]] * (count - 1) + [OUTPUT[output_activation]]
 
 

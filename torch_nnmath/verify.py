@@ -1,4 +1,4 @@
-"""`python -m torch_nnmath verify`: checks every formula of the catalog, or a user's function."""
+"""`python -m torch_nnmath verify`: checks every formula of the catalogue, or a user's function."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ SYMBOLIC = Elementary(
 
 
 def prove(row: Row, device: str) -> None:
-    """Proves with symbols that both reference forms are equal and their pullbacks right.
+    """Proves with symbols that both reference forms are equal and their pullbacks are right.
 
-    Raises Wrong if the forms differ, or a pullback is not the derivative of the value.
+    Raises Wrong if the forms differ or a pullback is not the derivative of the value.
     """
     columns, leaves = [], []
     for name, spec in row.samples[0].inputs.items():
@@ -51,12 +51,12 @@ def prove(row: Row, device: str) -> None:
         _prove_zero(element - matrix, f"element form minus matrix form, entry {i}")
     value = forms[0].value(*columns, fn=SYMBOLIC, **options)
     g = _make_symbols("g", Input(np.shape(value)))
-    contracted = sum(map(sympy.Mul, _flatten(g), values[0]))
+    contraction = sum(map(sympy.Mul, _flatten(g), values[0]))
     for form in forms:
         gradients = form.pullback(g if g.ndim else g.item(), *columns, fn=SYMBOLIC, **options)
         for symbols, gradient in zip(leaves, gradients, strict=True):
             for symbol, entry in zip(symbols, _flatten(gradient), strict=True):
-                _prove_zero(sympy.diff(contracted, symbol) - entry, f"derivative in {symbol}")
+                _prove_zero(sympy.diff(contraction, symbol) - entry, f"derivative in {symbol}")
 
 
 def compare_with_reference(row: Row, device: str) -> None:
@@ -72,7 +72,7 @@ def compare_with_reference(row: Row, device: str) -> None:
     for form in (row.reference.element, row.reference.matrix):
         examples = _split_examples(sample, inputs)
         values = [form.value(*example, **row.options) for example in examples]
-        expected = np.stack([np.asarray(each, float) for each in values])
+        expected = np.stack([np.asarray(entry, float) for entry in values])
         _compare(value if sample.is_batch else value[None], expected, "value")
         pairs = zip(gradients, _compute_reference_gradients(form, row, inputs, g), strict=True)
         for name, (gradient, expected) in zip(sample.inputs, pairs, strict=True):
@@ -83,7 +83,9 @@ CHECKS: dict[str, Callable[[Row, str], None]] = {
     "proof": prove,
     "reference": compare_with_reference,
 }
-TRANSFORMS = tuple(name for name in testing.TRANSFORMS if name != "value")  # "reference" checks it
+TRANSFORMS = tuple(
+    name for name in testing.TRANSFORMS if name != "value"
+)  # the check "reference" covers it
 QUICK = tuple(name for name in TRANSFORMS if name in testing.QUICK)
 BEYOND_PYTORCH = ("forward mode through compile", "second order through compile")
 
@@ -107,7 +109,7 @@ SHORT_TEXTS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results for one row: the judgement of each check, and the report of each sample."""
+    """The results for a row: the judgement of each check by name, the report of each sample."""
 
     row: Row
     checks: dict[str, Judgement]
@@ -132,7 +134,7 @@ class Outcome:
 
     @property
     def faults(self) -> list[str]:
-        """A message for each fault, and for each inability of PyTorch that is not expected."""
+        """A message for each fault, and for each "PyTorch cannot" that is not expected."""
         return [
             f"{self.row.name}{f' ({sample})' if sample else ''}: {name}: {verdict}: {detail}"
             for name in self.names
@@ -161,9 +163,9 @@ class Outcome:
 
 
 def verify(device: str = "cpu", transforms: Sequence[str] = TRANSFORMS) -> list[Outcome]:
-    """Runs every check on every row of the catalog, and every transform on each of its samples.
+    """Runs every check on every row of the catalogue, and every transform on each of its samples.
 
-    Prints one line for each row when it is done, and its faults.
+    Prints a line for each row as soon as it is checked, then its faults.
     """
     outcomes = []
     for row in CATALOG:
@@ -186,7 +188,7 @@ def verify(device: str = "cpu", transforms: Sequence[str] = TRANSFORMS) -> list[
 
 
 def format_table(outcomes: Sequence[Outcome]) -> str:
-    """Formats checks and transforms by formulas, and below the reasons for cells not "right"."""
+    """Formats a table of checks and transforms by formulas; below, why cells are not "right"."""
     names = outcomes[0].names
     name_width = max(map(len, names))
     headings = [" ".join(outcome.row.ids) for outcome in outcomes]
@@ -205,32 +207,35 @@ def format_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _list_reasons(outcomes: Sequence[Outcome], name: str) -> Iterator[Judgement]:
-    """Yields each distinct judgement that is not "right"; of "PyTorch cannot", one a control."""
-    listed = set()
+    """Yields each distinct judgement that is not "right"; one "PyTorch cannot" per control."""
+    listed_kinds = set()
     for outcome in outcomes:
         for _, verdict, detail in outcome.list_verdicts(name):
             if verdict is not outcome.worst_verdict(name) or verdict is Verdict.RIGHT:
                 continue
             kind = detail.split(":")[0] if verdict is Verdict.CANNOT else detail
-            if (verdict, kind) not in listed:
-                listed.add((verdict, kind))
+            if (verdict, kind) not in listed_kinds:
+                listed_kinds.add((verdict, kind))
                 yield verdict, detail
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 1 if anything is wrong."""
+    """Runs the command and returns its exit status: 1 if a result is wrong, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m torch_nnmath verify",
-        description="Checks every formula of the catalog by a symbolic proof, against its NumPy "
-        "forms and under every transform of PyTorch; or a function of yours under the transforms.",
+        description="Checks every formula of the catalogue: by a symbolic proof, against its NumPy "
+        "forms and under every transform of PyTorch. Or checks a function of yours under every "
+        "transform.",
     )
-    name = "PACKAGE.MODULE:FUNCTION"
-    parser.add_argument("function", nargs="?", metavar=name, help="a function of yours")
-    parser.add_argument("--inputs", metavar=name, help="a function that returns a list of inputs")
-    parser.add_argument("--reference", metavar=name, help="a function with the right value")
-    parser.add_argument("--quick", action="store_true", help="the essential transforms only")
+    metavar = "PACKAGE.MODULE:FUNCTION"
+    parser.add_argument("function", nargs="?", metavar=metavar, help="a function of yours")
+    parser.add_argument("--inputs", metavar=metavar, help="a function that returns its inputs")
+    parser.add_argument(
+        "--reference", metavar=metavar, help="a function that returns the right value"
+    )
+    parser.add_argument("--quick", action="store_true", help="run only the essential transforms")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device")
@@ -302,9 +307,9 @@ def _run_check(check: Callable[[Row, str], None], row: Row, device: str) -> Judg
 
 
 def _compare(result: Tensor, expected: Any, name: str) -> None:
-    """Raises Wrong if they differ by more than 1e-12 of the largest entry, or 1e-12."""
+    """Raises Wrong if they differ by more than 1e-12, relative to an expected entry above 1."""
     array = result.detach().cpu().numpy()
-    if expected.ndim == array.ndim + 1:  # columns
+    if expected.ndim == array.ndim + 1:  # the reference's vectors are columns
         expected = expected.squeeze(-1)
     if array.shape != expected.shape:
         raise Wrong(f"{name} has shape {array.shape}, the reference {expected.shape}")
@@ -314,7 +319,7 @@ def _compare(result: Tensor, expected: Any, name: str) -> None:
 
 
 def _split_examples(sample: Sample, inputs: Sequence[Tensor]) -> list[list[Any]]:
-    """Returns the inputs of each example as the reference takes them: vectors as columns."""
+    """Returns the inputs of each example in the reference's shapes: vectors are columns."""
     examples = []
     for i in range(EXAMPLES if sample.is_batch else 1):
         example = []
@@ -329,7 +334,7 @@ def _split_examples(sample: Sample, inputs: Sequence[Tensor]) -> list[list[Any]]
 def _compute_reference_gradients(
     form: Form, row: Row, inputs: Sequence[Tensor], g: Tensor
 ) -> list[Any]:
-    """Returns the reference's gradient of each input, summed over the examples if shared."""
+    """Returns the reference's gradient of each input, summed over the examples if it is shared."""
     sample = row.samples[0]
     gradients_by_example = []
     cotangents = g.cpu().numpy() if sample.is_batch else g.cpu().numpy()[None]

@@ -1,4 +1,4 @@
-"""`python -m torch_nnmath bench`: time and memory of each function beside its alternatives."""
+"""`python -m torch_nnmath bench`: time and memory of each function and of its alternatives."""
 
 from torch_nnmath.bench.command import main
 

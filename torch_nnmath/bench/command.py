@@ -22,7 +22,7 @@ from torch_nnmath.bench.works import WORKS, scaling, select_works
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status, which is 0 also if a target is missed."""
+    """Runs the command and returns its exit status, which is 0 even if a target is missed."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
     works, sizes = check_arguments(parser, arguments)
@@ -57,20 +57,23 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m torch_nnmath bench",
-        description="Times every function against PyTorch, torch.compile, the machine's floor and, "
-        "where they are installed, Liger, CCE and QuACK.",
+        description="Times every function against PyTorch, torch.compile, a lower bound (the "
+        "floor) and, where they are installed, Liger, CCE and QuACK.",
     )
     parser.add_argument(
-        "works", nargs="*", metavar="NAME", help="the works to run (default: all but scaling)"
+        "works",
+        nargs="*",
+        metavar="NAME",
+        help="what to measure, see --list (default: all but scaling)",
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--sizes", metavar="AxBxC,...", help="run these sizes, not the defaults")
+    parser.add_argument("--sizes", metavar="AxBxC,...", help="sizes to run instead of the defaults")
     parser.add_argument(
         "--seconds",
         type=float,
         default=20.0,
-        help="time of the rounds of a work at one size (default: 20)",
+        help="how long to time each work at each size (default: 20)",
     )
     parser.add_argument(
         "--targets",
@@ -79,14 +82,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument("--plot", metavar="FILE", help="plot the results (needs matplotlib)")
-    parser.add_argument("--list", action="store_true", help="print the works without running them")
+    parser.add_argument("--list", action="store_true", help="list the works and exit")
     return parser
 
 
 def check_arguments(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace
 ) -> tuple[list[Work], dict[str, tuple[Size, ...]]]:
-    """Returns the works to run and the sizes of each by name; exits with an error if wrong."""
+    """Returns the works to run, and their sizes by name; exits with an error if one is invalid."""
     device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device")
@@ -112,7 +115,7 @@ def check_arguments(
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Returns what the results depend on."""
+    """Returns the hardware and the versions on which the results depend."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -169,7 +172,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Writes a duration with three digits and a unit."""
+    """Formats a duration with three digits and a unit."""
     unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
     value = seconds * scale
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
@@ -178,7 +181,7 @@ def format_duration(seconds: float) -> str:
 def evaluate_targets(work: Work, measurements: Sequence[Measurement]) -> Iterator[dict[str, Any]]:
     """Yields each target of a work at each size that it applies to.
 
-    Without a value, the reason is given.
+    A target that could not be evaluated has a reason instead of a value.
     """
     dtype = format_dtype(measurements[0].dtype)
     for target in work.targets:
@@ -186,7 +189,7 @@ def evaluate_targets(work: Work, measurements: Sequence[Measurement]) -> Iterato
         no_value = {"value": None, "met": None}
         applicable = [m for m in measurements if target.size in (None, m.size)]
         if target.kind == "growth":
-            applicable = applicable[1:][-1:]  # the last size, if there are two
+            applicable = applicable[1:][-1:]  # the last size, if there are at least two
         if not applicable:
             reason = "needs two sizes" if target.kind == "growth" else "not run at this size"
             yield {**row, **no_value, "size": target.size, "reason": reason}
@@ -214,7 +217,7 @@ def format_targets(targets: Sequence[dict[str, Any]]) -> str:
 
 
 def format_list(device: str) -> str:
-    """Returns the list of works, one in each line."""
+    """Returns the list of works, one per line."""
     rows, notes = [], []
     for work in WORKS.values():
         sizes = ", ".join(map(format_size, work.default_sizes(device)))

@@ -30,10 +30,10 @@ from torch_nnmath.bench.work import (
 )
 from torch_nnmath.testing._report import describe_error
 
-MIN_SAMPLE_SECONDS = 2e-3  # a shorter call is repeated until a sample takes this long
+MIN_SAMPLE_SECONDS = 2e-3  # shorter calls are repeated until a sample takes this long
 MAX_CALL_SECONDS = 20.0  # a contender with a slower call is dropped
 TOO_SLOW = f"a call takes more than {MAX_CALL_SECONDS:.0f} s"
-MIN_ARGUMENT_BYTES = 2**20  # with smaller arguments the peak is noise
+MIN_ARGUMENT_BYTES = 2**20  # with smaller arguments, noise exceeds the peak
 GIB = 2**30
 
 Call = Callable[[], object]
@@ -41,7 +41,7 @@ Timer = Callable[[Call, int], float]
 
 
 class RepeatedCall(NamedTuple):
-    """A call, and how many of them in a row make one sample."""
+    """A call, and how many calls in a row make one sample."""
 
     call: Call
     repeats: int
@@ -52,7 +52,7 @@ class ContenderError(Exception):
 
 
 def make_wall_clock(device: str) -> Timer:
-    """Returns a timer: the mean seconds of `repeats` calls in a row.
+    """Returns a timer, which measures the mean seconds of `repeats` calls in a row.
 
     On a GPU it synchronises before and after them.
     """
@@ -167,11 +167,11 @@ def measure_work(
 ) -> Measurement:
     """Measures every contender of a work at one size, for about `seconds` of rounds.
 
-    `earlier` are the measurements of the same work at other sizes: what was too slow at a smaller
-    size is skipped.
+    `earlier` has the measurements of the same work at other sizes: a contender that was too slow at
+    a smaller size is skipped.
     """
     measurement = Measurement(work, size, dtype)
-    torch.compiler.reset()  # or a second size would be compiled with dynamic shapes
+    torch.compiler.reset()  # otherwise a second size is compiled with dynamic shapes
     problem = work.make_problem(size, dtype, device)
     for name in work.contenders:
         if reason := _find_reason_to_skip(work, name, size, device, earlier):
@@ -187,9 +187,9 @@ def measure_work(
 def _find_reason_to_skip(
     work: Work, name: str, size: Size, device: str, earlier: Sequence[Measurement]
 ) -> str | None:
-    """Returns why a contender is not run, or None.
+    """Returns why a contender must be skipped, or None.
 
-    Its logits exceed the memory, or it was too slow at a smaller size.
+    A contender is skipped if its logits need too much memory or it was too slow at a smaller size.
     """
     if work.contenders[name].materialises_logits:
         needed = 3 * size[0] * size[-1] * 4 / GIB  # three copies of the logits in float32
@@ -208,7 +208,7 @@ def _find_reason_to_skip(
 def _time_contenders(
     measurement: Measurement, problem: Problem, seconds: float, timer: Timer
 ) -> None:
-    """Fills in errors and samples, of the floor too."""
+    """Adds errors and samples to the measurement, the floor's samples included."""
     work, truth = measurement.work, None
     if work.measures_error:
         print_progress(f"{measurement}: reference in float64")
@@ -226,7 +226,7 @@ def _time_contenders(
                 measurement.errors[name] = compute_error(results, truth)
             del results
             runs[name] = RepeatedCall(call, count_repeats(call, timer))
-        except Exception as error:  # other libraries raise anything; the table shows the reason
+        except Exception as error:  # other libraries raise any exception; the table shows it
             measurement.reasons[name] = format_reason(error)
     del truth
     if work.floor:
@@ -262,16 +262,17 @@ def time_rounds(
     reasons: dict[str, str],
     title: str = "",
 ) -> dict[str, list[float]]:
-    """Returns the samples of each contender, one for each round; adds to `reasons` what fails.
+    """Returns the samples of each contender, one for each round.
 
-    The order within a round is random. In a fixed order, each contender would always find the
-    caches and the heap in the state in which the same other one left them.
+    A contender that raises is dropped, and its error is added to `reasons`. The order within a
+    round is random. In a fixed order, each contender would always run after the same other one,
+    which leaves the caches and the heap in the same state.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    names, start, done, total = list(runs), time.perf_counter(), 0, limits[0]
+    names, start, rounds, total = list(runs), time.perf_counter(), 0, limits[0]
     order = random.Random(0)
-    while done < total:
-        print_progress(f"{title}: round {done + 1} of about {total}", is_transient=True)
+    while rounds < total:
+        print_progress(f"{title}: round {rounds + 1} of about {total}", is_transient=True)
         for name in names:
             try:
                 samples[name].append(timer(*runs[name]))
@@ -279,22 +280,22 @@ def time_rounds(
                 reasons[name] = format_reason(error)
         names = [name for name in names if name not in reasons]
         order.shuffle(names)
-        done += 1
-        affordable = int(seconds * done / (time.perf_counter() - start))
+        rounds += 1
+        affordable = int(seconds * rounds / (time.perf_counter() - start))
         total = min(max(affordable, limits[0]), limits[1])
     return {name: times for name, times in samples.items() if name not in reasons}
 
 
 def compute_error(results: Results, truth: Results) -> float:
-    """Returns the largest relative error of the gradients, or of the value without gradients."""
+    """Returns the largest relative error of the gradients, or of the value if there are none."""
     pairs = zip(results[1:] or results, truth[1:] or truth, strict=True)
     return max(((g.double() - t).norm() / t.norm()).item() for g, t in pairs)
 
 
 def _measure_peaks(measurement: Measurement, problem: Problem) -> None:
-    """Fills in the peaks."""
+    """Adds the peaks to the measurement."""
     work = measurement.work
-    # The system maps memory in pages of up to 2 MiB; the median reduces this noise in a ratio.
+    # The system maps memory in pages of up to 2 MiB. A ratio needs the median to reduce this noise.
     times = 3 if any(target.kind == "memory" for target in work.targets) else 1
     for name in work.contenders:
         if name in measurement.reasons:
@@ -308,7 +309,7 @@ def _measure_peaks(measurement: Measurement, problem: Problem) -> None:
 
 
 def measure_contender_peak(measurement: Measurement, name: str, problem: Problem) -> int:
-    """Returns a contender's peak in bytes: on a GPU of `problem`, on a CPU in a fresh process."""
+    """Returns a contender's peak in bytes. On a CPU, a fresh process measures it."""
     if problem.args[0].is_cuda:
         call = measurement.work.prepare(name, problem)
         call()  # compiles and tunes
@@ -324,7 +325,7 @@ def measure_contender_peak(measurement: Measurement, name: str, problem: Problem
 
 
 def print_peak(work_name: str, size_text: str, dtype_name: str, contender_name: str) -> None:
-    """Prints a contender's peak in bytes; for a process that has run nothing else.
+    """Prints a contender's peak in bytes. The process must have run nothing else.
 
     A small first call loads libraries, whose memory is not the contender's. A compiled contender
     is specialised to the size, so its first call has the full size.
@@ -342,7 +343,7 @@ def print_peak(work_name: str, size_text: str, dtype_name: str, contender_name: 
 
 
 def measure_peak(call: Callable[[], Results], problem: Problem) -> int:
-    """Returns the peak of a call in bytes, beyond the memory in use before and its results."""
+    """Returns the peak of a call in bytes, less its results and the memory in use before it."""
     gc.collect()
     device = problem.args[0].device
     before = reset_peak(device)
@@ -355,7 +356,7 @@ def measure_peak(call: Callable[[], Results], problem: Problem) -> int:
 
 
 def print_progress(text: str, is_transient: bool = False) -> None:
-    """Prints progress on stderr: on a terminal in one line, elsewhere without transient texts."""
+    """Prints progress on stderr: on a terminal in one line, elsewhere only lasting messages."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text[:100]}", end="", file=sys.stderr, flush=True)
     elif text and not is_transient:

@@ -1,4 +1,4 @@
-"""Figures of a report of the command: bars, or how the head scales."""
+"""Figures of the command's report: bars, or time and memory of the head as it scales."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLOURS = {
 
 
 def plot_report(report: dict[str, Any]) -> Figure:
-    """Returns the figure of scaling if the report has nothing else, or bars."""
+    """Returns the figure of scaling if the report has only that work, else bars."""
     machine = report["machine"]
     note = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     note += f", PyTorch {machine['torch']}"
@@ -96,7 +96,7 @@ def plot_bar(axes: Axes, y: int, name: str, ratio: WorkResult) -> None:
 
 
 def plot_scaling(works: Sequence[WorkResult], note: str) -> Figure:
-    """Plots time and peak memory against rows and classes; a note tells why a line ends."""
+    """Plots time and peak memory against rows and classes; a note says why a line ends."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -136,7 +136,7 @@ def plot_scaling(works: Sequence[WorkResult], note: str) -> Figure:
 
 
 def select_points(axis: int, works: Sequence[WorkResult]) -> tuple[list[WorkResult], str]:
-    """Returns the points that differ only along an axis, in order, and the other axes' text."""
+    """Returns the points that differ only along an axis, sorted, and a text with the other axes."""
     other_axes = [tuple(n for i, n in enumerate(work["size"]) if i != axis) for work in works]
     constants, _ = Counter(other_axes).most_common(1)[0]
     points = [work for work, other in zip(works, other_axes, strict=True) if other == constants]

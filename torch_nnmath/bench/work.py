@@ -1,4 +1,4 @@
-"""The vocabulary of the benchmark: a work, its arguments, contenders, floor and targets."""
+"""The records of the benchmark: a work, its arguments, contenders, floor and targets."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Function = Callable[..., Tensor]
 class Problem:
     """The arguments of a work: leaves, which get a gradient, then constants.
 
-    `upstream` is the upstream gradient of an output that is not a scalar. For a Hessian-vector
-    product it is the vector: one tensor for each leaf.
+    `upstream` is the upstream gradient if the output is not a scalar. For a Hessian-vector product
+    it is the vector: a tensor for each leaf.
     """
 
     leaves: Results
@@ -32,7 +32,7 @@ class Problem:
         return self.leaves + self.constants
 
     def copy(self, dtype: torch.dtype | None = None) -> Problem:
-        """Returns the same values in new memory; floating-point tensors as `dtype`, if given."""
+        """Returns a copy; casts floating-point tensors to `dtype`, if given."""
 
         def copy_tensor(x: Tensor) -> Tensor:
             target = dtype if dtype and x.is_floating_point() else x.dtype
@@ -59,7 +59,7 @@ class RandomTensors:
 
 
 # The modes: what one timed call computes. Each returns the value, then the derivatives.
-# `autograd.grad` is used because `backward` would also add each gradient to `.grad`.
+# They call `autograd.grad`, because `backward` would also add each gradient to `.grad`.
 
 
 def forward_backward(function: Function, problem: Problem) -> Results:
@@ -153,7 +153,7 @@ class Work:
         return problem
 
     def prepare(self, name: str, problem: Problem) -> Callable[[], Results]:
-        """Returns a contender as a call without arguments that can be repeated."""
+        """Returns a contender as a repeatable call without arguments."""
         contender = self.contenders[name]
         function = contender.function
         if contender.is_compiled:
@@ -162,7 +162,7 @@ class Work:
         return functools.partial(self.mode, function, problem)
 
     def parse_size(self, text: str) -> Size:
-        """Reads a size such as 1024x512. Raises ValueError with the expected format."""
+        """Parses a size such as 1024x512. Raises ValueError with the expected format."""
         numbers = text.split("x")
         if len(numbers) != len(self.axes) or not all(n.isdecimal() and int(n) for n in numbers):
             expected = f"{'x'.join(self.axes)}, such as {format_size(self.sizes[0])}"
@@ -175,10 +175,10 @@ class Work:
 
 
 def format_size(size: Size) -> str:
-    """Writes a size as in 1024x512."""
+    """Formats a size, for example as 1024x512."""
     return "x".join(map(str, size))
 
 
 def format_dtype(dtype: torch.dtype) -> str:
-    """Writes a dtype as in float32."""
+    """Formats a dtype, for example as float32."""
     return str(dtype).removeprefix("torch.")

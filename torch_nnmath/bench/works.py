@@ -93,9 +93,9 @@ def prepare_products(problem: Problem, with_backward: bool = True) -> Callable[[
 
 
 def prepare_copy(problem: Problem) -> Callable[[], object]:
-    """Returns a copy that reads and writes, in total, the bytes that the work reads and writes."""
+    """Returns a copy of half the bytes that the work reads and writes, so that it moves as many."""
     upstream = problem.upstream or ()
-    output = upstream  # has the same shape
+    output = upstream  # the output has the same shape
     tensors = (*problem.args, *upstream, *output, *problem.leaves)  # the last for the gradients
     half = sum(x.nbytes for x in tensors) // 2
     source = torch.zeros(half // 8, dtype=torch.int64, device=problem.args[0].device)
@@ -123,7 +123,7 @@ def make_contenders(
 ) -> dict[str, Contender]:
     """Returns this library's function and PyTorch's, each eager and compiled.
 
-    `materialises_logits` tells whether PyTorch's does.
+    `materialises_logits` says whether PyTorch's function materialises the head's logits.
     """
     return {
         "ours": Contender(function),
@@ -138,7 +138,7 @@ def eager_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
 
 
 def chunked_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
-    """PyTorch's chunked head with its default chunks."""
+    """Computes PyTorch's chunked head with its default chunks."""
     return F.linear_cross_entropy(x, W, t, options=torch.nn.LinearCrossEntropyOptions())
 
 
@@ -146,7 +146,7 @@ def head_none_ignored(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
     return functional.linear_cross_entropy(x, W, t.clamp(min=0))
 
 
-# Usual values in the training of language models
+# Values that are usual in training language models
 SOFTCAP, Z_LOSS, ENTROPY_BONUS = 30.0, 1e-4, 0.01
 
 
@@ -160,7 +160,7 @@ def eager_capped_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
 
 
 def policy_loss(x: Tensor, W: Tensor, t: Tensor, advantages: Tensor) -> Tensor:
-    """The policy-gradient loss with an entropy bonus."""
+    """Computes a policy-gradient loss with an entropy bonus."""
     log_probs, entropy = functional.linear_log_probs(x, W, t, return_entropy=True)
     return -(advantages * log_probs).mean() - ENTROPY_BONUS * entropy.mean()
 
@@ -172,7 +172,7 @@ def eager_policy_loss(x: Tensor, W: Tensor, t: Tensor, advantages: Tensor) -> Te
 
 
 def weighted_row_losses(x: Tensor, W: Tensor, t: Tensor, advantages: Tensor) -> Tensor:
-    """The policy-gradient loss without the entropy bonus, by the head's loss of each row."""
+    """Computes the policy-gradient loss without the bonus, from the head's unreduced losses."""
     return (advantages * functional.linear_cross_entropy(x, W, t, reduction="none")).mean()
 
 

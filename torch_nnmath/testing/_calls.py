@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch_nnmath import _torch
 from torch_nnmath.testing._case import Case, Tensors, dot
 
-# Inputs, which the function must not write
+# Inputs, to which the function must not write
 
 
 def copy_inputs(case: Case) -> Tensors:
@@ -24,41 +24,41 @@ def copy_inputs(case: Case) -> Tensors:
 
 def copy_tangents(case: Case) -> Tensors:
     """Returns protected copies of the tangents."""
-    rows = zip(case.labels, case.tangents, case.differentiable_inputs, strict=True)
+    triples = zip(case.labels, case.tangents, case.differentiable_inputs, strict=True)
     return tuple(
-        case.protect(f"the tangent of {label}", t.to(x.dtype, copy=True)) for label, t, x in rows
+        case.protect(f"the tangent of {label}", t.to(x.dtype, copy=True)) for label, t, x in triples
     )
 
 
-def make_duals(case: Case, xs: Sequence[Tensor], chosen: set[int] | None = None) -> Tensors:
-    """Gives each input its tangent, or only the chosen ones."""
+def make_duals(case: Case, xs: Sequence[Tensor], argnums: set[int] | None = None) -> Tensors:
+    """Returns the inputs as dual numbers; with argnums, only these get a tangent."""
     return tuple(
-        forward_ad.make_dual(x, t) if chosen is None or i in chosen else x
+        forward_ad.make_dual(x, t) if argnums is None or i in argnums else x
         for i, (x, t) in enumerate(zip(xs, copy_tangents(case), strict=True))
     )
 
 
 def stack_members(case: Case) -> Tensors:
-    """Stacks the tensors of the case's batch members."""
+    """Returns each tensor of the batch members, stacked along a new first dimension."""
     columns = zip(*(member.tensors for member in case.batch_members), strict=True)
     return tuple(case.protect("a batch of inputs", torch.stack(xs)) for xs in columns)
 
 
 def make_strided(x: Tensor) -> Tensor:
-    """Copies x into every second entry of a wider tensor with its dimensions in reverse order."""
+    """Returns a copy of x that in memory has gaps and its dimensions in reverse order."""
     wide = x.new_zeros([2 * n for n in reversed(x.shape)])
     view = wide.permute(tuple(reversed(range(x.ndim))))[(slice(None, None, 2),) * x.ndim]
     return view.copy_(x)
 
 
 def expand_constant(u: Tensor) -> Tensor:
-    """Returns a constant in the shape of u, with stride 0."""
+    """Returns one number expanded to the shape of u, with strides of 0."""
     return u.new_tensor(0.7).expand_as(u)
 
 
 @torch.no_grad()
 def edit_in_place(x: Tensor) -> None:
-    """Changes the values of x."""
+    """Changes the values of x in place."""
     if x.is_floating_point():
         x.mul_(1.5).add_(0.25)
     elif x.ndim:
@@ -75,9 +75,9 @@ def compute_gradients(
     upstream: Sequence[Tensor] | None = None,
     **options: Any,
 ) -> list[Tensor | None]:
-    """Calls `torch.autograd.grad` and retains the graph; None where there is no dependence.
+    """Returns the outputs' gradients in xs by `torch.autograd.grad`, and retains the graph.
 
-    The upstream gradients are protected.
+    A gradient is None where autograd finds no dependence. The upstream gradients are protected.
     """
     pairs = zip(outputs, upstream or [u.clone() for u in case.upstream], strict=True)
     differentiable = [(y, u.to(y.dtype)) for y, u in pairs if y.requires_grad]
@@ -96,7 +96,10 @@ def differentiate_gradients(
     xs: Sequence[Tensor],
     factors: Sequence[float] | None = None,
 ) -> Sequence[Tensor | None]:
-    """Differentiates tangents · gradients in xs; with factors, for a batch of scaled tangents."""
+    """Returns the Hessian-vector product: the gradient of Σ tangents · gradients in xs.
+
+    With factors, returns a batch of products, one for each factor times the tangents.
+    """
     differentiable = [
         (g, t.to(g.dtype))
         for g, t in zip(gradients, case.tangents, strict=True)
@@ -134,7 +137,10 @@ def compare_first_order(case: Case, outputs: Sequence[Tensor], xs: Sequence[Tens
 
 
 class CaseModule(torch.nn.Module):
-    """The case as a module of its input at `first`; its other inputs are parameters."""
+    """The case as a module: `forward` takes the input at `first`, the other inputs are parameters.
+
+    A parameter `scale` multiplies the input, so that there is always a parameter.
+    """
 
     def __init__(self, case: Case, first: int):
         super().__init__()
@@ -158,24 +164,24 @@ class CaseModule(torch.nn.Module):
 
 def find_autograd_functions(outputs: Sequence[Tensor]) -> Iterator[Any]:
     """Yields the subclasses of `torch.autograd.Function` in the outputs' graph."""
-    visited, pending = set(), [y.grad_fn for y in outputs]
-    while pending:
-        node = pending.pop()
+    visited, stack = set(), [y.grad_fn for y in outputs]
+    while stack:
+        node = stack.pop()
         if node is not None and node not in visited:
             visited.add(node)
-            pending += [following for following, _ in node.next_functions]
+            stack += [next_node for next_node, _ in node.next_functions]
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 yield _torch.get_node_function(node)
 
 
 @contextmanager
 def record_dtype_errors(function: Any, messages: list[str]) -> Iterator[None]:
-    """Appends a message for each gradient of the Function that has not its input's dtype."""
+    """Appends a message for each gradient of the Function whose dtype is not its input's."""
     name = "backward" if function.vjp is torch.autograd.Function.vjp else "vjp"
-    own, original = function.__dict__.get(name), getattr(function, name)
+    own_method, method = function.__dict__.get(name), getattr(function, name)
 
     def record(ctx: Any, *upstream: Any) -> Any:
-        result = original(ctx, *upstream)
+        result = method(ctx, *upstream)
         gradients = result if isinstance(result, tuple) else (result,)
         pairs = zip(gradients, ctx.needs_input_grad, strict=False)
         needed = [g for g, is_needed in pairs if is_needed]
@@ -192,7 +198,7 @@ def record_dtype_errors(function: Any, messages: list[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        if own is None:
+        if own_method is None:
             delattr(function, name)
         else:
-            setattr(function, name, own)
+            setattr(function, name, own_method)

@@ -1,7 +1,7 @@
-"""A function at a point: how to call it, and its exact values by numerical differentiation.
+"""A function at a point: how to call it, and its exact value and derivatives in float64.
 
-Numerical differentiation needs values only: those of the reference, or else of the function
-itself, in float64.
+The exact value is that of the reference, or else of the function itself. The exact derivatives are
+numerical derivatives of it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.func import functional_call
 from torch_nnmath import _torch
 from torch_nnmath.testing._report import NotApplicable, SilentZero, WritesInput, Wrong
 
-# Relative to the largest entry of the exact tensor, for the value and derivatives of each order.
+# For the value and the derivatives of order 1 to 3, relative to the exact tensor's largest entry.
 TOLERANCES = {
     torch.float64: (1e-10, 1e-8, 1e-6, 1e-4),
     torch.float32: (1e-5, 1e-4, 1e-3, 1e-2),
     torch.float16: (1e-2, 2e-2, 5e-2, 2e-1),
     torch.bfloat16: (5e-2, 5e-2, 2e-1, 5e-1),
 }
-STEPS = (0.0, 1e-4, 5e-4, 4e-3)  # of the numerical derivative of each order
+STEPS = (0.0, 1e-4, 5e-4, 4e-3)  # of numerical differentiation, for each order
 EPS = torch.finfo(torch.float64).eps
 
 Tensors = tuple[Tensor, ...]
@@ -122,7 +122,7 @@ class Case:
         tensors = tuple(x.clone() for x in self.tensors)
         return tensors, tuple(tensors[i].requires_grad_() for i in self.tensor_argnums)
 
-    # Inputs that the function must not write
+    # Inputs to which the function must not write
 
     def protect(self, name: str, x: Tensor) -> Tensor:
         """Records the content of x, which `check_protected` compares; returns x."""
@@ -130,16 +130,16 @@ class Case:
         return x
 
     def check_protected(self) -> None:
-        """Raises WritesInput if a protected tensor was written since."""
+        """Raises WritesInput if a protected tensor was written to, and ends the protection."""
         protected, self._protected = self._protected, []
         for name, x, before, version in protected:
             if not are_equal(x.detach(), before):
                 change = (x.detach() - before).abs().max().item()
                 raise WritesInput(f"{name} was changed in place, by up to {change:.3g}")
             if _torch.get_version(x) != version:
-                raise WritesInput(f"{name} was written in place, with the values that it had")
+                raise WritesInput(f"{name} was overwritten in place with its own values")
 
-    # Directions: the same in every transform
+    # Directions, the same in every transform
 
     @cached_property
     def upstream(self) -> Tensors:
@@ -152,7 +152,7 @@ class Case:
         return tuple(_random_like(x, 101 + i) for i, x in enumerate(self.differentiable_inputs))
 
     def draw_directions(self) -> None:
-        """Draws them now, because a transform would batch or trace random numbers."""
+        """Draws the directions now: a transform would batch or trace the random numbers."""
         _ = self.upstream, self.tangents
 
     # Exact values and derivatives
@@ -163,7 +163,7 @@ class Case:
         return self.reference or self.function
 
     def evaluate_exact(self, *xs: Tensor) -> Tensors:
-        """Returns the exact outputs in float64 at other differentiable inputs."""
+        """Returns the exact outputs in float64, with xs as the differentiable inputs."""
         arguments = [x.double() if is_real_tensor(x) else x for x in self.inputs]
         for position, x in zip(self.positions, xs, strict=True):
             arguments[position] = x
@@ -177,17 +177,19 @@ class Case:
     def exact_outputs(self) -> Tensors:
         """The exact outputs at the inputs."""
         point = tuple(x.double() for x in self.differentiable_inputs)
-        outputs, repeated = self.evaluate_exact(*point), self.evaluate_exact(*point)
+        outputs, second_outputs = self.evaluate_exact(*point), self.evaluate_exact(*point)
         if not outputs:
             raise Wrong("the function returns no tensor of real numbers")
-        for y, again in zip(outputs, repeated, strict=True):
-            if not are_equal(y, again):
-                raise Wrong("the function returns another value at each call: seed it inside")
+        for y, second_y in zip(outputs, second_outputs, strict=True):
+            if not are_equal(y, second_y):
+                raise Wrong(
+                    "the function returns another value at each call: seed random numbers inside it"
+                )
         return outputs
 
     @cached_property
     def jacobian(self) -> list[list[Tensor]]:
-        """The exact Jacobian as a matrix, for each output and each differentiable input."""
+        """The exact Jacobian: a matrix for each output (row) and differentiable input (column)."""
         columns = [list(self._partial_derivatives(i, 1)) for i in range(len(self.positions))]
         return [
             [
@@ -232,7 +234,10 @@ class Case:
         )
 
     def _partial_derivatives(self, i: int, order: int) -> Iterator[Tensors]:
-        """Yields the outputs' derivative in each entry of input i; order 2 adds the tangents."""
+        """Yields the outputs' derivative in each entry of input i.
+
+        For order 2, that derivative is differentiated along the tangents.
+        """
         for entry in range(self.differentiable_inputs[i].numel()):
             direction = [
                 torch.zeros_like(x, dtype=torch.float64) for x in self.differentiable_inputs
@@ -243,9 +248,10 @@ class Case:
     def _directional_derivative(
         self, direction: Sequence[Tensor], times: int, order: int
     ) -> Tensors:
-        """Differentiates `times` times along a direction, and for the rest along the tangents.
+        """Differentiates the outputs `times` times along the direction.
 
-        Shrinks the step until the derivative no longer changes, so that a kink nearby does no harm.
+        The other differentiations, up to the order, are along the tangents.
+        Reduces the step until the derivative no longer changes, so that it crosses no kink nearby.
         """
         directions = [direction] * times + [self.tangents] * (order - times)
         point = [x.double() for x in self.differentiable_inputs]
@@ -261,7 +267,7 @@ class Case:
         raise Wrong("numerical differentiation of the value does not converge: is there a kink?")
 
     def tolerance(self, exact: Tensor, order: int, step: float = 0.0) -> float:
-        """Returns the allowed distance: the result's rounding and that of the differences."""
+        """Returns the allowed distance: the dtype's tolerance plus the rounding of differences."""
         step = step or STEPS[order] / 4
         noise = 50 * EPS * self._max_value / step**order if order else 0.0
         return TOLERANCES[self.dtype][order] * _max_magnitude(exact) + noise
@@ -278,7 +284,8 @@ class Case:
     ) -> None:
         """Raises a Finding unless each result is near the exact one.
 
-        None means that autograd saw no dependence. `description` has a place for the label.
+        A result of None means that autograd found no dependence. `description` is a format string
+        for the label.
         """
         labels = labels or range(len(exact_results))
         for label, result, exact in zip(labels, results, exact_results, strict=True):
@@ -300,15 +307,17 @@ class Case:
     def compare_outputs(self, outputs: Sequence[Tensor]) -> None:
         """Raises a Finding unless the outputs are near the exact ones."""
         if len(outputs) != len(self.exact_outputs):
-            raise Wrong(f"it returns {len(outputs)} tensors, not {len(self.exact_outputs)}")
+            raise Wrong(
+                f"the function returns {len(outputs)} tensors, not {len(self.exact_outputs)}"
+            )
         self.compare(outputs, self.exact_outputs, "output {}", 0)
 
     def compare_gradient(
         self, gradients: Sequence[Tensor | None], upstream: Sequence[Tensor] | None = None
     ) -> None:
-        """Raises a Finding unless the gradients have their input's dtype and are near exact."""
-        rows = zip(self.labels, gradients, self.differentiable_inputs, strict=True)
-        for label, gradient, x in rows:
+        """Raises a Finding unless the gradients are near the exact ones, in their input's dtype."""
+        triples = zip(self.labels, gradients, self.differentiable_inputs, strict=True)
+        for label, gradient, x in triples:
             if gradient is not None and gradient.dtype != x.dtype:
                 raise Wrong(f"the gradient of {label} is {gradient.dtype}, {label} is {x.dtype}")
         exact = self.compute_gradient(upstream or self.upstream)
@@ -343,22 +352,22 @@ class Case:
         return [self, *(self.with_inputs(self._perturb_inputs(k)) for k in (1, 2))]
 
     def _perturb_inputs(self, k: int) -> list[Any]:
-        """Moves the differentiable inputs, and permutes the indices if the function allows it."""
-        moved = list(self.inputs)
+        """Perturbs differentiable inputs; permutes integer tensors if the function accepts it."""
+        inputs = list(self.inputs)
         for p in self.positions:
-            x = moved[p]
-            moved[p] = (x.double() * (1 + 0.05 * _random_like(x, 200 + 10 * k + p))).to(x.dtype)
-        rolled = [
+            x = inputs[p]
+            inputs[p] = (x.double() * (1 + 0.05 * _random_like(x, 200 + 10 * k + p))).to(x.dtype)
+        permuted_inputs = [
             x.roll(k, 0) if isinstance(x, Tensor) and not x.is_floating_point() and x.ndim else x
-            for x in moved
+            for x in inputs
         ]
-        return rolled if self._accepts(rolled) else moved
+        return permuted_inputs if self._accepts(permuted_inputs) else inputs
 
     def with_rows(self, rows: int) -> Case:
-        """Returns the case with its batch repeated or cut to so many rows.
+        """Returns the case with its batch repeated or cut to this number of rows.
 
-        The batch is the first dimension of the first input that has one, and of all inputs that
-        have as many rows.
+        The batch is the first dimension of the first input that has dimensions, and of all inputs
+        that have as many rows.
         """
         n = self.rows
         inputs = [
@@ -387,7 +396,7 @@ class Case:
         ]
 
     def _accepts(self, inputs: Sequence[Any]) -> bool:
-        """Whether the exact function returns as many tensors at these inputs."""
+        """Whether the exact function returns as many tensors at these inputs as at its own."""
         point = [inputs[i].double() for i in self.positions]
         try:
             values = self.with_inputs(inputs).evaluate_exact(*point)
@@ -403,8 +412,8 @@ class Case:
     def make_control(self, operation: Callable[[Tensor], Tensor]) -> Case:
         """Returns a case that applies the operation to each differentiable input instead.
 
-        It reads the other tensors too, so that a compiler sees as many inputs. Its points are
-        moderate numbers, at which a finite function has finite derivatives.
+        The control reads the other tensors, too, so that a compiled graph has as many inputs. Its
+        own inputs are numbers of moderate size, at which the operation has finite derivatives.
         """
         positions = self.positions
         others = sorted({*self.tensor_positions} - {*positions})
@@ -423,14 +432,18 @@ class Case:
 def make_module_function(
     module: torch.nn.Module, parameter_names: Sequence[str], dtypes: Sequence[torch.dtype]
 ) -> Callable[..., Any]:
-    """Returns the module as a function of some parameters and its inputs, in several dtypes."""
+    """Returns the module as a function of the named parameters, then of its inputs.
+
+    It holds a copy of the other parameters and of the buffers for each dtype, and uses that of its
+    first real argument.
+    """
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    fixed = {name: x.detach() for name, x in state.items() if name not in parameter_names}
+    other_tensors = {name: x.detach() for name, x in state.items() if name not in parameter_names}
     states = {}
     for dtype in dtypes:
         copies = {
             name: x.to(dtype, copy=True) if is_real_tensor(x) else x.clone()
-            for name, x in fixed.items()
+            for name, x in other_tensors.items()
         }
         states[dtype, False] = copies
         states[dtype, True] = {name: x.to("meta") for name, x in copies.items()}
@@ -445,7 +458,7 @@ def make_module_function(
 
 
 def select_real_tensors(result: Any) -> Tensors:
-    """Returns the tensors of real numbers among a function's results."""
+    """Returns the floating-point tensors among a function's results."""
     parts = result if isinstance(result, (tuple, list)) else (result,)
     return tuple(filter(is_real_tensor, parts))
 
@@ -477,7 +490,7 @@ def _max_magnitude(x: Tensor) -> float:
 
 
 def _random_like(x: Tensor, seed: int) -> Tensor:
-    """Returns numbers in the shape of x, between 0.4 and 1.2 of either sign, in float64."""
+    """Returns float64 numbers in the shape of x, of magnitude 0.4 to 1.2 and either sign."""
     generator = torch.Generator().manual_seed(seed)
     size = 0.4 + 0.8 * torch.rand(x.shape, generator=generator, dtype=torch.float64)
     sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
@@ -487,7 +500,7 @@ def _random_like(x: Tensor, seed: int) -> Tensor:
 def _differentiate(
     f: Callable[..., Tensors], point: Sequence[Tensor], directions: Sequence[Any], step: float
 ) -> Tensors:
-    """Differentiates along each direction in turn, by central differences of fourth order."""
+    """Returns f's derivative along each direction in turn, by fourth-order central differences."""
     if not directions:
         return f(*point)
     first, *rest = directions

@@ -17,7 +17,7 @@ from torch_nnmath.testing._report import Finding, Report, Row, Verdict, describe
 from torch_nnmath.testing._transforms import REGISTRY, Transform
 
 TRANSFORMS: tuple[str, ...] = tuple(REGISTRY)
-QUICK: tuple[str, ...] = tuple(name for name, each in REGISTRY.items() if each.is_quick)
+QUICK: tuple[str, ...] = tuple(name for name, entry in REGISTRY.items() if entry.is_quick)
 
 
 def check(
@@ -30,28 +30,28 @@ def check(
 ) -> Report:
     """Checks a function under every transform of PyTorch, against exact values in float64.
 
-    The exact derivatives come from numerical differentiation of the function's value, or of the
-    reference's. This evaluates the function several times for each entry of the inputs: keep them
-    small, as for `torch.autograd.gradcheck`, and away from kinks. The function must accept float64,
-    unless there is a reference that does.
+    The exact derivatives come from numerical differentiation of the reference's value, or of the
+    function's own if there is no reference. This takes several evaluations for each entry of the
+    inputs. Therefore keep the inputs small, as for `torch.autograd.gradcheck`, and away from kinks.
+    The function must accept float64, or a reference must.
 
     Args:
-        function: a function, a module (its parameters are then inputs too) or a subclass of
-            `torch.autograd.Function` (its `apply`). It returns a tensor or a tuple of tensors.
-        inputs: the positional arguments, tensors or not. Those that require gradients are
-            differentiated; if none does, all floating-point tensors are. They are never written.
-            A module's parameters are differentiated too, unless they are frozen.
-        reference: a function of the same arguments with the right value; for a module, a module
-            with parameters of the same names.
-        transforms: names from `TRANSFORMS`, such as `QUICK`; None for all.
-        dtype: the precision of the inputs in the check, and that of its tolerances.
+        function: a function, an instance of a module, or a subclass of `torch.autograd.Function`
+            (its `apply` is checked). It returns a tensor or a tuple of tensors.
+        inputs: the positional arguments, tensors or not. The tensors that require gradients are
+            differentiated; if none does, all floating-point tensors are. The check copies them and
+            never writes to them. Parameters of a module that are not frozen are differentiated too.
+        reference: a function of the same arguments that returns the right value; for a module, a
+            module with parameters of the same names.
+        transforms: names from `TRANSFORMS`, for example `QUICK`; None for all.
+        dtype: floating-point inputs are cast to it. It also selects the tolerances.
 
     Returns:
         A report with one row for each transform.
 
     Raises:
-        ValueError: a transform that does not exist, or no input that can be differentiated.
-        TypeError: a function that is not callable, or inputs of an unsupported type.
+        ValueError: an unknown transform, or no input that can be differentiated.
+        TypeError: a function, reference, input or dtype of an unsupported type.
     """
     names = TRANSFORMS if transforms is None else tuple(transforms)
     for name in names:
@@ -62,7 +62,7 @@ def check(
     inputs = [inputs] if isinstance(inputs, Tensor) else inputs
     case = _make_case(function, inputs, reference, dtype)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are too small for more
+    torch.set_num_threads(1)  # more threads slow small tensors down
     try:
         rows = tuple(Row(name, *_judge(REGISTRY[name], case)) for name in names)
     finally:
@@ -78,7 +78,7 @@ def assert_right(
     transforms: Iterable[str] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Raises AssertionError with the first transform under which `check` finds a fault."""
+    """Calls `check` and raises AssertionError with the first fault that it finds."""
     check(
         function, inputs, reference=reference, transforms=transforms, dtype=dtype
     ).raise_on_failure()
@@ -87,15 +87,16 @@ def assert_right(
 def _judge(transform: Transform, case: Case) -> tuple[Verdict, str]:
     """Returns the verdict and its detail.
 
-    A fault that a control has too is PyTorch's. But if the control raises, a function that is
-    silently wrong is still at fault.
+    If a control fails under the transform too, the verdict is "PyTorch cannot", with two
+    exceptions. A written input is always the function's fault. So is a result that is wrong without
+    an error where the control raises one.
     """
     verdict, detail = _run(transform, case)
     if verdict.is_fault and verdict is not Verdict.WRITES:
         for name, control in _make_controls(case):
             control_verdict, control_detail = _run(transform, case.make_control(control))
-            is_loud = control_verdict is Verdict.RAISES
-            if control_verdict.is_fault and (verdict is Verdict.RAISES or not is_loud):
+            control_raises = control_verdict is Verdict.RAISES
+            if control_verdict.is_fault and (verdict is Verdict.RAISES or not control_raises):
                 return Verdict.CANNOT, f"{name}: {control_verdict}: {control_detail}"
     return verdict, detail
 
@@ -103,8 +104,9 @@ def _judge(transform: Transform, case: Case) -> tuple[Verdict, str]:
 def _make_controls(case: Case) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """Yields names and operations that are right wherever PyTorch supports a transform.
 
-    Two are PyTorch's: the derivative of one reads the input, that of the other an intermediate
-    result. If the function consists of Functions with a `jvp`, the third is such a Function.
+    The first two are PyTorch operations. The derivative of `sin` reads the input, that of `exp` and
+    `square` an intermediate result. If the checked function calls a Function with a `jvp`, the
+    third control is such a Function.
     """
     yield "torch.sin", torch.sin
     yield "torch.exp, then square", lambda x: x.exp().square()
@@ -117,10 +119,10 @@ def _make_controls(case: Case) -> Iterator[tuple[str, Callable[[Tensor], Tensor]
 
 
 def _run(transform: Transform, case: Case) -> tuple[Verdict, str]:
-    """Runs the transform's check once, without its warnings and logs."""
+    """Runs the transform's check once, with warnings and logging suppressed."""
     verdict, detail = Verdict.RIGHT, ""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # the report contains the errors
+    previous_level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # the report shows the errors
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -131,7 +133,7 @@ def _run(transform: Transform, case: Case) -> tuple[Verdict, str]:
     except Exception as error:  # the function may raise any exception
         verdict, detail = Verdict.RAISES, describe_error(error)
     finally:
-        logging.disable(disabled)
+        logging.disable(previous_level)
     try:
         case.check_protected()
     except Finding as finding:

@@ -1,4 +1,4 @@
-"""The transforms that trace: `torch.compile`, `torch.export`, `make_fx`, fake and meta tensors."""
+"""The tracing transforms: `torch.compile`, `torch.export`, `make_fx`, fake and meta tensors."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from torch_nnmath.testing._case import Case, Tensors, select_real_tensors
 from torch_nnmath.testing._report import NotApplicable, Wrong
 from torch_nnmath.testing._transforms import transform
 
-TRACING_BACKEND = "aot_eager"  # traces forward and backward as Inductor does, without its compiler
+TRACING_BACKEND = "aot_eager"  # traces forward and backward like Inductor, but generates no code
 
 
 @transform("meta device", quick=True)
 def check_meta_device(case: Case) -> None:
-    """Shapes, dtypes and devices on the meta device."""
+    """Checks shapes, dtypes and devices on the meta device."""
     _check_metadata(case, lambda x: x.to("meta"), nullcontext())
 
 
 @transform("fake tensors", quick=True)
 def check_fake_tensors(case: Case) -> None:
-    """Shapes, dtypes and devices under FakeTensorMode."""
+    """Checks shapes, dtypes and devices under FakeTensorMode."""
     mode = _torch.make_fake_tensor_mode()
     _check_metadata(case, mode.from_tensor, mode)
 
 
 @transform("make_fx")
 def check_make_fx(case: Case) -> None:
-    """The graphs of value and gradient, run at another point, with real and symbolic sizes."""
+    """Traces value and gradient with real and symbolic sizes; runs the graphs at another point."""
     other = case.batch_members[1]
     for mode in ("real", "symbolic"):
         graph = _torch.trace_with_fx(case.call_tensors, mode)(*case.tensors)
@@ -57,7 +57,7 @@ def check_make_fx(case: Case) -> None:
 
 @transform("compile", quick=True)
 def check_compile(case: Case) -> None:
-    """`torch.compile(fullgraph=True)`, forward and backward, with gradients and without."""
+    """Checks `torch.compile(fullgraph=True)`, forward and backward, with gradients and without."""
     _check_compiled(case, _compile(case.call))
     with torch.no_grad():
         case.compare_outputs(_compile(case.call)(*copy_inputs(case)))
@@ -65,13 +65,13 @@ def check_compile(case: Case) -> None:
 
 @transform("compile by Inductor")
 def check_compile_by_inductor(case: Case) -> None:
-    """The same with the default backend."""
+    """Checks `torch.compile(fullgraph=True)` with Inductor, the default backend."""
     _check_compiled(case, _compile(case.call, "inductor"))
 
 
 @transform("compile, dynamic shapes")
 def check_compile_with_dynamic_shapes(case: Case) -> None:
-    """Batches of several sizes, also of 1 and 0 rows, with no more graphs than `torch.sin`."""
+    """Checks batches of several sizes, also 1 and 0; they need no more graphs than `torch.sin`."""
     n = case.rows
     cases = [case, *(case.with_rows(k * n) for k in (2, 3))]
     for rows in {0, 1} - {n}:
@@ -85,13 +85,13 @@ def check_compile_with_dynamic_shapes(case: Case) -> None:
     control = case.make_control(torch.sin).call_tensors
     control_count = _count_graphs(control, cases, compare=False)
     if count > control_count:
-        sizes = ", ".join(str(each.rows) for each in cases)
+        sizes = ", ".join(str(case.rows) for case in cases)
         raise Wrong(f"{count} graphs for batches of {sizes} rows, {control_count} for torch.sin")
 
 
 @transform("torch.func inside compile")
 def check_torch_func_inside_compile(case: Case) -> None:
-    """`grad`, `jvp` and `vmap` of the function, inside one compiled function."""
+    """Checks `grad`, `jvp` and `vmap` of the function, inside one compiled function."""
     batch = stack_members(case)
     tangents = copy_tangents(case)
     call, call_tensors = case.call, case.call_tensors
@@ -109,7 +109,7 @@ def check_torch_func_inside_compile(case: Case) -> None:
 
 @transform("forward mode through compile")
 def check_forward_mode_through_compile(case: Case) -> None:
-    """The tangent of a compiled function."""
+    """Checks the tangent of a compiled function."""
     with forward_ad.dual_level():
         outputs = _compile(case.call)(*make_duals(case, case.make_leaves()))
         case.compare_tangents([forward_ad.unpack_dual(y).tangent for y in outputs])
@@ -117,7 +117,7 @@ def check_forward_mode_through_compile(case: Case) -> None:
 
 @transform("second order through compile")
 def check_second_order_through_compile(case: Case) -> None:
-    """The gradient of a compiled function's gradient."""
+    """Checks the gradient of a compiled function's gradient."""
     xs = case.make_leaves()
     gradients = compute_gradients(case, _compile(case.call)(*xs), xs, create_graph=True)
     case.compare_gradient(gradients)
@@ -126,13 +126,13 @@ def check_second_order_through_compile(case: Case) -> None:
 
 @transform("export")
 def check_export(case: Case) -> None:
-    """`torch.export`, not strict, with a dynamic batch if the function accepts one."""
+    """Checks non-strict `torch.export`, with a dynamic batch size if the function accepts one."""
     _check_export(case, strict=False)
 
 
 @transform("export, strict")
 def check_strict_export(case: Case) -> None:
-    """`torch.export` through Dynamo."""
+    """Checks strict `torch.export`, which traces with Dynamo."""
     _check_export(case, strict=True)
 
 
@@ -149,7 +149,7 @@ def _check_compiled(case: Case, compiled: Callable[..., Tensors]) -> None:
 
 
 def _count_graphs(f: Callable[..., Tensors], cases: Sequence[Case], compare: bool) -> int:
-    """Counts the graphs for cases of several sizes, forward and backward."""
+    """Returns how many graphs the cases need, forward and backward; compares if asked to."""
     count = 0
     tracing_backend = _torch.get_compiler_backend(TRACING_BACKEND)
 
@@ -173,7 +173,7 @@ def _count_graphs(f: Callable[..., Tensors], cases: Sequence[Case], compare: boo
 def _check_metadata(
     case: Case, convert: Callable[[Tensor], Tensor], mode: AbstractContextManager[Any]
 ) -> None:
-    """Compares the shape, dtype and device of outputs and gradients of converted inputs."""
+    """Compares shapes, dtypes and devices of outputs and gradients, for converted inputs."""
     xs = case.make_leaves()
     outputs = case.call(*xs)
     expected_results = [*outputs, *_differentiate_sum(outputs, xs)]
@@ -185,7 +185,7 @@ def _check_metadata(
     device = xs[0].device
     for result, expected in zip(results, expected_results, strict=True):
         if (result is None) != (expected is None):
-            raise Wrong("one gradient exists only with, or only without, this transform")
+            raise Wrong("a gradient is None only with, or only without, this transform")
         if result is None or expected is None:
             continue
         if (result.shape, result.dtype, result.device) != (expected.shape, expected.dtype, device):
@@ -220,7 +220,7 @@ def _check_export(case: Case, strict: bool) -> None:
         cases.append(case.with_rows(2 * case.rows))
         is_batched = [case.batched_inputs[position] for position in case.tensor_positions]
         dynamic_shapes = (tuple({0: Dim.DYNAMIC} if b else None for b in is_batched),)
-    except NotApplicable:  # the function accepts these sizes only
+    except NotApplicable:  # the function accepts no other number of rows
         pass
     program = torch.export.export(
         _FunctionModule(case.call_tensors),
@@ -229,6 +229,6 @@ def _check_export(case: Case, strict: bool) -> None:
         strict=strict,
     )
     exported = program.module()
-    for each in cases:
-        tensors, xs = each.make_tensor_leaves()
-        compare_first_order(each, select_real_tensors(exported(*tensors)), xs)
+    for case in cases:
+        tensors, xs = case.make_tensor_leaves()
+        compare_first_order(case, select_real_tensors(exported(*tensors)), xs)

@@ -51,7 +51,7 @@ class NotApplicable(Finding):
 
 @dataclass(frozen=True)
 class Row:
-    """A transform, its verdict, and the numbers, message or reason ("" if it is right)."""
+    """A transform, its verdict, and the detail: numbers, an error or a reason; "" if right."""
 
     transform: str
     verdict: Verdict
@@ -113,5 +113,5 @@ def describe_error(error: Exception) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """Cuts the text to `length` characters, the last of them an ellipsis."""
+    """Returns the text; one longer than `length` is cut to it and ends in an ellipsis."""
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,7 +1,7 @@
 """The transforms of autograd and of `torch.func`: each checks a case against its exact values.
 
-A check returns None if the function is right. Otherwise it raises a `Finding`, or whatever the
-function itself raises.
+A check returns None if the function is right. Otherwise it raises a `Finding`, or the function's
+own error.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from torch_nnmath.testing._calls import (
 from torch_nnmath.testing._case import Case, Tensors, are_equal, dot, make_module_function
 from torch_nnmath.testing._report import NotApplicable, Wrong
 
-FACTORS = (1.0, -2.0, 0.5)  # of the directions in a batch
+FACTORS = (1.0, -2.0, 0.5)  # of the members of a batch of directions
 
 
 class Transform(NamedTuple):
-    """A transform: its name, its check, and whether it belongs to the essential ones."""
+    """A transform: its name, its check, and whether `QUICK` includes it."""
 
     name: str
     check: Callable[[Case], None]
@@ -78,30 +78,30 @@ def check_value(case: Case) -> None:
 
 @transform("gradient", quick=True)
 def check_gradient(case: Case) -> None:
-    """`torch.autograd.grad` with random upstream gradients."""
+    """Checks `torch.autograd.grad` with random upstream gradients."""
     xs = case.make_leaves()
     case.compare_gradient(compute_gradients(case, case.call(*xs), xs))
 
 
 @transform("frozen inputs", quick=True)
 def check_frozen_inputs(case: Case) -> None:
-    """The gradient of each input alone, and of all inputs but one."""
+    """Checks the gradient of each input alone, and of all inputs but one."""
     count = len(case.positions)
     if count == 1:
         raise NotApplicable("there is only one differentiable input")
     exact = case.compute_gradient(case.upstream)
     argnums = set(case.argnums)
-    for chosen in [{i} for i in argnums] + [argnums - {i} for i in argnums if count > 2]:
-        xs = tuple(x.requires_grad_(i in chosen) for i, x in enumerate(copy_inputs(case)))
-        gradients = compute_gradients(case, case.call(*xs), [xs[i] for i in sorted(chosen)])
-        labels = [case.labels[i] for i in sorted(chosen)]
+    for subset in [{i} for i in argnums] + [argnums - {i} for i in argnums if count > 2]:
+        xs = tuple(x.requires_grad_(i in subset) for i, x in enumerate(copy_inputs(case)))
+        gradients = compute_gradients(case, case.call(*xs), [xs[i] for i in sorted(subset)])
+        labels = [case.labels[i] for i in sorted(subset)]
         description = f"with only {' and '.join(labels)} requiring grad, the gradient of {{}}"
-        case.compare(gradients, [exact[i] for i in sorted(chosen)], description, labels=labels)
+        case.compare(gradients, [exact[i] for i in sorted(subset)], description, labels=labels)
 
 
 @transform("types of gradients", quick=True)
 def check_gradient_dtypes(case: Case) -> None:
-    """Each backward returns gradients in its input's dtype. Autograd converts others silently."""
+    """Checks the dtype of the gradients that each backward returns; autograd casts silently."""
     xs = case.make_leaves()
     outputs = case.call(*xs)
     messages: list[str] = []
@@ -115,7 +115,7 @@ def check_gradient_dtypes(case: Case) -> None:
 
 @transform("upstream gradients", quick=True)
 def check_upstream_gradients(case: Case) -> None:
-    """Upstream gradients that are strided, expanded from one number, ones, and zeros."""
+    """Checks upstream gradients that are strided, expanded from one number, ones, and zeros."""
     xs = case.make_leaves()
     outputs = case.call(*xs)
     for make in (make_strided, expand_constant, torch.ones_like, torch.zeros_like):
@@ -125,7 +125,7 @@ def check_upstream_gradients(case: Case) -> None:
 
 @transform("outputs left unused")
 def check_unused_outputs(case: Case) -> None:
-    """The gradient of each output alone."""
+    """Checks the gradient of each output alone."""
     if len(case.exact_outputs) == 1:
         raise NotApplicable("there is only one output")
     xs = case.make_leaves()
@@ -138,7 +138,7 @@ def check_unused_outputs(case: Case) -> None:
 
 @transform("retained graph", quick=True)
 def check_retained_graph(case: Case) -> None:
-    """Three backward passes through one graph, by `grad` and by `backward`, which accumulates."""
+    """Checks three passes through one graph, by `grad` and by `backward`, which accumulates."""
     xs = case.make_leaves()
     outputs = case.call(*xs)
     factors = (1.0, -2.5, 1.0)
@@ -157,13 +157,13 @@ def check_retained_graph(case: Case) -> None:
 
 @transform("gradcheck")
 def check_gradcheck(case: Case) -> None:
-    """PyTorch's `gradcheck` in slow mode."""
+    """Runs PyTorch's `gradcheck` in slow mode."""
     _run_gradcheck(torch.autograd.gradcheck, case, fast_mode=False)
 
 
 @transform("strided inputs", quick=True)
 def check_strided_inputs(case: Case) -> None:
-    """Inputs whose entries are neither adjacent nor in order in memory."""
+    """Checks inputs whose entries are neither adjacent nor in order in memory."""
     xs = tuple(make_strided(x).requires_grad_() for x in copy_inputs(case))
     outputs = case.call(*xs)
     compare_first_order(case, outputs, xs)
@@ -171,7 +171,7 @@ def check_strided_inputs(case: Case) -> None:
 
 @transform("expanded inputs", quick=True)
 def check_expanded_inputs(case: Case) -> None:
-    """Inputs with stride 0 give the same results as contiguous copies of them."""
+    """Checks that inputs with stride 0 give the same results as contiguous copies of them."""
     rows = [x[:1] if x.ndim else x for x in copy_inputs(case)]
     pairs = zip(rows, case.differentiable_inputs, strict=True)
     xs = tuple(row.expand_as(x).requires_grad_() for row, x in pairs)
@@ -192,13 +192,13 @@ def check_expanded_inputs(case: Case) -> None:
 
 @transform("edited before backward", quick=True)
 def check_edit_before_backward(case: Case) -> None:
-    """A tensor edited in place between forward and backward: an error, or no effect."""
+    """Checks that an in-place edit between forward and backward raises or has no effect."""
     for i in range(len(case.tensor_positions) + len(case.exact_outputs)):
         tensors, xs = case.make_tensor_leaves()
         outputs = case.call_tensors(*tensors)
         try:
             edit_in_place([*tensors, *outputs][i])
-        except RuntimeError:  # an expanded tensor, or one of several views
+        except RuntimeError:  # of an expanded tensor, or of one of several views
             continue
         try:
             gradients = compute_gradients(case, outputs, xs)
@@ -211,14 +211,14 @@ def check_edit_before_backward(case: Case) -> None:
 
 @transform("checkpoint", quick=True)
 def check_checkpoint(case: Case) -> None:
-    """`torch.utils.checkpoint`, non-reentrant."""
+    """Checks `torch.utils.checkpoint`, non-reentrant."""
     xs = case.make_leaves()
     compare_first_order(case, checkpoint(case.call, *xs, use_reentrant=False), xs)
 
 
 @transform("saved-tensor hooks", quick=True)
 def check_saved_tensor_hooks(case: Case) -> None:
-    """`save_on_cpu`, and hooks that save copies, at first and second order."""
+    """Checks `save_on_cpu`, and hooks that save copies, at first and second order."""
     for hooks in (
         torch.autograd.graph.save_on_cpu(),
         torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x.clone()),
@@ -233,7 +233,7 @@ def check_saved_tensor_hooks(case: Case) -> None:
 
 @transform("no_grad", quick=True)
 def check_no_grad(case: Case) -> None:
-    """The value under `torch.no_grad`, and of inputs that do not require gradients."""
+    """Checks the value under `torch.no_grad`, and that of inputs that do not require gradients."""
     with torch.no_grad():
         case.compare_outputs(case.call(*case.make_leaves()))
     case.compare_outputs(case.call(*copy_inputs(case)))
@@ -241,7 +241,7 @@ def check_no_grad(case: Case) -> None:
 
 @transform("inference mode", quick=True)
 def check_inference_mode(case: Case) -> None:
-    """`torch.inference_mode`, with inputs made outside and inside of it."""
+    """Checks `torch.inference_mode`, with inputs made outside and inside of it."""
     xs = case.make_leaves()
     with torch.inference_mode():
         case.compare_outputs(case.call(*xs))
@@ -250,19 +250,19 @@ def check_inference_mode(case: Case) -> None:
 
 @transform("autocast bfloat16", quick=True)
 def check_autocast_bfloat16(case: Case) -> None:
-    """`torch.autocast` to bfloat16: the gradients are float32 and near the exact ones."""
+    """Checks `torch.autocast` to bfloat16: the gradients are float32 and near the exact ones."""
     _check_autocast(case, torch.bfloat16)
 
 
 @transform("autocast float16")
 def check_autocast_float16(case: Case) -> None:
-    """`torch.autocast` to float16: the gradients are float32 and near the exact ones."""
+    """Checks `torch.autocast` to float16: the gradients are float32 and near the exact ones."""
     _check_autocast(case, torch.float16)
 
 
 @transform("deterministic algorithms")
 def check_deterministic_algorithms(case: Case) -> None:
-    """`torch.use_deterministic_algorithms`, which also fills new memory with nan."""
+    """Checks `torch.use_deterministic_algorithms`, which also fills new memory with nan."""
     was_enabled = torch.are_deterministic_algorithms_enabled()
     was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
@@ -279,7 +279,7 @@ def check_deterministic_algorithms(case: Case) -> None:
 
 @transform("default device")
 def check_default_device(case: Case) -> None:
-    """Another default device: the function makes its tensors on its inputs' device."""
+    """Checks that the function makes tensors on its inputs' device, not on the default one."""
     xs = case.make_leaves()
     with torch.device("meta"):
         outputs = case.call(*xs)
@@ -293,7 +293,7 @@ def check_default_device(case: Case) -> None:
 
 @transform("second order", quick=True)
 def check_second_order(case: Case) -> None:
-    """Reverse over reverse: with respect to the inputs and to the upstream gradients."""
+    """Checks reverse over reverse, in the inputs and in the upstream gradients."""
     xs = case.make_leaves()
     outputs = case.call(*xs)
     pairs = zip(case.upstream, outputs, strict=True)
@@ -306,13 +306,13 @@ def check_second_order(case: Case) -> None:
 
 @transform("gradgradcheck")
 def check_gradgradcheck(case: Case) -> None:
-    """PyTorch's `gradgradcheck`."""
+    """Runs PyTorch's `gradgradcheck`."""
     _run_gradcheck(torch.autograd.gradgradcheck, case)
 
 
 @transform("third order")
 def check_third_order(case: Case) -> None:
-    """The third derivative along a direction, by reverse mode three times."""
+    """Checks the third derivative along a direction, by reverse mode three times."""
     xs = case.make_leaves()
     derivative: Tensor | None = dot(case.upstream, case.call(*xs))
     for _ in range(3):
@@ -328,12 +328,12 @@ def check_third_order(case: Case) -> None:
 
 @transform("forward mode", quick=True)
 def check_forward_mode(case: Case) -> None:
-    """`torch.autograd.forward_ad`, with tangents of all inputs and of each alone."""
+    """Checks `torch.autograd.forward_ad`, with tangents of all inputs and of each alone."""
     argnums = set(case.argnums)
-    for chosen in [argnums, *({i} for i in argnums if len(argnums) > 1)]:
-        tangents = [t * (i in chosen) for i, t in enumerate(case.tangents)]
+    for subset in [argnums, *({i} for i in argnums if len(argnums) > 1)]:
+        tangents = [t * (i in subset) for i, t in enumerate(case.tangents)]
         with forward_ad.dual_level():
-            outputs = case.call(*make_duals(case, case.make_leaves(), chosen))
+            outputs = case.call(*make_duals(case, case.make_leaves(), subset))
             primals, output_tangents = zip(*map(forward_ad.unpack_dual, outputs), strict=True)
             case.compare_tangents(output_tangents, tangents)
             case.compare_outputs(primals)
@@ -341,7 +341,7 @@ def check_forward_mode(case: Case) -> None:
 
 @transform("forward over reverse", quick=True)
 def check_forward_over_reverse(case: Case) -> None:
-    """The tangent of a gradient."""
+    """Checks the tangent of a gradient."""
     xs = case.make_leaves()
     with forward_ad.dual_level():
         duals = make_duals(case, xs)
@@ -353,7 +353,7 @@ def check_forward_over_reverse(case: Case) -> None:
 
 @transform("reverse over forward", quick=True)
 def check_reverse_over_forward(case: Case) -> None:
-    """The gradient of a tangent."""
+    """Checks the gradient of a tangent."""
     ts = copy_tangents(case)
 
     def compute_tangent(*xs: Tensor) -> Tensor:
@@ -365,7 +365,7 @@ def check_reverse_over_forward(case: Case) -> None:
 
 @transform("forward over forward")
 def check_forward_over_forward(case: Case) -> None:
-    """The tangent of a tangent, along one direction twice."""
+    """Checks the tangent of a tangent, along one direction twice."""
     ts = copy_tangents(case)
 
     def compute_tangents(*xs: Tensor) -> Tensors:
@@ -382,7 +382,7 @@ def check_forward_over_forward(case: Case) -> None:
 
 @transform("batched gradients", quick=True)
 def check_batched_gradients(case: Case) -> None:
-    """A batch of upstream gradients (`is_grads_batched`), at first and second order."""
+    """Checks a batch of upstream gradients (`is_grads_batched`), at first and second order."""
     xs = case.make_leaves()
     outputs = case.call(*xs)
     pairs = zip(case.upstream, outputs, strict=True)
@@ -401,7 +401,7 @@ def check_batched_gradients(case: Case) -> None:
 
 @transform("batched tangents", quick=True)
 def check_batched_tangents(case: Case) -> None:
-    """A batch of tangents: `vmap` of `jvp`."""
+    """Checks a batch of tangents: `vmap` of `jvp`."""
     xs = copy_inputs(case)
     ts = [torch.stack([factor * t for factor in FACTORS]) for t in copy_tangents(case)]
     tangents = vmap(lambda *t: jvp(case.call, xs, t)[1])(*ts)
@@ -414,7 +414,7 @@ def check_batched_tangents(case: Case) -> None:
 
 @transform("vjp", quick=True)
 def check_vjp(case: Case) -> None:
-    """`torch.func.vjp`."""
+    """Checks `torch.func.vjp`."""
     outputs, pullback = vjp(case.call, *copy_inputs(case))  # type: ignore[misc]
     case.compare_outputs(outputs)
     pairs = zip(case.upstream, outputs, strict=True)
@@ -424,7 +424,7 @@ def check_vjp(case: Case) -> None:
 
 @transform("jvp", quick=True)
 def check_jvp(case: Case) -> None:
-    """`torch.func.jvp`."""
+    """Checks `torch.func.jvp`."""
     outputs, tangents = jvp(case.call, copy_inputs(case), copy_tangents(case))  # type: ignore[misc]
     case.compare_outputs(outputs)
     case.compare_tangents(tangents)
@@ -432,7 +432,7 @@ def check_jvp(case: Case) -> None:
 
 @transform("linearize")
 def check_linearize(case: Case) -> None:
-    """`torch.func.linearize`."""
+    """Checks `torch.func.linearize`."""
     outputs, pushforward = linearize(case.call, *copy_inputs(case))
     case.compare_outputs(outputs)
     case.compare_tangents(pushforward(*copy_tangents(case)))
@@ -440,19 +440,19 @@ def check_linearize(case: Case) -> None:
 
 @transform("jacrev", quick=True)
 def check_jacrev(case: Case) -> None:
-    """`torch.func.jacrev`."""
+    """Checks `torch.func.jacrev`."""
     case.compare_jacobian(jacrev(case.call, case.argnums)(*copy_inputs(case)))
 
 
 @transform("jacfwd", quick=True)
 def check_jacfwd(case: Case) -> None:
-    """`torch.func.jacfwd`."""
+    """Checks `torch.func.jacfwd`."""
     case.compare_jacobian(jacfwd(case.call, case.argnums)(*copy_inputs(case)))
 
 
 @transform("hessian", quick=True)
 def check_hessian(case: Case) -> None:
-    """`torch.func.hessian`, forward over reverse."""
+    """Checks `torch.func.hessian`, forward over reverse."""
     loss = make_loss(case.call, case.upstream)
     blocks = torch.func.hessian(loss, case.argnums)(*copy_inputs(case))
     products = []
@@ -465,7 +465,7 @@ def check_hessian(case: Case) -> None:
 
 @transform("vmap", quick=True)
 def check_vmap(case: Case) -> None:
-    """`vmap` over all tensors, and over each alone along its last dimension."""
+    """Checks `vmap` over all tensors, and over each alone along its last dimension."""
     members = case.batch_members
     stacked = stack_members(case)
     for i, member in enumerate(members):
@@ -482,7 +482,7 @@ def check_vmap(case: Case) -> None:
 
 @transform("vmap(grad)", quick=True)
 def check_vmap_of_grad(case: Case) -> None:
-    """The gradient of each member of a batch."""
+    """Checks the gradient of each member of a batch."""
     gradients = vmap(make_gradient(case))(*stack_members(case))
     for i, member in enumerate(case.batch_members):
         member.compare_gradient([g[i] for g in gradients], case.upstream)
@@ -490,7 +490,7 @@ def check_vmap_of_grad(case: Case) -> None:
 
 @transform("grad(vmap)", quick=True)
 def check_grad_of_vmap(case: Case) -> None:
-    """The gradient of a loss summed over a batch."""
+    """Checks the gradient of a loss summed over a batch."""
     us = [u.expand(len(case.batch_members), *u.shape) for u in case.upstream]
     loss = make_loss(vmap(case.call_tensors), us)
     gradients = torch.func.grad(loss, case.tensor_argnums)(*stack_members(case))
@@ -500,7 +500,7 @@ def check_grad_of_vmap(case: Case) -> None:
 
 @transform("vmap(vmap)")
 def check_vmap_of_vmap(case: Case) -> None:
-    """A batch of batches: values and gradients."""
+    """Checks a batch of batches: values and gradients."""
     members = case.batch_members
     stacked = [torch.stack([x, x.flip(0)]) for x in stack_members(case)]
     outputs = vmap(vmap(case.call_tensors))(*stacked)
@@ -513,7 +513,7 @@ def check_vmap_of_vmap(case: Case) -> None:
 
 @transform("vmap(jacfwd)")
 def check_vmap_of_jacfwd(case: Case) -> None:
-    """The Jacobian of each member of a batch, by forward mode."""
+    """Checks the Jacobian of each member of a batch, by forward mode."""
     blocks = vmap(jacfwd(case.call_tensors, case.tensor_argnums))(*stack_members(case))
     for i, member in enumerate(case.batch_members):
         member.compare_jacobian([[block[i] for block in row] for row in blocks])
@@ -521,10 +521,10 @@ def check_vmap_of_jacfwd(case: Case) -> None:
 
 @transform("per-sample gradients", quick=True)
 def check_per_sample_gradients(case: Case) -> None:
-    """`vmap(grad(functional_call))` over the first input, with the parameters shared."""
+    """Checks `vmap(grad(functional_call))` over the first input, with the parameters shared."""
     positions = case.positions[len(case.parameter_names) :]
     if not positions:
-        raise NotApplicable("no input beside the parameters is differentiable")
+        raise NotApplicable("no input except parameters is differentiable")
     first = positions[0]
     module = CaseModule(case, first)
     parameters = {name: p.detach() for name, p in module.named_parameters()}
@@ -549,13 +549,13 @@ def check_per_sample_gradients(case: Case) -> None:
 
 @transform("deepcopy")
 def check_deepcopy(case: Case) -> None:
-    """A deep copy of a module has the same value and gradients, and shares no parameter."""
+    """Checks that a module's deep copy has equal value and gradients, and shares no parameter."""
     _check_copy(case, copy.deepcopy)
 
 
 @transform("pickle")
 def check_pickle(case: Case) -> None:
-    """A module restored from a pickle has the same value and gradients."""
+    """Checks that a module restored from a pickle has equal value and gradients."""
     _check_copy(case, lambda module: pickle.loads(pickle.dumps(module)))
 
 
