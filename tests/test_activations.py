@@ -119,3 +119,22 @@ def test_softmax_with_dtype_of_large_float16_does_not_overflow():
     z = torch.tensor([60000.0, 60000.0, -60000.0], dtype=torch.float16)
     expected = torch.tensor([0.5, 0.5, 0.0])
     assert torch.equal(F.softmax(z, 0, dtype=torch.float32), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (2, 3, 4, 5)])
+def test_softmax_without_dim_warns_and_takes_the_axis_of_pytorch(shape):
+    z = torch.randn(shape, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="Implicit dimension choice"):
+        a = F.softmax(z)
+    with pytest.warns(UserWarning, match="Implicit dimension choice"):
+        expected = torch.nn.functional.softmax(z)
+    torch.testing.assert_close(a, expected)
+
+
+def test_softmax_over_a_middle_axis_of_large_examples_has_the_gradient_of_the_truth():
+    """An example has more entries than a slice of the kernel."""
+    z = torch.randn(2, 3, 2**17, dtype=torch.float64, requires_grad=True)
+    g = torch.randn_like(z)
+    (dz,) = torch.autograd.grad(F.softmax(z, 1), z, g)
+    (expected,) = torch.autograd.grad(truth.softmax(z, 1), z, g)
+    torch.testing.assert_close(dz, expected)

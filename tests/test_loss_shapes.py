@@ -285,3 +285,17 @@ def test_squared_error_sums_over_micro_batches_are_the_mean(f, count):
         (f(a[rows], t[rows], reduction="sum") / count).backward()
     assert_close(a.grad, expected[0])
     assert_close(t.grad, expected[1])
+
+
+# Shapes and types that PyTorch accepts, too
+
+
+def test_cross_entropy_of_one_row_takes_a_target_of_one_axis():
+    z = draw_normal(5)
+    torch.testing.assert_close(F.cross_entropy(z, torch.tensor([2])), -z.log_softmax(0)[2])
+
+
+def test_mse_loss_takes_a_bool_target():
+    z, target = draw_normal(3, 4), torch.tensor([True, False, True, True])
+    expected = torch.nn.functional.mse_loss(z, target.double().expand(3, 4))
+    torch.testing.assert_close(F.mse_loss(z, target.expand(3, 4)), expected)

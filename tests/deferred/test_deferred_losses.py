@@ -356,3 +356,22 @@ def test_loss_computes_its_gradient_once(gradient_requests):
         ce(swapped(o.x), o.y)
     ce(swapped.requires_grad_(False)(o.x.detach()), o.y)
     assert gradient_requests == [False, False]
+
+
+def test_log_sum_exp_with_out_writes_it():
+    plain, swapped, _ = make_pair()
+    x = make_inputs().fixed_x
+    with torch.no_grad():
+        expected = plain(x).logsumexp(-1)
+        out = torch.empty_like(expected)
+        result = torch.logsumexp(swapped(x), -1, out=out)
+    assert result is out
+    torch.testing.assert_close(out, expected)
+
+
+def test_logits_as_probabilities_of_plain_logits_are_computed():
+    plain, swapped, _ = make_pair()
+    x = make_inputs().fixed_x
+    input = torch.randn(x.shape[0] * x.shape[1], C, dtype=F64)
+    losses = [F.cross_entropy(input, model(x).flatten(0, 1)) for model in (plain, swapped)]
+    torch.testing.assert_close(losses[1], losses[0])
