@@ -30,7 +30,7 @@ def llama(architectures):
         ("gpt2", "fused", ""),
         ("mamba", "fused", ""),
         ("blt", "correct, not fused", "patcher"),
-        ("musicgen", "no head", "no torch.nn.Linear"),
+        ("musicgen", "no head", "not a torch.nn.Linear"),
     ],
 )
 def test_outcome_of_architecture(architectures, name, kind, reason):

@@ -28,8 +28,8 @@ class LinearCrossEntropy(KernelFormula):
 
     With a cap κ, v = F19(z), and δ is multiplied by dv/dz. With t = e_y, c = -F22 (derivative
     (1/ln β)(e_y - a)). The other results are q = F20(v) and h = F21(v); their upstream gradients
-    add 2 lse(v) a and -(1/ln β) a ∘ (l - a·l) to δ. With a weight p = 1 without a class, t = 0 and
-    T = 1: c = (1/ln β) lse(v).
+    add 2 lse(v) a and -(1/ln β) a ∘ (l - a·l) to δ (F23). With a weight p = 1 without a class,
+    t = 0 and T = 1: c = (1/ln β) lse(v).
 
     `HeadInputs` (flat), `Requests` -> `RowResults`, and sums (N, 3) that the backward need not
     recompute. The logits exist for a block of rows at a time.
