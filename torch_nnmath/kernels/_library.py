@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,32 +15,61 @@ from torch_nnmath._precision import disable_autocast
 SLICE_SIZE = 2**18  # entries of a slice, which stays in the cache over several passes
 SAFE_EXP = 1e20  # while Σ e^z < this and e^{z_y} > 1/this, float32 neither overflows nor underflows
 
+GPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}  # by the operator's name
+
 LIBRARY = torch.library.Library("torch_nnmath", "DEF")
 
 
 def register_operator(
-    signature: str, fake: Callable[..., Any]
+    signature: str, fake: Callable[..., Any], gpu_module: str | None = None
 ) -> Callable[[Callable[..., Any]], Any]:
     """Registers the decorated function as `torch.ops.torch_nnmath.<name>`, for every device.
 
     `fake` gives the results' shapes and types. The operator runs below autograd and with autocast
-    off, since autocast would round the products that are computed in float32.
+    off, since autocast would round the products that are computed in float32. On a GPU the function
+    of the same name in `kernels.gpu.<gpu_module>` runs instead, if `may_run_on_gpu` allows it.
     """
     name = signature.split("(")[0]
 
     def register(function: Callable[..., Any]) -> Any:
-        @functools.wraps(function)
-        def run_without_gradients(*args: Any) -> Any:
+        def run_without_gradients(implementation: Callable[..., Any], *args: Any) -> Any:
             tensor = next(arg for arg in args if isinstance(arg, Tensor))
             with torch.no_grad(), disable_autocast(tensor):
-                return function(*args)
+                return implementation(*args)
+
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            return run_without_gradients(function, *args)
+
+        @functools.wraps(function)
+        def run_on_gpu(*args: Any) -> Any:
+            if not may_run_on_gpu(args):
+                return run(*args)
+            module = importlib.import_module(f"torch_nnmath.kernels.gpu.{gpu_module}")
+            return run_without_gradients(getattr(module, name), *args)
 
         LIBRARY.define(signature)
-        LIBRARY.impl(name, run_without_gradients, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        if gpu_module is not None:
+            LIBRARY.impl(name, run_on_gpu, "CUDA")
+            GPU_IMPLEMENTATIONS[name] = run_on_gpu
         torch.library.register_fake(f"torch_nnmath::{name}", fake, lib=LIBRARY)
         return getattr(torch.ops.torch_nnmath, name).default
 
     return register
+
+
+def may_run_on_gpu(args: Any) -> bool:
+    """Whether the GPU's implementation supports the types: float32 and the half types."""
+    tensors = (arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
+    return has_triton() and all(x.dtype in GPU_TYPES for x in tensors)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed. It is imported when the first GPU tensor arrives."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def compute_log_probability(e_y: Tensor, s: Tensor) -> Tensor | None:

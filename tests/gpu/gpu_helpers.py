@@ -1,0 +1,80 @@
+"""Runs the GPU's implementations on CPU tensors: Triton's interpreter, and emulated products."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from torch_nnmath.kernels._library import GPU_IMPLEMENTATIONS
+
+if not torch.cuda.is_available():  # before the first kernel is decorated
+    os.environ["TRITON_INTERPRET"] = "1"
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def _round_to_nearest(convert):
+    """Triton's interpreter truncates float32 to bfloat16; a GPU rounds to nearest even."""
+    import numpy as np
+    import triton.language as tl
+
+    def convert_float(value, input_dtype, output_dtype, rounding_mode):
+        if input_dtype == tl.float32 and output_dtype == tl.bfloat16:
+            x = torch.from_numpy(np.frombuffer(value.tobytes(), dtype=np.float32).copy())
+            bits = x.bfloat16().view(torch.int16).numpy().view(np.uint16)
+            return bits.reshape(value.shape)
+        return convert(value, input_dtype, output_dtype, rounding_mode)
+
+    return convert_float
+
+
+def round_in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the interpreter round like a GPU."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    monkeypatch.setattr(interpreter, "_convert_float", _round_to_nearest(convert))
+
+
+@pytest.fixture
+def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs the GPU's implementation of every operator on CPU tensors."""
+    round_in_interpreter(monkeypatch)
+    emulation = torch.library.Library("aten", "IMPL")
+    emulate_products(emulation)
+    operators = torch.library.Library("torch_nnmath", "IMPL")
+    for name, implementation in GPU_IMPLEMENTATIONS.items():
+        operators.impl(name, implementation, "CPU")
+    yield
+    operators._destroy()
+    emulation._destroy()
+
+
+def emulate_products(library: torch.library.Library) -> None:
+    """Products of half types with a float32 result, which PyTorch has on GPUs only."""
+
+    def mm(a, b, out_dtype):
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    def mm_out(a, b, out_dtype, *, out):
+        return out.copy_(mm(a, b, out_dtype))
+
+    def addmm(c, a, b, out_dtype, *, beta=1, alpha=1):
+        product = alpha * mm(a, b, out_dtype)
+        return product if beta == 0 else beta * c + product
+
+    def addmm_out(c, a, b, out_dtype, *, beta=1, alpha=1, out):
+        return out.copy_(addmm(c, a, b, out_dtype, beta=beta, alpha=alpha))
+
+    library.impl("mm.dtype", mm, "CPU")
+    library.impl("mm.dtype_out", mm_out, "CPU")
+    library.impl("addmm.dtype", addmm, "CPU")
+    library.impl("addmm.dtype_out", addmm_out, "CPU")

@@ -1,0 +1,40 @@
+"""What the head's plan gives to a row kernel, and what the row kernel returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RowInputs(NamedTuple):
+    """What turns the products x Wᵀ of all N rows into logits and losses. All are contiguous.
+
+    z = scale ∘ (x Wᵀ) + b, and v = F19(z). Floating-point tensors are float32.
+    """
+
+    C: int  # number of classes
+    b: Tensor | None  # (C)
+    scale: Tensor | None  # (N, 1), or () for one that all rows share
+    y: Tensor | None  # class index, (N, 1), int64
+    p: Tensor | None  # weight of that class, (N, 1); without y it counts only in T = p + Σ t
+    t: Tensor | None  # dense part of the target, (N, C), or (1, C) for all rows
+    keep: Tensor | None  # (N, 1), bool; False for an ignored row
+    base: float  # β of the logarithm
+    cap: float | None  # κ of F19
+
+
+class RowOutputs(NamedTuple):
+    """Results of all N rows, (N, 1) each and float32 where not said otherwise.
+
+    A row kernel writes those of its rows: 0 for an ignored row, -1 as its predicted class. Where
+    a field is None, the result is not needed.
+    """
+
+    loss: Tensor | None  # c = (1/ln β)(T lse(v) - (p e_y + t)·v)
+    lse: Tensor | None  # ln Σ e^v
+    squared_lse: Tensor | None  # lse²
+    entropy: Tensor | None  # h = (1/ln β)(lse - a·v)
+    predicted: Tensor | None  # the first class with the largest logit, int64
+    sums: Tensor | None  # (N, 3): m = max v, s = Σ e^{v-m}, Σ e^{v-m} (v-m)
+    dc_dp: Tensor | None  # ln β dc/dp: lse - v_y, or lse without y
