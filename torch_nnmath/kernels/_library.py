@@ -28,7 +28,7 @@ def register_operator(
 
     `fake` gives the results' shapes and types. The operator runs below autograd and with autocast
     off, since autocast would round the products that are computed in float32. On a GPU the function
-    of the same name in `kernels.gpu.<gpu_module>` runs instead, if `may_run_on_gpu` allows it.
+    of the same name in `kernels.gpu.<gpu_module>` runs instead, unless `find_gpu_obstacle` finds one.
     """
     name = signature.split("(")[0]
 
@@ -44,7 +44,7 @@ def register_operator(
 
         @functools.wraps(function)
         def run_on_gpu(*args: Any) -> Any:
-            if not may_run_on_gpu(args):
+            if find_gpu_obstacle(name, gpu_module or "", args):
                 return run(*args)
             module = importlib.import_module(f"torch_nnmath.kernels.gpu.{gpu_module}")
             return run_without_gradients(getattr(module, name), *args)
@@ -60,10 +60,19 @@ def register_operator(
     return register
 
 
-def may_run_on_gpu(args: Any) -> bool:
-    """Whether the GPU's implementation supports the types: float32 and the half types."""
-    tensors = (arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
-    return has_triton() and all(x.dtype in GPU_TYPES for x in tensors)
+def find_gpu_obstacle(name: str, gpu_module: str, args: Any) -> str | None:
+    """Why the GPU's implementation of an operator does not take these arguments, if so."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if any(x.is_floating_point() and x.dtype not in GPU_TYPES for x in tensors):
+        return "it has types other than float32, bfloat16 and float16"
+    if gpu_module.startswith("triton_"):
+        return None if has_triton() else "Triton is not installed"
+    x, W, *_, needs_gradient = args  # the head's operators
+    if not x.numel() or not W.numel():
+        return "it has no entries"
+    if x.dtype != W.dtype and W.dtype != torch.float32 and x.dtype != torch.float32:
+        return "features and weight have different half types"
+    return "the target needs a gradient" if needs_gradient[4] else None
 
 
 @functools.cache

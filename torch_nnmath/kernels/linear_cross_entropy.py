@@ -44,6 +44,7 @@ INPUTS = (
     " bool[] needs_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
     " Tensor, Tensor, Tensor)",
     lambda *args: _allocate_results(*args),
+    gpu_module="head",
 )
 def head(
     x: Tensor,
@@ -65,13 +66,13 @@ def head(
     """Returns the fields of `RowResults`; sums; the gradients of Σ γ c + ω q + η h (`InputValues`).
 
     `sums` (N, 3) are m, Σ e^{v-m} and Σ e^{v-m} (v-m). Given back, they save passes over the
-    logits, and only the gradients are computed, unless those of p or t are needed. A γ of shape ()
-    is that of a cost, whose gradients are still to be scaled: they are not rounded.
+    logits, and only the gradients are computed, unless those of p or t are needed. For the types
+    of the gradients see `round_gradients`.
     """
     inputs = HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
     upstream = None if gamma is None else UpstreamGradients(gamma, omega, eta)
     needs_gradient, requests = InputValues(*needs_gradient), Requests(*requests)
-    *rows, new_sums = _allocate_rows(x, requests)
+    *rows, new_sums = allocate_rows(x, requests)
     block_requests = requests._replace(entropy=requests.entropy or eta is not None)
     workspace = Workspace(
         inputs,
@@ -89,7 +90,7 @@ def head(
         if upstream is not None:
             coefficients = block.select_coefficients(upstream, base)
             _add_gradients(block, coefficients, gradients, needs_gradient)
-    return *rows, new_sums, *_round(inputs, gamma, gradients)
+    return *rows, new_sums, *round_gradients(inputs, gamma, gradients)
 
 
 def _write_rows(block: Block, results: RowResults, sums: Tensor, requests: Requests) -> None:
@@ -140,6 +141,7 @@ def _add_gradients(
     " Tensor? sigma, Tensor? pi, Tensor? tau, bool[] needs_gradient)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda *args: _allocate_second_order(*args),
+    gpu_module="head",
 )
 def head_second_order(
     x: Tensor,
@@ -182,7 +184,7 @@ def head_second_order(
         second_order = _SecondOrder(block, direction, R, coefficients)
         second_order.write_derivatives(ρ_c, ρ_q, ρ_h)
         second_order.add_gradients(gradients, needs_gradient)
-    return ρ_c, ρ_q, ρ_h, *_round(inputs, gamma, gradients)
+    return ρ_c, ρ_q, ρ_h, *round_gradients(inputs, gamma, gradients)
 
 
 class _SecondOrder:
@@ -333,7 +335,7 @@ def _write_dt(dt: Tensor, rows: Any, classes: slice, value: Tensor) -> None:
         dt[rows, classes] = value
 
 
-def _allocate_rows(x: Tensor, requests: Sequence[bool]) -> tuple[Tensor, ...]:
+def allocate_rows(x: Tensor, requests: Sequence[bool]) -> tuple[Tensor, ...]:
     """Memory for `RowResults` and sums: 0, and -1 for the predicted class."""
     N, dtype, requests = x.shape[0], wide_type(x.dtype), Requests(*requests)
     loss, lse, squared_lse = (x.new_zeros((N, 1), dtype=dtype) for _ in range(3))
@@ -347,7 +349,7 @@ def _allocate_results(*args: Any) -> tuple[Tensor, ...]:
     *flat, gamma, _omega, _eta, _sums, requests, needs_gradient = args
     inputs = HeadInputs.from_flat(flat)
     gradients = _allocate_gradients(inputs, needs_gradient)
-    return *_allocate_rows(inputs.x, requests), *_round(inputs, gamma, gradients)
+    return *allocate_rows(inputs.x, requests), *round_gradients(inputs, gamma, gradients)
 
 
 def _allocate_second_order(*args: Any) -> tuple[Tensor, ...]:
@@ -357,7 +359,7 @@ def _allocate_second_order(*args: Any) -> tuple[Tensor, ...]:
     ρ_c, ρ_q = torch.empty_like(gamma), torch.empty_like(gamma)
     ρ_h = gamma.new_empty(0) if eta is None else torch.empty_like(gamma)
     gradients = _allocate_gradients(inputs, needs_gradient)
-    return ρ_c, ρ_q, ρ_h, *_round(inputs, gamma, gradients)
+    return ρ_c, ρ_q, ρ_h, *round_gradients(inputs, gamma, gradients)
 
 
 def _allocate_gradients(
@@ -383,11 +385,20 @@ def _allocate_gradients(
     )
 
 
-def _round(inputs: HeadInputs, gamma: Tensor | None, gradients: InputValues) -> InputValues:
-    """Rounds the gradients of x, W, b to the types of these, unless γ is that of a cost."""
-    if gamma is None or not gamma.dim():
-        return gradients
+def round_gradients(
+    inputs: HeadInputs, gamma: Tensor | None, gradients: InputValues
+) -> InputValues:
+    """Rounds the gradients of x, W, b to the types of these.
+
+    A γ of shape () is that of a cost: its gradients are still to be scaled, and those of float16
+    stay in float32, since they may underflow before that.
+    """
+    is_cost = gamma is None or not gamma.dim()
+
+    def round_once(gradient: Tensor, value: Tensor) -> Tensor:
+        return gradient if is_cost and value.dtype == torch.float16 else gradient.to(value.dtype)
+
     x, W, b = inputs.x, inputs.W, inputs.W if inputs.b is None else inputs.b
     return gradients._replace(
-        x=gradients.x.to(x.dtype), W=gradients.W.to(W.dtype), b=gradients.b.to(b.dtype)
+        x=round_once(gradients.x, x), W=round_once(gradients.W, W), b=round_once(gradients.b, b)
     )

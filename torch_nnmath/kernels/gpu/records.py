@@ -38,3 +38,23 @@ class RowOutputs(NamedTuple):
     predicted: Tensor | None  # the first class with the largest logit, int64
     sums: Tensor | None  # (N, 3): m = max v, s = Σ e^{v-m}, Σ e^{v-m} (v-m)
     dc_dp: Tensor | None  # ln β dc/dp: lse - v_y, or lse without y
+
+
+class RowDirection(NamedTuple):
+    """The direction of the second order in bias and target, float32; None where constant."""
+
+    σ: Tensor | None  # of b, (C)
+    π: Tensor | None  # of p, (N, 1)
+    τ: Tensor | None  # of t, (N, C) or (1, C)
+
+
+class SecondOrderOutputs(NamedTuple):
+    """Results of the second order of all N rows, (N, 1) each; None where not needed.
+
+    0 for an ignored row.
+    """
+
+    ρ_c: Tensor | None
+    ρ_q: Tensor | None
+    ρ_h: Tensor | None
+    dp: Tensor | None  # γβ (a·r - r_y), or γβ a·r without y

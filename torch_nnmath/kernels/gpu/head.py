@@ -1,0 +1,294 @@
+"""The head on a GPU: products by cuBLAS, one pass of a row kernel between them.
+
+For each block of rows, slab by slab: z = X Wᵀ in float32, and the row kernel writes Δ of the
+block; then dX = Δ W and dW += Δᵀ X, one product each. `plan` chooses blocks and slabs. The
+arguments and results are those of the operators in `kernels.linear_cross_entropy`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_nnmath._records import HeadInputs, InputValues, Requests, Target, UpstreamGradients
+from torch_nnmath.kernels._library import has_triton
+from torch_nnmath.kernels.gpu.plan import Plan, make_plan, pad
+from torch_nnmath.kernels.gpu.products import add_product, multiply, multiply_split
+from torch_nnmath.kernels.gpu.records import (
+    RowDirection,
+    RowInputs,
+    RowOutputs,
+    SecondOrderOutputs,
+)
+from torch_nnmath.kernels.linear_cross_entropy import allocate_rows, round_gradients
+
+
+def choose_row_kernel(name: str) -> Callable[..., None]:
+    """`process_rows` or `process_second_order_rows`: by Triton where it is installed."""
+    if name == "process_rows":
+        if has_triton():
+            from torch_nnmath.kernels.gpu import triton_head
+
+            return triton_head.process_rows
+        from torch_nnmath.kernels.gpu import rows
+
+        return rows.process_rows
+    if has_triton():
+        from torch_nnmath.kernels.gpu import triton_second_order
+
+        return triton_second_order.process_second_order_rows
+    from torch_nnmath.kernels.gpu import rows_second_order
+
+    return rows_second_order.process_second_order_rows
+
+
+class _Operands:
+    """The head's inputs as operands of the products, and the buffers that all blocks share."""
+
+    def __init__(self, inputs: HeadInputs, plan: Plan, needs_delta: bool):
+        x, W, b, target, keep, base, cap = inputs
+        y, p, t, _ = target
+        self.W, self.plan, self.keep = W, plan, keep
+        x = x if keep is None else x.masked_fill(~keep, 0)  # 0 times nan would be nan
+        self.x = x.to(W.dtype)
+        # features of wider type than the weight, such as scaled ones
+        self.wide_x = x if x.dtype.itemsize > W.dtype.itemsize else None
+        self.row_inputs = RowInputs(
+            C=len(W),
+            b=_to_float(b),
+            scale=None,
+            y=None if y is None else y.contiguous(),
+            p=_to_float(p),
+            t=_to_float(t),
+            keep=None if keep is None else keep.contiguous(),
+            base=base,
+            cap=cap,
+        )
+        self.slab = W.new_empty((plan.slab_rows, pad(len(W))), dtype=torch.float32)
+        self.delta = self.allocate_delta() if needs_delta else None
+
+    def allocate_delta(self) -> Tensor:
+        """Memory for Δ of a block."""
+        return self.W.new_empty((self.plan.block_rows, pad(len(self.W))))
+
+    def compute_products(self, rows: slice) -> Tensor:
+        """X Wᵀ of some rows, in the slab."""
+        z = self.slab[: rows.stop - rows.start]
+        out = z[:, : len(self.W)]
+        if self.wide_x is not None:
+            multiply_split(self.wide_x[rows], self.W.t(), out)
+        else:
+            multiply(self.x[rows], self.W.t(), out)
+        return z
+
+    def compute_direction(
+        self, rows: slice, R: Tensor, U: Tensor | None, V: Tensor | None
+    ) -> Tensor:
+        """U Wᵀ + X Vᵀ of some rows, in the slab R."""
+        r = R[: rows.stop - rows.start]
+        out = r[:, : len(self.W)]
+        if U is not None:
+            multiply(U[rows], self.W.t(), out)
+        if V is not None and U is not None:
+            add_product(out, self.x[rows], V.t())
+        elif V is not None:
+            multiply(self.x[rows], V.t(), out)
+        else:
+            out.zero_()
+        return r
+
+
+class _Gradients:
+    """The gradients of x, W and b, block by block.
+
+    Of several blocks, dW accumulates in float32. Gradients of float16 are divided by `unit` in
+    float32, which makes Δ as large as the upstream gradients of a sum.
+    """
+
+    def __init__(self, operands: _Operands, needs: InputValues, unit: Tensor | None):
+        self.operands, self.unit = operands, unit
+        x, W = operands.x, operands.W
+        N, (C, D) = len(x), W.shape
+        is_wide = operands.plan.has_accumulator or unit is not None
+        dtype = torch.float32 if is_wide else W.dtype
+        self.dx = x.new_empty((N, D) if needs.x else 0, dtype=torch.float32)
+        self.dW = W.new_empty((C, D) if needs.W else 0, dtype=dtype)
+        self.db = W.new_zeros(C if needs.b else 0, dtype=torch.float32)
+        self.needs, self.is_first = needs, True
+
+    def add_block(self, block: slice, delta: Tensor, direction: Any = None) -> None:
+        """dX = Δ W,  dW += Δᵀ X,  db += Σ_rows Δ.
+
+        With a direction (Q, V, U), the second order: Q takes the place of Δ, and Δ V and Δᵀ U are
+        added.
+        """
+        x, W = self.operands.x[block], self.operands.W
+        Δ = delta[: block.stop - block.start, : len(W)]
+        Q, V, U = (Δ, None, None) if direction is None else direction
+        Q = Q[: block.stop - block.start, : len(W)]
+        if self.needs.x:
+            dx = multiply(Q, W, self.dx[block])
+            if V is not None:
+                add_product(dx, Δ, V)
+            if self.operands.keep is not None:  # 0 times inf is nan
+                dx.masked_fill_(~self.operands.keep[block], 0)
+        if self.needs.W:
+            if self.is_first:
+                multiply(Q.t(), x, self.dW)
+            else:
+                add_product(self.dW, Q.t(), x)
+            if U is not None:
+                add_product(self.dW, Δ.t(), U[block])
+        if self.needs.b:
+            self.db += Q.sum(0, dtype=torch.float32)
+        self.is_first = False
+
+    def finish(self) -> InputValues:
+        """The gradients, not yet rounded; empty where they are not needed."""
+        dx, dW, db = self.dx, self.dW, self.db
+        if self.unit is not None:
+            dx, dW, db = dx.div_(self.unit), dW.div_(self.unit), db.div_(self.unit)
+        empty = self.db.new_empty(0)
+        return InputValues(dx, dW, db, empty, empty)
+
+
+def head(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    y: Tensor | None,
+    p: Tensor | None,
+    t: Tensor | None,
+    keep: Tensor | None,
+    base: float,
+    cap: float | None,
+    gamma: Tensor | None,
+    omega: Tensor | None,
+    eta: Tensor | None,
+    sums: Tensor | None,
+    requests: Sequence[bool],
+    needs_gradient: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """First order; see `kernels.linear_cross_entropy.head`."""
+    inputs = HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
+    needs = InputValues(*needs_gradient)
+    loss, lse, squared_lse, entropy, predicted, new_sums = allocate_rows(x, requests)
+    is_requested = Requests(*requests)
+    needs_delta = gamma is not None and any((needs.x, needs.W, needs.b))
+    plan = make_plan(len(x), *W.shape, W.dtype, needs_dW=needs.W)
+    operands = _Operands(inputs, plan, needs_delta)
+    dc_dp = torch.zeros_like(loss) if needs.p else None
+    outputs = RowOutputs(None, None, None, None, None, None, dc_dp)
+    if sums is None:
+        outputs = RowOutputs(
+            loss,
+            lse,
+            squared_lse,
+            entropy if is_requested.entropy else None,
+            predicted if is_requested.predicted else None,
+            new_sums,
+            dc_dp,
+        )
+    upstream, unit = _normalise(gamma, omega, eta, W.dtype)
+    process_rows = choose_row_kernel("process_rows")
+    gradients = _Gradients(operands, needs, unit)
+    for block in plan.iterate_blocks():
+        for rows in plan.iterate_slabs(block):
+            z = operands.compute_products(rows)
+            place = slice(rows.start - block.start, rows.stop - block.start)
+            delta = None if operands.delta is None else operands.delta[place]
+            process_rows(z, delta, rows, operands.row_inputs, upstream, sums, outputs)
+        if operands.delta is not None:
+            gradients.add_block(block, operands.delta)
+    results = gradients.finish()
+    if dc_dp is not None and gamma is not None:
+        results = results._replace(p=gamma / math.log(base) * dc_dp)
+    rounded = round_gradients(inputs, gamma, results)
+    return loss, lse, squared_lse, entropy, predicted, new_sums, *rounded
+
+
+def head_second_order(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    y: Tensor | None,
+    p: Tensor | None,
+    t: Tensor | None,
+    keep: Tensor | None,
+    base: float,
+    cap: float | None,
+    gamma: Tensor,
+    omega: Tensor | None,
+    eta: Tensor | None,
+    u: Tensor | None,
+    V: Tensor | None,
+    sigma: Tensor | None,
+    pi: Tensor | None,
+    tau: Tensor | None,
+    needs_gradient: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Second order; see `kernels.linear_cross_entropy.head_second_order`."""
+    inputs = HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
+    needs = InputValues(*needs_gradient)
+    needs_deltas = any((needs.x, needs.W, needs.b))
+    plan = make_plan(len(x), *W.shape, W.dtype, buffers=2, needs_dW=needs.W)
+    operands = _Operands(inputs, plan, needs_deltas)
+    U = None
+    if u is not None:
+        U = (u if keep is None else u.masked_fill(~keep, 0)).to(W.dtype)
+    V = None if V is None else V.to(W.dtype)
+    R = torch.empty_like(operands.slab)
+    Q = operands.allocate_delta() if needs_deltas else None
+    direction = RowDirection(_to_float(sigma), _to_float(pi), _to_float(tau))
+    ρ_c, ρ_q = torch.zeros_like(gamma), torch.zeros_like(gamma)
+    ρ_h = None if eta is None else torch.zeros_like(gamma)
+    dp = torch.zeros_like(gamma) if needs.p else None
+    outputs = SecondOrderOutputs(ρ_c, ρ_q, ρ_h, dp)
+    upstream, unit = _normalise(gamma, omega, eta, W.dtype)
+    assert upstream is not None
+    process_rows = choose_row_kernel("process_second_order_rows")
+    gradients = _Gradients(operands, needs, unit)
+    for block in plan.iterate_blocks():
+        for rows in plan.iterate_slabs(block):
+            z = operands.compute_products(rows)
+            r = operands.compute_direction(rows, R, U, V)
+            place = slice(rows.start - block.start, rows.stop - block.start)
+            deltas = None
+            if Q is not None and operands.delta is not None:
+                deltas = Q[place], operands.delta[place]
+            process_rows(z, r, deltas, rows, operands.row_inputs, upstream, direction, outputs)
+        if operands.delta is not None:
+            gradients.add_block(block, operands.delta, (Q, V, U))
+    results = gradients.finish()
+    if dp is not None:
+        results = results._replace(p=dp if unit is None else dp / unit)
+    rounded = round_gradients(inputs, gamma, results)
+    return ρ_c, ρ_q, gamma.new_empty(0) if ρ_h is None else ρ_h, *rounded
+
+
+def _normalise(
+    gamma: Tensor | None, omega: Tensor | None, eta: Tensor | None, dtype: torch.dtype
+) -> tuple[UpstreamGradients | None, Tensor | None]:
+    """The upstream gradients; for float16 times a power of two that makes the largest about 1.
+
+    Also returns that factor, which stays on the device. Δ of float16 would underflow at 1/N.
+    """
+    if gamma is None:
+        return None, None
+    upstream = UpstreamGradients(gamma, omega, eta)
+    if dtype != torch.float16:
+        return upstream, None
+    largest = torch.stack([v.abs().amax() for v in upstream if v is not None]).amax()
+    exponent = torch.frexp(largest).exponent
+    unit = torch.ldexp(torch.ones_like(largest), -exponent)
+    unit = torch.where(largest.isfinite() & (largest > 0), unit, 1.0)
+    return UpstreamGradients(*(None if v is None else v * unit for v in upstream)), unit
+
+
+def _to_float(value: Tensor | None) -> Tensor | None:
+    """Contiguous, in float32."""
+    return None if value is None else value.to(torch.float32).contiguous()

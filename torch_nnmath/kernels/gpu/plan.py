@@ -1,0 +1,106 @@
+"""How the head divides its rows on a GPU, from a budget of memory.
+
+The rows form blocks. A block keeps its half-precision Δ until one product gives dX and one gives
+dW, so larger blocks use the matrix units better. The float32 logits exist for a slab of a block's
+rows at a time. With C classes and D features, a call uses, beyond inputs and results:
+
+    slab rows x 4 C  +  block rows x 2 C  +  4 C D if there are several blocks
+
+The last term is dW in float32, which accumulates over the blocks; for float32 weights it is the
+result itself. With float32 weights Δ takes 4 C bytes a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+SLAB_ROWS = 640  # the product that fills a slab fills whole waves of 128 x 256 tiles
+MIN_SLAB_ROWS = 128  # below, reading W takes longer than the product
+SINGLE_BLOCK_ROWS = 4096  # up to this many rows, a block needs less memory than an accumulator
+ALIGNMENT = 16  # entries; rows of a buffer start at multiples of 32 bytes, for wide loads
+
+_budget = 3 * 2**29
+
+
+def get_memory_budget() -> int:
+    """Bytes that the head may use on a GPU beyond its inputs, gradients and results."""
+    return _budget
+
+
+def set_memory_budget(size: int) -> None:
+    """Sets the bytes that the head may use on a GPU; 1.5 GiB by default.
+
+    Larger budgets allow larger blocks of rows, which are faster. A head whose smallest plan needs
+    more than the budget uses that plan: 128 rows at a time, and dW in float32 for half weights.
+    """
+    global _budget
+    if size <= 0:
+        raise ValueError(f"the budget must be positive, but is {size} bytes")
+    _budget = size
+
+
+class Plan(NamedTuple):
+    """The rows of each block and of each slab, and whether dW accumulates apart in float32."""
+
+    rows: int
+    block_rows: int
+    slab_rows: int
+    has_accumulator: bool
+
+    def iterate_blocks(self) -> Iterator[slice]:
+        return _split(0, self.rows, self.block_rows)
+
+    def iterate_slabs(self, block: slice) -> Iterator[slice]:
+        return _split(block.start, block.stop, self.slab_rows)
+
+
+def make_plan(
+    N: int, C: int, D: int, dtype: torch.dtype, buffers: int = 1, needs_dW: bool = True
+) -> Plan:
+    """Chooses the largest blocks and slabs within the budget.
+
+    `buffers` is the number of slabs and of matrices Δ: 2 for the second order.
+    """
+    is_half = dtype.itemsize == 2
+    slab_row, block_row = buffers * 4 * C, buffers * dtype.itemsize * C
+    slab_rows = min(_round_up(N, ALIGNMENT), SLAB_ROWS)
+    if slab_rows * (slab_row + block_row) > _budget:
+        slab_rows = max(_budget // (slab_row + block_row) // ALIGNMENT * ALIGNMENT, MIN_SLAB_ROWS)
+    left = _budget - slab_rows * slab_row
+    largest = N if not is_half or N <= max(SINGLE_BLOCK_ROWS, 2 * D + SINGLE_BLOCK_ROWS) else 0
+    if not is_half:
+        largest = min(N, SINGLE_BLOCK_ROWS)
+    if largest == N and N * block_row <= left:
+        return Plan(N, N, slab_rows, False)
+    has_accumulator = is_half and needs_dW
+    if has_accumulator:
+        left -= 4 * C * D
+    rows = min(max(left // block_row, slab_rows), max(SINGLE_BLOCK_ROWS, 2 * D))
+    rows = _divide_evenly(N, max(int(rows), 1))
+    return Plan(N, rows, min(slab_rows, rows), has_accumulator and rows < N)
+
+
+def pad(C: int) -> int:
+    """The length of a buffer's row of C entries."""
+    return _round_up(C, ALIGNMENT)
+
+
+def _divide_evenly(N: int, rows: int) -> int:
+    """Rows of a block so that the blocks are nearly equal, a multiple of the alignment."""
+    return _round_up(math.ceil(N / math.ceil(N / rows)), ALIGNMENT)
+
+
+def _split(start: int, stop: int, rows: int) -> Iterator[slice]:
+    """Slices of equal size, none larger than `rows`."""
+    if start == stop:
+        return
+    size = _divide_evenly(stop - start, rows)
+    yield from (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,143 @@
+"""The head's row kernel in PyTorch operations, for a GPU without Triton.
+
+`triton_head.process_rows` does the same in two reads and one write.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torch_nnmath._precision import zero_safe_product
+from torch_nnmath._records import UpstreamGradients
+from torch_nnmath.kernels.gpu.records import RowInputs, RowOutputs
+
+CHUNK_BYTES = 2**25  # of the rows that are processed together: their temporaries stay in the L2
+
+
+def process_rows(
+    z: Tensor,
+    G: Tensor | None,
+    rows: slice,
+    inputs: RowInputs,
+    upstream: UpstreamGradients | None,
+    sums: Tensor | None,
+    outputs: RowOutputs,
+) -> None:
+    """Writes the results of the rows `rows`, and Δ of these into G, rounded once.
+
+    `z` (rows, C or more) are the products x Wᵀ, which are overwritten. Given `sums`, only G and
+    dc/dp are computed.
+    """
+    size = max(CHUNK_BYTES // (4 * max(inputs.C, 1)), 1)
+    for i in range(0, len(z), size):
+        chunk = slice(rows.start + i, min(rows.start + i + size, rows.stop))
+        G_chunk = None if G is None else G[i : i + size, : inputs.C]
+        chunk_of_rows = _Rows(z[i : i + size, : inputs.C], chunk, inputs)
+        chunk_of_rows.compute_softmax(sums, outputs)
+        if G_chunk is not None and upstream is not None:
+            chunk_of_rows.write_delta(G_chunk, upstream)
+
+
+class _Rows:
+    """Some rows: v, and the sums m, s, Σ e^{v-m} (v-m)."""
+
+    def __init__(self, z: Tensor, rows: slice, inputs: RowInputs):
+        C, b, scale, y, p, t, keep, base, cap = inputs
+        self.ln, self.cap, self.rows = math.log(base), cap, rows
+        self.y, self.p, self.ignored_mask = None, None, None
+        if y is not None:
+            self.y = y[rows]
+        if p is not None:
+            self.p = p[rows]
+        if keep is not None:
+            self.ignored_mask = ~keep[rows]
+        self.t = t if t is None or len(t) == 1 else t[rows]
+        if scale is not None:
+            z.mul_(scale[rows] if scale.dim() else scale)
+        if b is not None:
+            z.add_(b)
+        z = self.mask_(z)
+        self.v = z if cap is None else z.div_(cap).tanh_().mul_(cap)
+
+    def compute_softmax(self, sums: Tensor | None, outputs: RowOutputs) -> None:
+        """Computes the sums, unless they are given, and writes the results."""
+        rows, v = self.rows, self.v
+        if sums is not None:
+            self.m, self.s, self.ev = sums[rows].split(1, 1)
+        else:
+            self.m = v.amax(1, keepdim=True)
+            shifted = v - self.m
+            e = shifted.exp()
+            self.s = e.sum(1, keepdim=True)
+            self.ev = zero_safe_product(e, shifted).sum(1, keepdim=True)
+        lse = self.mask(self.s.log() + self.m)
+        # the class's log-probability from v - m, since lse - v_y cancels
+        self.v_y = None if self.y is None else v.gather(1, self.y)
+        dc_dp = lse if self.v_y is None else self.s.log() - (self.v_y - self.m)
+        if outputs.dc_dp is not None:
+            outputs.dc_dp[rows] = self.mask(dc_dp)
+        if outputs.loss is not None:
+            outputs.loss[rows] = self.mask(self._compute_loss(dc_dp)) / self.ln
+        if outputs.lse is not None:
+            outputs.lse[rows] = lse
+        if outputs.squared_lse is not None:
+            outputs.squared_lse[rows] = lse.square()
+        if outputs.entropy is not None:
+            outputs.entropy[rows] = self.mask(self.s.log() - self.ev / self.s) / self.ln
+        if outputs.predicted is not None:
+            outputs.predicted[rows] = self.mask(v.argmax(1, keepdim=True), -1)
+        if outputs.sums is not None:
+            outputs.sums[rows] = torch.cat((self.m, self.s, self.ev), 1)
+
+    def _compute_loss(self, dc_dp: Tensor) -> Tensor:
+        """ln β c = p dc/dp + Σ t (lse - v)."""
+        loss = torch.zeros_like(dc_dp)
+        if self.p is not None:
+            loss = loss + zero_safe_product(self.p, dc_dp)
+        if self.t is not None:
+            terms = zero_safe_product(self.t, self.v - self.m)
+            loss = loss + self.t.sum(1, keepdim=True) * self.s.log() - terms.sum(1, keepdim=True)
+        return loss
+
+    def write_delta(self, G: Tensor, upstream: UpstreamGradients) -> None:
+        """Δ = dv/dz ∘ (a ∘ B - γβ t) - γβ p dv_y/dz_y e_y, B = γβ T + 2 ω lse - ηβ (l - a·l)."""
+        γβ, ω, ηβ = self._select_coefficients(upstream)
+        v, s = self.v, self.s
+        shifted = v - self.m
+        total = torch.zeros_like(s) if self.p is None else self.p
+        if self.t is not None:
+            total = total + self.t.sum(1, keepdim=True)
+        B = γβ * total
+        if ω is not None:
+            B = B + 2 * ω * self.mask(s.log() + self.m)
+        if ηβ is not None:  # l - a·l = (v - m) - a·(v - m)
+            B = B + ηβ * (self.ev / s) - zero_safe_product(ηβ, shifted)
+        delta = zero_safe_product(shifted.exp() / s, B)
+        if self.t is not None:
+            delta -= γβ * self.t
+        if self.p is not None and self.y is not None:
+            delta.scatter_add_(1, self.y, -γβ * self.p)
+        if self.cap is not None:
+            u = v / self.cap
+            delta *= (1 - u) * (1 + u)
+        G.copy_(self.mask_(delta))
+
+    def _select_coefficients(self, upstream: UpstreamGradients) -> tuple[Tensor, ...]:
+        def select(value: Tensor | None, divisor: float) -> Tensor | None:
+            if value is None:
+                return None
+            return self.mask((value[self.rows] if value.dim() else value) / divisor)
+
+        γ, ω, η = upstream
+        return select(γ, self.ln), select(ω, 1), select(η, self.ln)  # type: ignore[return-value]
+
+    def mask(self, value: Tensor, fill: int = 0) -> Tensor:
+        """The value of each row, `fill` in the ignored ones."""
+        return value if self.ignored_mask is None else value.masked_fill(self.ignored_mask, fill)
+
+    def mask_(self, z: Tensor) -> Tensor:
+        """Overwrites the ignored rows with 0."""
+        return z if self.ignored_mask is None else z.masked_fill_(self.ignored_mask, 0)
