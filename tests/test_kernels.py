@@ -92,7 +92,9 @@ OPERATORS["head_second_order"][2] = (*OPERATORS["head_second_order"][2][:-1], [T
 
 
 def test_opcheck_covers_every_operator():
-    assert sorted(OPERATORS) == sorted(kernels.__all__)
+    values = {name: getattr(kernels, name) for name in kernels.__all__}
+    operators = {name for name, v in values.items() if isinstance(v, torch._ops.OpOverload)}
+    assert {*OPERATORS} == operators
 
 
 @pytest.mark.parametrize(

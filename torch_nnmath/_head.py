@@ -10,7 +10,14 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
-from torch_nnmath._precision import cast_for_loss, cast_for_product, is_autocast, wide_type, widen
+from torch_nnmath._precision import (
+    cast_for_loss,
+    cast_for_product,
+    is_autocast,
+    make_scalar,
+    wide_type,
+    widen,
+)
 from torch_nnmath._records import HeadInputs, Requests, RowResults, Target
 from torch_nnmath._reduction import choose_divisor, count_kept
 from torch_nnmath._target import TargetOptions, read_indices, read_probabilities
@@ -130,9 +137,9 @@ class Head(NamedTuple):
                 if formulas.LinearCrossEntropyCost.may_replace(n, needs_gradient):
                     ω = None
                     if z_loss_coefficient:
-                        ω = z_loss_coefficient / torch.as_tensor(kept_rows).to(zero)
+                        ω = z_loss_coefficient / make_scalar(kept_rows, zero)
                     cost, lse, entropy, predicted, *_ = formulas.LinearCrossEntropyCost.apply(
-                        torch.as_tensor(n).to(zero), ω, *inputs.flatten(), requests, needs_gradient
+                        make_scalar(n, zero), ω, *inputs.flatten(), requests, needs_gradient
                     )
                     result = RowResults(None, lse, None, entropy, predicted)
                 else:

@@ -31,6 +31,13 @@ def zero_safe_product(t: Tensor, v: Tensor) -> Tensor:
     return t * v.masked_fill((t == 0) & v.isinf(), 0)
 
 
+def make_scalar(n: Tensor | float, like: Tensor) -> Tensor:
+    """n as a tensor () of `like`'s type and device, without waiting for the device."""
+    if isinstance(n, Tensor):
+        return n.to(like)
+    return torch.full((), n, dtype=like.dtype, device=like.device)
+
+
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # meta has no autocast

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_nnmath._precision import HALF
+from torch_nnmath._precision import HALF, make_scalar, wide_type
 from torch_nnmath.formulas._formula import Formula, requires_grad, save, sum_present
-from torch_nnmath.kernels.dispatch import are_large_plain_cpu_tensors, are_plain_cpu_tensors
+from torch_nnmath.kernels.dispatch import are_large_plain_tensors, are_plain_tensors
+from torch_nnmath.kernels.scaling import may_scale, scale_gradient_
 
 
 class Cost(Formula):
@@ -49,12 +50,13 @@ class CostWithGradient(Function):
 
     `f.kernel` computes the losses and dC/dx in one pass over x. The first backward scales that
     gradient in place; a second backward calls the kernel again. A differentiated backward, or one
-    whose dC is not a finite plain tensor, calls `f.gradient`.
+    whose dC must not be multiplied (`kernels.may_scale`), calls `f.gradient`.
     """
 
     @staticmethod
     def forward(ctx: Any, f: Any, n: Any, *inputs: Any) -> Tensor:
-        ctx.f, ctx.n = f, torch.as_tensor(n, dtype=inputs[0].dtype)
+        x = inputs[0]
+        ctx.f, ctx.n = f, make_scalar(n, x.new_empty((), dtype=wide_type(x.dtype)))
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
         ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
         c, ctx.gradient = f.kernel.value_and_gradient(1 / ctx.n, *inputs, True)
@@ -64,13 +66,13 @@ class CostWithGradient(Function):
     def backward(ctx: Any, dC: Tensor) -> Any:
         pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
         inputs = [option if x is None else x for x, option in pairs]
-        if torch.is_grad_enabled() or not are_plain_cpu_tensors(dC) or not dC.isfinite():
+        if torch.is_grad_enabled() or not (are_plain_tensors(dC) and may_scale(dC)):
             dx = ctx.f.gradient(dC / ctx.n, *inputs)
         else:
             dx, ctx.gradient = ctx.gradient, None
             if dx is None:  # an earlier backward overwrote it
                 dx = ctx.f.kernel.gradient(1 / ctx.n, *inputs)
-            dx = dx if dC == 1 else dx.mul_(dC)
+            dx = scale_gradient_(dx, dC, ctx.f.select_kept_rows(*inputs))
         return None, None, dx.to(inputs[0].dtype), *[None] * (len(inputs) - 1)
 
     @staticmethod
@@ -83,6 +85,7 @@ class CostWithGradient(Function):
             and f.kernel is not None
             and requires_grad(x)
             and not any(map(requires_grad, (n, *others)))
-            and are_large_plain_cpu_tensors(inputs)
-            and x.dtype not in HALF
+            and are_large_plain_tensors(inputs)
+            # rounding before the multiplication costs the CPU a digit, and float16 its range
+            and (x.dtype not in HALF or (x.dtype == torch.bfloat16 and x.is_cuda))
         )

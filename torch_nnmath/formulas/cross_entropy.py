@@ -66,6 +66,10 @@ class CrossEntropy(Formula):
         return (k * target.subtract_from(target.total() * a)).to(z.dtype)
 
     @staticmethod
+    def select_kept_rows(z: Any, y: Any, p: Any, t: Any, keep: Any, *_: Any) -> Any:
+        return keep
+
+    @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, _dy: None, dp: Any, dt: Any, *_: None) -> Tensor:
         z, y, p, t, keep = ctx.saved_tensors
         target, l = Target(y, p, t, ctx.dim), log_softmax(z, keep, ctx.dim)

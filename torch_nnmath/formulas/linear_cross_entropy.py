@@ -13,7 +13,7 @@ from torch_nnmath._precision import disable_autocast, widen
 from torch_nnmath._records import HeadInputs, InputValues, Requests, UpstreamGradients
 from torch_nnmath.formulas._formula import KernelFormula, requires_grad, save
 from torch_nnmath.formulas._unfused_head import compute_rows, compute_second_order, restrict
-from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors
+from torch_nnmath.kernels.scaling import may_scale, scale_gradient_
 
 vjp: Any = torch.func.vjp  # Any: its annotation is a union of two and of three results
 
@@ -129,7 +129,7 @@ class LinearCrossEntropyCost(Function):
             gradients = _scale(dC, ctx.gradients.select(needs_gradient), inputs)
             return None, None, *gradients.flatten(), None, None
         known_gradients = None
-        if _may_scale(dC):  # the usual training step: scales the forward's gradients
+        if may_scale(dC):  # the usual training step: scales the forward's gradients
             gradients = LinearCrossEntropyCost._take_gradients(ctx, needs_gradient, inputs, n, ω)
             gradients = _scale(dC, gradients, inputs)
             if not torch.is_grad_enabled():
@@ -336,33 +336,17 @@ def _select_gradients(outputs: Any, needs_gradient: InputValues) -> InputValues:
     return InputValues(*gradients).select(needs_gradient)
 
 
-def _may_scale(dC: Tensor) -> bool:
-    """Whether the gradients for dC = 1 may be multiplied by dC.
-
-    On the CPU an infinite dC goes to the kernel, which masks the ignored rows. So do batched and
-    transformed dC.
-    """
-    if are_plain_cpu_tensors(dC):
-        return bool(dC.isfinite())
-    return not (_torch.is_transformed() or _torch.is_legacy_batch(dC))
-
-
 def _scale(dC: Tensor, gradients: InputValues, inputs: HeadInputs) -> InputValues:
-    """dC times the gradients, in the inputs' types; an eager step on the CPU overwrites them.
+    """dC times the gradients, in the inputs' types; an eager step overwrites them.
 
-    Elsewhere dC may be infinite: reading it would synchronise. Gradients from ignored rows alone
-    are set to 0.
+    Where dC may be infinite, gradients from ignored rows alone are set to 0.
     """
     x, _, _, target, keep, *_ = inputs
-    is_plain = are_plain_cpu_tensors(dC)
+    any_kept = None if keep is None else keep.any()
 
     def scale(g: Tensor, v: Tensor, is_per_row: bool) -> Tensor:
-        if is_plain:
-            g = g if dC == 1 else g.mul_(dC)
-        elif keep is None:
-            g = g * dC if len(x) else g
-        else:
-            g = torch.where(keep if is_per_row else keep.any(), g * dC, 0)
+        if len(x) or keep is not None:
+            g = scale_gradient_(g, dC, keep if is_per_row else any_kept)
         return g.to(v.dtype)
 
     has_rows = InputValues(True, False, False, True, target.t is not None)

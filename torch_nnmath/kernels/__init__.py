@@ -8,6 +8,7 @@ head share.
 
 from torch_nnmath.kernels.class_indices import class_indices
 from torch_nnmath.kernels.cross_entropy import cross_entropy
+from torch_nnmath.kernels.dispatch import explain
 from torch_nnmath.kernels.elementwise import (
     relu_product,
     sigmoid_product,
@@ -16,14 +17,18 @@ from torch_nnmath.kernels.elementwise import (
     squared_error,
     tanh_product,
 )
+from torch_nnmath.kernels.gpu.plan import get_memory_budget, set_memory_budget
 from torch_nnmath.kernels.linear_cross_entropy import head, head_second_order
 
 __all__ = [
     "class_indices",
     "cross_entropy",
+    "explain",
+    "get_memory_budget",
     "head",
     "head_second_order",
     "relu_product",
+    "set_memory_budget",
     "sigmoid_product",
     "sigmoid_squared_error",
     "softmax_product",

@@ -17,6 +17,9 @@ SAFE_EXP = 1e20  # while Σ e^z < this and e^{z_y} > 1/this, float32 neither ove
 
 GPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 GPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}  # by the operator's name
+GPU_MODULES: dict[str, str] = {}
+NO_TRITON = "Triton is not installed"
+UNSUPPORTED_TYPES = "a type is not float32, bfloat16 or float16"
 
 LIBRARY = torch.library.Library("torch_nnmath", "DEF")
 
@@ -28,7 +31,7 @@ def register_operator(
 
     `fake` gives the results' shapes and types. The operator runs below autograd and with autocast
     off, since autocast would round the products that are computed in float32. On a GPU the function
-    of the same name in `kernels.gpu.<gpu_module>` runs instead, unless `find_gpu_obstacle` finds one.
+    of the same name in `kernels.gpu.<gpu_module>` runs instead; `find_gpu_obstacle` has exceptions.
     """
     name = signature.split("(")[0]
 
@@ -44,7 +47,7 @@ def register_operator(
 
         @functools.wraps(function)
         def run_on_gpu(*args: Any) -> Any:
-            if find_gpu_obstacle(name, gpu_module or "", args):
+            if find_gpu_obstacle(name, args):
                 return run(*args)
             module = importlib.import_module(f"torch_nnmath.kernels.gpu.{gpu_module}")
             return run_without_gradients(getattr(module, name), *args)
@@ -53,23 +56,23 @@ def register_operator(
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         if gpu_module is not None:
             LIBRARY.impl(name, run_on_gpu, "CUDA")
-            GPU_IMPLEMENTATIONS[name] = run_on_gpu
+            GPU_IMPLEMENTATIONS[name], GPU_MODULES[name] = run_on_gpu, gpu_module
         torch.library.register_fake(f"torch_nnmath::{name}", fake, lib=LIBRARY)
         return getattr(torch.ops.torch_nnmath, name).default
 
     return register
 
 
-def find_gpu_obstacle(name: str, gpu_module: str, args: Any) -> str | None:
+def find_gpu_obstacle(name: str, args: Any) -> str | None:
     """Why the GPU's implementation of an operator does not take these arguments, if so."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     if any(x.is_floating_point() and x.dtype not in GPU_TYPES for x in tensors):
-        return "it has types other than float32, bfloat16 and float16"
-    if gpu_module.startswith("triton_"):
-        return None if has_triton() else "Triton is not installed"
+        return UNSUPPORTED_TYPES
+    if GPU_MODULES[name].startswith("triton_"):
+        return None if has_triton() else NO_TRITON
     x, W, *_, needs_gradient = args  # the head's operators
     if not x.numel() or not W.numel():
-        return "it has no entries"
+        return "a tensor is empty"
     if x.dtype != W.dtype and W.dtype != torch.float32 and x.dtype != torch.float32:
         return "features and weight have different half types"
     return "the target needs a gradient" if needs_gradient[4] else None

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_nnmath import _torch
+from torch_nnmath.kernels._library import (
+    GPU_MODULES,
+    GPU_TYPES,
+    NO_TRITON,
+    UNSUPPORTED_TYPES,
+    find_gpu_obstacle,
+    has_triton,
+)
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 MIN_KERNEL_SIZE = 2**15  # entries; up to this PyTorch uses one thread, and no kernel is faster
@@ -50,23 +58,74 @@ def may_use_kernel(args: Any) -> bool:
 
     Disabled grad mode alone does not prove it: forward over reverse disables it, too.
     """
-    return not torch.is_grad_enabled() and are_large_plain_cpu_tensors(args)
+    return not torch.is_grad_enabled() and are_large_plain_tensors(args)
 
 
-def are_large_plain_cpu_tensors(args: Any) -> bool:
-    """Whether the tensors among `args` are plain and large enough for a kernel."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
+def are_large_plain_tensors(args: Any) -> bool:
+    """Whether a kernel supports the tensors among `args`, and they are large enough for one."""
+    return find_kernel_obstacle([x for x in args if isinstance(x, Tensor)]) is None
+
+
+def find_kernel_obstacle(tensors: Sequence[Tensor]) -> str | None:
+    """Why the formula is computed as it is written, and not by a kernel; None for a kernel."""
     sizes = [x.numel() for x in tensors]
-    return min(sizes) > 0 and max(sizes) > MIN_KERNEL_SIZE and are_plain_cpu_tensors(*tensors)
+    if min(sizes) == 0 or max(sizes) <= MIN_KERNEL_SIZE:
+        return f"no tensor has more than {MIN_KERNEL_SIZE} entries, or one has none"
+    watcher = find_watcher(*tensors)
+    if watcher is not None:
+        return watcher
+    devices = {x.device.type for x in tensors}
+    if devices == {"cpu"}:
+        return None
+    if devices != {"cuda"}:
+        return "there are kernels for the CPU and for GPUs only"
+    if not has_triton():
+        return NO_TRITON
+    is_supported = all(x.dtype in GPU_TYPES for x in tensors if x.is_floating_point())
+    return None if is_supported else UNSUPPORTED_TYPES
+
+
+def find_watcher(*tensors: Tensor) -> str | None:
+    """What traces, batches or transforms the call, or else observes it; None if nothing does."""
+    if torch.compiler.is_compiling():
+        return "a compiler traces the call"
+    if _torch.is_transformed() or any(map(_torch.is_legacy_batch, tensors)):
+        return "a transform or forward mode is active"
+    if _torch.has_dispatch_mode():
+        return "a dispatch mode observes the call"
+    if _torch.is_jit_tracing():
+        return "torch.jit traces the call"
+    if any(type(x) not in PLAIN_TYPES for x in tensors):
+        return "an argument is a tensor subclass"
+    return None
+
+
+def are_plain_tensors(*tensors: Tensor) -> bool:
+    """Whether nothing traces, batches or observes the tensors."""
+    return find_watcher(*tensors) is None
 
 
 def are_plain_cpu_tensors(*tensors: Tensor) -> bool:
-    """Whether the tensors have values in the CPU's memory, and nothing traces or batches them."""
-    if torch.compiler.is_compiling() or _torch.is_transformed():
-        return False
-    if _torch.has_dispatch_mode() or _torch.is_jit_tracing():
-        return False
-    return all(
-        type(x) in PLAIN_TYPES and x.device.type == "cpu" and not _torch.is_legacy_batch(x)
-        for x in tensors
-    )
+    """Whether the tensors are plain, and reading their values does not wait for a device."""
+    return are_plain_tensors(*tensors) and all(x.device.type == "cpu" for x in tensors)
+
+
+def explain(name: str, *args: Any) -> str:
+    """Says in one sentence how the operator `name`, or its formula, is computed, and why.
+
+    `args` are those of the operator `torch.ops.torch_nnmath.<name>`.
+    """
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    is_head = GPU_MODULES.get(name) == "head"
+    obstacle = None if is_head else find_kernel_obstacle(tensors)
+    if obstacle is not None:
+        return f"{name} is computed by the formula as it is written: {obstacle}."
+    if tensors[0].device.type != "cuda":
+        return f"{name} is computed by PyTorch operations, block by block."
+    obstacle = find_gpu_obstacle(name, args)
+    if obstacle is not None:
+        return f"{name} is computed by PyTorch operations, block by block: {obstacle}."
+    if not is_head:
+        return f"{name} is computed by a Triton kernel."
+    rows = "Triton kernels" if has_triton() else f"PyTorch operations on rows, since {NO_TRITON}"
+    return f"{name} is computed by half-precision or float32 matrix products and {rows}."

@@ -388,17 +388,23 @@ def _allocate_gradients(
 def round_gradients(
     inputs: HeadInputs, gamma: Tensor | None, gradients: InputValues
 ) -> InputValues:
-    """Rounds the gradients of x, W, b to the types of these.
-
-    A γ of shape () is that of a cost: its gradients are still to be scaled, and those of float16
-    stay in float32, since they may underflow before that.
-    """
-    is_cost = gamma is None or not gamma.dim()
+    """Rounds the gradients of x, W, b to the types of these, unless `is_rounded_later`."""
 
     def round_once(gradient: Tensor, value: Tensor) -> Tensor:
-        return gradient if is_cost and value.dtype == torch.float16 else gradient.to(value.dtype)
+        return gradient if is_rounded_later(gamma, value) else gradient.to(value.dtype)
 
     x, W, b = inputs.x, inputs.W, inputs.W if inputs.b is None else inputs.b
     return gradients._replace(
         x=round_once(gradients.x, x), W=round_once(gradients.W, W), b=round_once(gradients.b, b)
     )
+
+
+def is_rounded_later(gamma: Tensor | None, value: Tensor) -> bool:
+    """Whether the gradient of `value` stays in the type of computation.
+
+    A γ of shape () is that of a cost, whose gradients are still to be multiplied by dC. Rounded
+    before, those of float16 may underflow. On a GPU those of bfloat16 are rounded twice, since the
+    passes over a wider dW would take a tenth of the time; dC is mostly a power of two.
+    """
+    is_cost = gamma is None or not gamma.dim()
+    return is_cost and (value.dtype == torch.float16 or value.device.type != "cuda")

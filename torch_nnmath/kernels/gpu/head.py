@@ -24,7 +24,11 @@ from torch_nnmath.kernels.gpu.records import (
     RowOutputs,
     SecondOrderOutputs,
 )
-from torch_nnmath.kernels.linear_cross_entropy import allocate_rows, round_gradients
+from torch_nnmath.kernels.linear_cross_entropy import (
+    allocate_rows,
+    is_rounded_later,
+    round_gradients,
+)
 
 
 def choose_row_kernel(name: str) -> Callable[..., None]:
@@ -109,11 +113,13 @@ class _Gradients:
     float32, which makes Δ as large as the upstream gradients of a sum.
     """
 
-    def __init__(self, operands: _Operands, needs: InputValues, unit: Tensor | None):
+    def __init__(
+        self, operands: _Operands, needs: InputValues, gamma: Tensor | None, unit: Tensor | None
+    ):
         self.operands, self.unit = operands, unit
         x, W = operands.x, operands.W
         N, (C, D) = len(x), W.shape
-        is_wide = operands.plan.has_accumulator or unit is not None
+        is_wide = operands.plan.has_accumulator or unit is not None or is_rounded_later(gamma, W)
         dtype = torch.float32 if is_wide else W.dtype
         self.dx = x.new_empty((N, D) if needs.x else 0, dtype=torch.float32)
         self.dW = W.new_empty((C, D) if needs.W else 0, dtype=dtype)
@@ -179,7 +185,7 @@ def head(
     loss, lse, squared_lse, entropy, predicted, new_sums = allocate_rows(x, requests)
     is_requested = Requests(*requests)
     needs_delta = gamma is not None and any((needs.x, needs.W, needs.b))
-    plan = make_plan(len(x), *W.shape, W.dtype, needs_dW=needs.W)
+    plan = make_plan(x, W, needs_dW=needs.W)
     operands = _Operands(inputs, plan, needs_delta)
     dc_dp = torch.zeros_like(loss) if needs.p else None
     outputs = RowOutputs(None, None, None, None, None, None, dc_dp)
@@ -195,7 +201,7 @@ def head(
         )
     upstream, unit = _normalise(gamma, omega, eta, W.dtype)
     process_rows = choose_row_kernel("process_rows")
-    gradients = _Gradients(operands, needs, unit)
+    gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():
         for rows in plan.iterate_slabs(block):
             z = operands.compute_products(rows)
@@ -235,7 +241,7 @@ def head_second_order(
     inputs = HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
     needs = InputValues(*needs_gradient)
     needs_deltas = any((needs.x, needs.W, needs.b))
-    plan = make_plan(len(x), *W.shape, W.dtype, buffers=2, needs_dW=needs.W)
+    plan = make_plan(x, W, buffers=2, needs_dW=needs.W)
     operands = _Operands(inputs, plan, needs_deltas)
     U = None
     if u is not None:
@@ -251,7 +257,7 @@ def head_second_order(
     upstream, unit = _normalise(gamma, omega, eta, W.dtype)
     assert upstream is not None
     process_rows = choose_row_kernel("process_second_order_rows")
-    gradients = _Gradients(operands, needs, unit)
+    gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():
         for rows in plan.iterate_slabs(block):
             z = operands.compute_products(rows)
@@ -286,7 +292,9 @@ def _normalise(
     exponent = torch.frexp(largest).exponent
     unit = torch.ldexp(torch.ones_like(largest), -exponent)
     unit = torch.where(largest.isfinite() & (largest > 0), unit, 1.0)
-    return UpstreamGradients(*(None if v is None else v * unit for v in upstream)), unit
+    γ, ω, η = (None if v is None else v * unit for v in upstream)
+    assert γ is not None
+    return UpstreamGradients(γ, ω, η), unit
 
 
 def _to_float(value: Tensor | None) -> Tensor | None:

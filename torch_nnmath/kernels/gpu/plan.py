@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 SLAB_ROWS = 640  # the product that fills a slab fills whole waves of 128 x 256 tiles
 MIN_SLAB_ROWS = 128  # below, reading W takes longer than the product
@@ -58,20 +58,19 @@ class Plan(NamedTuple):
         return _split(block.start, block.stop, self.slab_rows)
 
 
-def make_plan(
-    N: int, C: int, D: int, dtype: torch.dtype, buffers: int = 1, needs_dW: bool = True
-) -> Plan:
+def make_plan(x: Tensor, W: Tensor, buffers: int = 1, needs_dW: bool = True) -> Plan:
     """Chooses the largest blocks and slabs within the budget.
 
     `buffers` is the number of slabs and of matrices Δ: 2 for the second order.
     """
+    N, (C, D), dtype = len(x), W.shape, W.dtype
     is_half = dtype.itemsize == 2
     slab_row, block_row = buffers * 4 * C, buffers * dtype.itemsize * C
     slab_rows = min(_round_up(N, ALIGNMENT), SLAB_ROWS)
     if slab_rows * (slab_row + block_row) > _budget:
         slab_rows = max(_budget // (slab_row + block_row) // ALIGNMENT * ALIGNMENT, MIN_SLAB_ROWS)
     left = _budget - slab_rows * slab_row
-    largest = N if not is_half or N <= max(SINGLE_BLOCK_ROWS, 2 * D + SINGLE_BLOCK_ROWS) else 0
+    largest = N if not is_half or max(SINGLE_BLOCK_ROWS, 2 * D + SINGLE_BLOCK_ROWS) >= N else 0
     if not is_half:
         largest = min(N, SINGLE_BLOCK_ROWS)
     if largest == N and N * block_row <= left:

@@ -45,7 +45,7 @@ class _Rows:
     """Some rows: v, and the sums m, s, Σ e^{v-m} (v-m)."""
 
     def __init__(self, z: Tensor, rows: slice, inputs: RowInputs):
-        C, b, scale, y, p, t, keep, base, cap = inputs
+        _, b, scale, y, p, t, keep, base, cap = inputs
         self.ln, self.cap, self.rows = math.log(base), cap, rows
         self.y, self.p, self.ignored_mask = None, None, None
         if y is not None:

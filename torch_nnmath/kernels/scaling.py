@@ -1,0 +1,43 @@
+"""Multiplies gradients that the forward computed by the upstream gradient, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_nnmath import _torch
+from torch_nnmath.kernels._library import GPU_TYPES, has_triton
+from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors, are_plain_tensors
+
+
+def may_scale(dC: Tensor) -> bool:
+    """Whether gradients for dC = 1 may be multiplied by dC.
+
+    On the CPU an infinite dC goes to the kernel, which masks the ignored rows. Elsewhere reading
+    dC would synchronise, and `scale_gradient_` masks them. Batched and transformed values must not
+    be multiplied.
+    """
+    if are_plain_cpu_tensors(dC):
+        return bool(dC.isfinite())
+    return not (_torch.is_transformed() or _torch.is_legacy_batch(dC))
+
+
+def scale_gradient_(gradient: Tensor, dC: Tensor, keep: Tensor | None = None) -> Tensor:
+    """dC times the gradient; 0 where keep, which broadcasts, is False.
+
+    Overwrites the gradient, unless something traces or observes dC. A dC of 1 costs no pass over
+    the gradient, on a GPU if Triton is installed.
+    """
+    if not are_plain_tensors(dC):
+        return gradient * dC if keep is None else torch.where(keep, gradient * dC, 0)
+    if dC.device.type == "cpu":
+        return gradient if dC == 1 else gradient.mul_(dC)
+    is_per_row = keep is None or keep.numel() == 1 or keep.shape == (*gradient.shape[:-1], 1)
+    if has_triton() and is_per_row and gradient.dtype in GPU_TYPES and gradient.is_contiguous():
+        from torch_nnmath.kernels.gpu import triton_elementwise
+
+        rows = gradient.view(-1, gradient.shape[-1]) if gradient.dim() else gradient.view(1, 1)
+        triton_elementwise.scale_(rows, dC, keep if keep is None else keep.view(-1, 1))
+        return gradient
+    gradient.mul_(dC)
+    return gradient if keep is None else gradient.masked_fill_(~keep, 0)
