@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath._precision import disable_autocast
+from torch_nnmath._precision import disable_autocast, wide_type
 
 SLICE_SIZE = 2**18  # entries of a slice, which stays in the cache over several passes
 SAFE_EXP = 1e20  # while Σ e^z < this and e^{z_y} > 1/this, float32 neither overflows nor underflows
@@ -66,14 +66,16 @@ def register_operator(
 def find_gpu_obstacle(name: str, args: Any) -> str | None:
     """Why the GPU's implementation of an operator does not take these arguments, if so."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if any(x.is_floating_point() and x.dtype not in GPU_TYPES for x in tensors):
-        return UNSUPPORTED_TYPES
     if GPU_MODULES[name].startswith("triton_"):
+        if any(x.is_floating_point() and x.dtype not in GPU_TYPES for x in tensors):
+            return UNSUPPORTED_TYPES
         return None if has_triton() else NO_TRITON
     x, W, *_, needs_gradient = args  # the head's operators
     if not x.numel() or not W.numel():
         return "a tensor is empty"
-    if x.dtype != W.dtype and W.dtype != torch.float32 and x.dtype != torch.float32:
+    if x.dtype != W.dtype and {wide_type(x.dtype), wide_type(W.dtype)} != {torch.float32}:
+        return "features and weight have different types"
+    if x.dtype != W.dtype and torch.float32 not in (x.dtype, W.dtype):
         return "features and weight have different half types"
     return "the target needs a gradient" if needs_gradient[4] else None
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_nnmath._precision import wide_type
 from torch_nnmath._records import HeadInputs, InputValues, Requests, Target, UpstreamGradients
 from torch_nnmath.kernels._library import has_triton
+from torch_nnmath.kernels.gpu import rows, rows_second_order
 from torch_nnmath.kernels.gpu.plan import Plan, make_plan, pad
 from torch_nnmath.kernels.gpu.products import add_product, multiply, multiply_split
 from torch_nnmath.kernels.gpu.records import (
@@ -31,23 +33,16 @@ from torch_nnmath.kernels.linear_cross_entropy import (
 )
 
 
-def choose_row_kernel(name: str) -> Callable[..., None]:
-    """`process_rows` or `process_second_order_rows`: by Triton where it is installed."""
-    if name == "process_rows":
-        if has_triton():
-            from torch_nnmath.kernels.gpu import triton_head
+def choose_row_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable[..., None]]:
+    """`process_rows` and `process_second_order_rows` for logits of a type.
 
-            return triton_head.process_rows
-        from torch_nnmath.kernels.gpu import rows
+    Triton's if it is installed and the logits are float32, else those of PyTorch operations.
+    """
+    if dtype == torch.float32 and has_triton():
+        from torch_nnmath.kernels.gpu import triton_head, triton_second_order
 
-        return rows.process_rows
-    if has_triton():
-        from torch_nnmath.kernels.gpu import triton_second_order
-
-        return triton_second_order.process_second_order_rows
-    from torch_nnmath.kernels.gpu import rows_second_order
-
-    return rows_second_order.process_second_order_rows
+        return triton_head.process_rows, triton_second_order.process_second_order_rows
+    return rows.process_rows, rows_second_order.process_second_order_rows
 
 
 class _Operands:
@@ -57,22 +52,23 @@ class _Operands:
         x, W, b, target, keep, base, cap = inputs
         y, p, t, _ = target
         self.W, self.plan, self.keep = W, plan, keep
+        self.dtype = dtype = wide_type(W.dtype)  # of logits and sums
         x = x if keep is None else x.masked_fill(~keep, 0)  # 0 times nan would be nan
         self.x = x.to(W.dtype)
         # features of wider type than the weight, such as scaled ones
         self.wide_x = x if x.dtype.itemsize > W.dtype.itemsize else None
         self.row_inputs = RowInputs(
             C=len(W),
-            b=_to_float(b),
+            b=_cast(b, dtype),
             scale=None,
             y=None if y is None else y.contiguous(),
-            p=_to_float(p),
-            t=_to_float(t),
+            p=_cast(p, dtype),
+            t=_cast(t, dtype),
             keep=None if keep is None else keep.contiguous(),
             base=base,
             cap=cap,
         )
-        self.slab = W.new_empty((plan.slab_rows, pad(len(W))), dtype=torch.float32)
+        self.slab = W.new_empty((plan.slab_rows, pad(len(W))), dtype=dtype)
         self.delta = self.allocate_delta() if needs_delta else None
 
     def allocate_delta(self) -> Tensor:
@@ -120,10 +116,10 @@ class _Gradients:
         x, W = operands.x, operands.W
         N, (C, D) = len(x), W.shape
         is_wide = operands.plan.has_accumulator or unit is not None or is_rounded_later(gamma, W)
-        dtype = torch.float32 if is_wide else W.dtype
-        self.dx = x.new_empty((N, D) if needs.x else 0, dtype=torch.float32)
+        dtype = operands.dtype if is_wide else W.dtype
+        self.dx = x.new_empty((N, D) if needs.x else 0, dtype=operands.dtype)
         self.dW = W.new_empty((C, D) if needs.W else 0, dtype=dtype)
-        self.db = W.new_zeros(C if needs.b else 0, dtype=torch.float32)
+        self.db = W.new_zeros(C if needs.b else 0, dtype=operands.dtype)
         self.needs, self.is_first = needs, True
 
     def add_block(self, block: slice, delta: Tensor, direction: Any = None) -> None:
@@ -150,7 +146,7 @@ class _Gradients:
             if U is not None:
                 add_product(self.dW, Δ.t(), U[block])
         if self.needs.b:
-            self.db += Q.sum(0, dtype=torch.float32)
+            self.db += Q.sum(0, dtype=self.db.dtype)
         self.is_first = False
 
     def finish(self) -> InputValues:
@@ -200,14 +196,14 @@ def head(
             dc_dp,
         )
     upstream, unit = _normalise(gamma, omega, eta, W.dtype)
-    process_rows = choose_row_kernel("process_rows")
+    process_rows, _ = choose_row_kernels(operands.dtype)
     gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():
-        for rows in plan.iterate_slabs(block):
-            z = operands.compute_products(rows)
-            place = slice(rows.start - block.start, rows.stop - block.start)
+        for slab in plan.iterate_slabs(block):
+            z = operands.compute_products(slab)
+            place = slice(slab.start - block.start, slab.stop - block.start)
             delta = None if operands.delta is None else operands.delta[place]
-            process_rows(z, delta, rows, operands.row_inputs, upstream, sums, outputs)
+            process_rows(z, delta, slab, operands.row_inputs, upstream, sums, outputs)
         if operands.delta is not None:
             gradients.add_block(block, operands.delta)
     results = gradients.finish()
@@ -249,24 +245,24 @@ def head_second_order(
     V = None if V is None else V.to(W.dtype)
     R = torch.empty_like(operands.slab)
     Q = operands.allocate_delta() if needs_deltas else None
-    direction = RowDirection(_to_float(sigma), _to_float(pi), _to_float(tau))
+    direction = RowDirection(*(_cast(v, operands.dtype) for v in (sigma, pi, tau)))
     ρ_c, ρ_q = torch.zeros_like(gamma), torch.zeros_like(gamma)
     ρ_h = None if eta is None else torch.zeros_like(gamma)
     dp = torch.zeros_like(gamma) if needs.p else None
     outputs = SecondOrderOutputs(ρ_c, ρ_q, ρ_h, dp)
     upstream, unit = _normalise(gamma, omega, eta, W.dtype)
     assert upstream is not None
-    process_rows = choose_row_kernel("process_second_order_rows")
+    _, process_rows = choose_row_kernels(operands.dtype)
     gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():
-        for rows in plan.iterate_slabs(block):
-            z = operands.compute_products(rows)
-            r = operands.compute_direction(rows, R, U, V)
-            place = slice(rows.start - block.start, rows.stop - block.start)
+        for slab in plan.iterate_slabs(block):
+            z = operands.compute_products(slab)
+            r = operands.compute_direction(slab, R, U, V)
+            place = slice(slab.start - block.start, slab.stop - block.start)
             deltas = None
             if Q is not None and operands.delta is not None:
                 deltas = Q[place], operands.delta[place]
-            process_rows(z, r, deltas, rows, operands.row_inputs, upstream, direction, outputs)
+            process_rows(z, r, deltas, slab, operands.row_inputs, upstream, direction, outputs)
         if operands.delta is not None:
             gradients.add_block(block, operands.delta, (Q, V, U))
     results = gradients.finish()
@@ -297,6 +293,6 @@ def _normalise(
     return UpstreamGradients(γ, ω, η), unit
 
 
-def _to_float(value: Tensor | None) -> Tensor | None:
-    """Contiguous, in float32."""
-    return None if value is None else value.to(torch.float32).contiguous()
+def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The value in a type, contiguous."""
+    return None if value is None else value.to(dtype).contiguous()

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from torch_nnmath._precision import HALF, wide_type
+
 SLAB_ROWS = 640  # the product that fills a slab fills whole waves of 128 x 256 tiles
 MIN_SLAB_ROWS = 128  # below, reading W takes longer than the product
 SINGLE_BLOCK_ROWS = 4096  # up to this many rows, a block needs less memory than an accumulator
@@ -63,9 +65,10 @@ def make_plan(x: Tensor, W: Tensor, buffers: int = 1, needs_dW: bool = True) -> 
 
     `buffers` is the number of slabs and of matrices Δ: 2 for the second order.
     """
-    N, (C, D), dtype = len(x), W.shape, W.dtype
-    is_half = dtype.itemsize == 2
-    slab_row, block_row = buffers * 4 * C, buffers * dtype.itemsize * C
+    N, (C, D) = len(x), W.shape
+    is_half = W.dtype in HALF
+    slab_row = buffers * wide_type(W.dtype).itemsize * C
+    block_row = buffers * W.dtype.itemsize * C
     slab_rows = min(_round_up(N, ALIGNMENT), SLAB_ROWS)
     if slab_rows * (slab_row + block_row) > _budget:
         slab_rows = max(_budget // (slab_row + block_row) // ALIGNMENT * ALIGNMENT, MIN_SLAB_ROWS)

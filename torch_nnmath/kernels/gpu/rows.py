@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,13 +36,13 @@ def process_rows(
     for i in range(0, len(z), size):
         chunk = slice(rows.start + i, min(rows.start + i + size, rows.stop))
         G_chunk = None if G is None else G[i : i + size, : inputs.C]
-        chunk_of_rows = _Rows(z[i : i + size, : inputs.C], chunk, inputs)
+        chunk_of_rows = Rows(z[i : i + size, : inputs.C], chunk, inputs)
         chunk_of_rows.compute_softmax(sums, outputs)
         if G_chunk is not None and upstream is not None:
             chunk_of_rows.write_delta(G_chunk, upstream)
 
 
-class _Rows:
+class Rows:
     """Some rows: v, and the sums m, s, Σ e^{v-m} (v-m)."""
 
     def __init__(self, z: Tensor, rows: slice, inputs: RowInputs):
@@ -77,6 +78,7 @@ class _Rows:
         # the class's log-probability from v - m, since lse - v_y cancels
         self.v_y = None if self.y is None else v.gather(1, self.y)
         dc_dp = lse if self.v_y is None else self.s.log() - (self.v_y - self.m)
+        self.dc_dp = dc_dp
         if outputs.dc_dp is not None:
             outputs.dc_dp[rows] = self.mask(dc_dp)
         if outputs.loss is not None:
@@ -104,35 +106,47 @@ class _Rows:
 
     def write_delta(self, G: Tensor, upstream: UpstreamGradients) -> None:
         """Δ = dv/dz ∘ (a ∘ B - γβ t) - γβ p dv_y/dz_y e_y, B = γβ T + 2 ω lse - ηβ (l - a·l)."""
-        γβ, ω, ηβ = self._select_coefficients(upstream)
-        v, s = self.v, self.s
-        shifted = v - self.m
-        total = torch.zeros_like(s) if self.p is None else self.p
-        if self.t is not None:
-            total = total + self.t.sum(1, keepdim=True)
-        B = γβ * total
-        if ω is not None:
-            B = B + 2 * ω * self.mask(s.log() + self.m)
-        if ηβ is not None:  # l - a·l = (v - m) - a·(v - m)
-            B = B + ηβ * (self.ev / s) - zero_safe_product(ηβ, shifted)
-        delta = zero_safe_product(shifted.exp() / s, B)
-        if self.t is not None:
-            delta -= γβ * self.t
-        if self.p is not None and self.y is not None:
-            delta.scatter_add_(1, self.y, -γβ * self.p)
+        coefficients = self.select_coefficients(upstream)
+        B = self.compute_weight(coefficients)
+        delta = self.compute_logit_gradient(self.v - self.m, B, coefficients)
         if self.cap is not None:
-            u = v / self.cap
-            delta *= (1 - u) * (1 + u)
+            delta *= self.compute_slope()
         G.copy_(self.mask_(delta))
 
-    def _select_coefficients(self, upstream: UpstreamGradients) -> tuple[Tensor, ...]:
+    def compute_weight(self, coefficients: tuple[Any, Any, Any]) -> Tensor:
+        """B of each entry, or of each row without an entropy."""
+        γβ, ω, ηβ = coefficients
+        B: Tensor = γβ * sum_target(self.s, self.p, self.t)
+        if ω is not None:
+            B = B + 2 * ω * self.mask(self.s.log() + self.m)
+        if ηβ is not None:  # l - a·l = (v - m) - a·(v - m)
+            B = B + ηβ * (self.ev / self.s) - zero_safe_product(ηβ, self.v - self.m)
+        return B
+
+    def compute_logit_gradient(
+        self, shifted: Tensor, B: Tensor, coefficients: tuple[Any, Any, Any]
+    ) -> Tensor:
+        """a ∘ B - γβ (p e_y + t), a = e^{v-m} / s."""
+        γβ, _, _ = coefficients
+        gradient = zero_safe_product(shifted.exp() / self.s, B)
+        return subtract_target(gradient, γβ, self.y, self.p, self.t)
+
+    def compute_slope(self) -> Tensor:
+        """dv/dz = 1 - (v/κ)²."""
+        assert self.cap is not None
+        u = self.v / self.cap
+        return (1 - u) * (1 + u)
+
+    def select_coefficients(self, upstream: UpstreamGradients) -> tuple[Any, Any, Any]:
+        """γ/ln β, ω and η/ln β of each row, 0 where ignored."""
+
         def select(value: Tensor | None, divisor: float) -> Tensor | None:
             if value is None:
                 return None
             return self.mask((value[self.rows] if value.dim() else value) / divisor)
 
         γ, ω, η = upstream
-        return select(γ, self.ln), select(ω, 1), select(η, self.ln)  # type: ignore[return-value]
+        return select(γ, self.ln), select(ω, 1), select(η, self.ln)
 
     def mask(self, value: Tensor, fill: int = 0) -> Tensor:
         """The value of each row, `fill` in the ignored ones."""
@@ -141,3 +155,20 @@ class _Rows:
     def mask_(self, z: Tensor) -> Tensor:
         """Overwrites the ignored rows with 0."""
         return z if self.ignored_mask is None else z.masked_fill_(self.ignored_mask, 0)
+
+
+def sum_target(s: Tensor, p: Tensor | None, t: Tensor | None) -> Tensor:
+    """T = p + Σ t of each row, in the shape of s."""
+    total = torch.zeros_like(s) if p is None else p
+    return total if t is None else total + t.sum(1, keepdim=True)
+
+
+def subtract_target(
+    gradient: Tensor, γβ: Tensor, y: Tensor | None, p: Tensor | None, t: Tensor | None
+) -> Tensor:
+    """Overwrites the gradient with gradient - γβ (p e_y + t)."""
+    if t is not None:
+        gradient -= γβ * t
+    if p is not None and y is not None:
+        gradient.scatter_add_(1, y, -γβ * p)
+    return gradient
