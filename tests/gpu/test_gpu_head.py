@@ -1,14 +1,240 @@
-"""The head's plan for a GPU, on CPU tensors, with the row kernels in PyTorch operations."""
+"""The head's plan for a GPU, on CPU tensors, with the row kernels in PyTorch operations.
 
-import importlib
+In float64 the path is exact, so the truth is the CPU's operator, which has tests of its own against
+the plain expression. In half types Δ is rounded: a gradient may be wrong by 2^-8 Σ |Δ| |W|.
+"""
 
-import gpu_helpers
+import contextlib
+import itertools
+import random
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
-from gpu_helpers import gpu_operators  # noqa: F401
+from conftest import OperationRecorder
+from gpu_helpers import emulate_products
+from torch import Tensor
 
-from torch_nnmath import functional
-from torch_nnmath.kernels.gpu import plan
+from torch_nnmath import kernels, testing, verify
+from torch_nnmath._records import InputValues
+from torch_nnmath.catalog import CATALOG
+from torch_nnmath.kernels._library import GPU_IMPLEMENTATIONS
+from torch_nnmath.kernels.gpu import head, plan
 
-library = importlib.import_module("torch_nnmath.kernels._library")
-gpu_head = importlib.import_module("torch_nnmath.kernels.gpu.head")
+EPSILON = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+@contextlib.contextmanager
+def gpu_head():
+    """Runs the GPU's head on CPU tensors, in several small blocks and slabs."""
+    products = torch.library.Library("aten", "IMPL")
+    emulate_products(products)
+    operators = torch.library.Library("torch_nnmath", "IMPL")
+    for name in ("head", "head_second_order"):
+        operators.impl(name, GPU_IMPLEMENTATIONS[name], "CPU")
+    try:
+        with (
+            mock.patch.object(head, "has_triton", lambda: False),
+            mock.patch.object(plan, "SLAB_ROWS", 16),
+            mock.patch.object(plan, "SINGLE_BLOCK_ROWS", 32),
+        ):
+            yield
+    finally:
+        operators._destroy()
+        products._destroy()
+
+
+def draw_arguments(seed: int, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
+    """`HeadInputs` (flat), of features and weight in `dtype`, and `UpstreamGradients`."""
+    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    N, D, C = choose.choice([1, 5, 70]), choose.choice([1, 9]), choose.choice([1, 2, 33])
+
+    def normal(*shape: int, type_: torch.dtype = wide) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(type_)
+
+    def maybe(make: Any) -> Any:
+        return make() if choose.random() < 0.5 else None
+
+    keep = maybe(lambda: torch.rand(N, 1, generator=generator) < 0.6)
+    x = normal(N, D, type_=dtype)
+    if keep is not None:
+        x = x.masked_fill(~keep, float("nan"))
+    y = torch.randint(C, (N, 1), generator=generator)
+    y = y if choose.random() < 0.9 else None
+    p = normal(N, 1).abs() if choose.random() < 0.8 or y is None else None
+    if p is not None and keep is not None:
+        p = p.masked_fill(~keep, 0)
+    t = maybe(lambda: normal(choose.choice([1, N]), C).softmax(1)) if p is not None else None
+    t = normal(N, C).softmax(1) if p is None else t
+    cap = choose.choice([None, 3.0])
+    base = choose.choice([2.0, 2.718281828459045])
+    W, b = normal(C, D, type_=dtype), maybe(lambda: normal(C, type_=dtype))
+    inputs = [x, W, b, y if p is not None else None, p, t, keep, base, cap]
+    upstream = [normal(N, 1), maybe(lambda: normal(N, 1)), maybe(lambda: normal(N, 1))]
+    return inputs, upstream
+
+
+def draw_direction(seed: int, inputs: Any) -> list[Any]:
+    """A direction in some of x, W, b, p, t."""
+    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    direction = []
+    for v in InputValues.from_flat(inputs):
+        if v is None or choose.random() < 0.3:
+            direction.append(None)
+        else:
+            normal = torch.randn(v.shape, generator=generator, dtype=torch.float64)
+            direction.append(normal.bfloat16().to(v.dtype))
+    return direction
+
+
+def widen(arguments: Any) -> list[Any]:
+    def to_double(v: Any) -> Any:
+        return v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+
+    return [to_double(v) for v in arguments]
+
+
+def draw_needs(seed: int, inputs: Any) -> list[bool]:
+    """Which of the gradients of x, W, b, p are needed; t's has no kernel for a GPU."""
+    choose = random.Random(seed)
+    _, _, b, _, p, *_ = inputs
+    needs = [choose.random() < 0.7 for _ in range(4)]
+    return [*needs[:2], needs[2] and b is not None, needs[3] and p is not None, False]
+
+
+def check(results: Any, truth: Any, dtype: torch.dtype) -> None:
+    """Compares outputs of an operator with those of the CPU in float64.
+
+    A gradient in a half type sums rounded entries of Δ, which may cancel: its error is measured
+    against the largest output.
+    """
+    finite = [v[v.isfinite()] for v in truth if v.is_floating_point()]
+    scale = max([1.0, *(v.abs().max().item() for v in finite if v.numel())])
+    for i, (result, expected) in enumerate(zip(results, truth, strict=True)):
+        assert result.shape == expected.shape, i
+        if expected.dtype == torch.int64:
+            assert torch.equal(result, expected) or dtype.itemsize == 2
+        else:
+            error = (result.double() - expected).abs()
+            assert (error <= EPSILON[dtype] * scale).all(), (i, error.max(), scale)
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+@pytest.mark.parametrize("has_sums", [False, True])
+def test_head_on_a_gpu_equals_the_head_on_the_cpu(dtype, has_sums):
+    for seed in range(60):
+        inputs, upstream = draw_arguments(seed, dtype)
+        requests, needs = [seed % 2 == 0, seed % 3 == 0], draw_needs(seed, inputs)
+        arguments = [*inputs, *upstream, None, requests, needs]
+        truth = kernels.head(*widen(arguments))
+        if has_sums:
+            requests = [False, False]
+            with gpu_head():
+                sums = kernels.head(*inputs, None, None, None, None, [True, False], [False] * 5)[5]
+            arguments = [*inputs, *upstream, sums, requests, needs]
+        with gpu_head():
+            results = kernels.head(*arguments)
+        places = [*range(6, 11)] if has_sums else [0, 1, 2, 3, 4, *range(6, 11)]
+        check([results[i] for i in places], [truth[i] for i in places], dtype)
+        x, keep = inputs[0], inputs[6]
+        if keep is not None and needs[0]:
+            assert not results[6][~keep.squeeze(1)].count_nonzero()
+            assert x.isnan().any() or keep.all()
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_second_order_on_a_gpu_equals_that_on_the_cpu(dtype):
+    for seed in range(60):
+        inputs, upstream = draw_arguments(seed, dtype)
+        direction = draw_direction(seed, inputs)
+        arguments = [*inputs, *upstream, *direction, draw_needs(seed, inputs)]
+        truth = kernels.head_second_order(*widen(arguments))
+        with gpu_head():
+            results = kernels.head_second_order(*arguments)
+        check(results, truth, dtype)
+
+
+@pytest.mark.parametrize("needs", [*itertools.product([False, True], repeat=3)])
+def test_frozen_features_and_weight_need_no_product(needs):
+    needs_x, needs_W, needs_b = needs
+    x, W, b = torch.randn(5, 3), torch.randn(7, 3), torch.randn(7)
+    p, y = torch.ones(5, 1), torch.zeros(5, 1, dtype=torch.int64)
+    inputs = x, W, b, y, p, None, None, 2.0, None
+    with gpu_head(), OperationRecorder() as recorder:
+        GPU_IMPLEMENTATIONS["head"](
+            *inputs, torch.ones(()), None, None, None, [False] * 2, [*needs, False, False]
+        )
+    assert recorder.names.count("mm") == 1 + needs_x + needs_W
+    assert recorder.names.count("addmm") == 0
+
+
+def test_head_and_second_order_never_wait_for_the_device():
+    """Tensors without values raise an error where the host reads one."""
+    for seed, dtype in itertools.product(range(30), EPSILON):
+        inputs, upstream = draw_arguments(seed, dtype)
+        needs, direction = draw_needs(seed, inputs), draw_direction(seed, inputs)
+        first = [*inputs, *upstream, None, [True, True], needs]
+        second = [*inputs, *upstream, *direction, needs]
+        with mock.patch.object(head, "has_triton", lambda: False), torch.no_grad():
+            for function, arguments in ((head.head, first), (head.head_second_order, second)):
+                results = function(
+                    *(v.to("meta") if isinstance(v, Tensor) else v for v in arguments)
+                )
+                assert all(v.is_meta for v in results)
+
+
+@pytest.mark.parametrize("budget", [2**20, 2**28, 3 * 2**29, 2**34])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("buffers", [1, 2])
+def test_plan_covers_every_row_once_within_the_budget(budget, dtype, buffers, monkeypatch):
+    monkeypatch.setattr(plan, "_budget", plan._budget)
+    kernels.set_memory_budget(budget)
+    assert kernels.get_memory_budget() == budget
+    sizes = itertools.product(
+        [1, 15, 640, 4096, 4097, 8192, 16384, 100_003], [1, 1000, 128256, 256000], [1, 1024, 4096]
+    )
+    for N, C, D in sizes:
+        x, W = (torch.empty(n, D, dtype=dtype, device="meta") for n in (N, C))
+        made = plan.make_plan(x, W, buffers)
+        blocks = [*made.iterate_blocks()]
+        slabs = [slab for block in blocks for slab in made.iterate_slabs(block)]
+        for parts in (blocks, slabs):
+            assert [i for part in parts for i in (part.start, part.stop)][1:-1:2] == [
+                part.start for part in parts[1:]
+            ]
+            assert (parts[0].start, parts[-1].stop) == (0, N)
+        assert max(s.stop - s.start for s in blocks) <= made.block_rows
+        assert max(s.stop - s.start for s in slabs) <= made.slab_rows
+        assert made.has_accumulator == (dtype == torch.bfloat16 and len(blocks) > 1)
+        rows = buffers * C * (4 * made.slab_rows + dtype.itemsize * made.block_rows)
+        memory = rows + made.has_accumulator * 4 * C * D
+        smallest = buffers * C * (4 + dtype.itemsize) * plan.MIN_SLAB_ROWS
+        smallest += 4 * C * D if dtype == torch.bfloat16 else 0
+        assert memory <= max(budget, smallest), (N, C, D, memory)
+
+
+def test_plan_of_the_default_budget_is_one_block_at_4096_rows_of_128256_classes():
+    x, W = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (4096, 128256))
+    made = plan.make_plan(x, W)
+    assert not made.has_accumulator
+    assert made.block_rows == 4096
+    assert made.slab_rows >= 512
+
+
+def test_memory_budget_must_be_positive():
+    with pytest.raises(ValueError, match="must be positive, but is 0"):
+        kernels.set_memory_budget(0)
+
+
+EAGER_TRANSFORMS = [name for name in verify.QUICK if "compile" not in name]
+
+
+@pytest.mark.parametrize("row", CATALOG, ids=lambda row: row.name)
+def test_catalogue_is_right_through_the_plan(row):
+    with gpu_head():
+        verify.compare_with_reference(row, "cpu")
+        for sample in row.samples:
+            report = testing.check(sample.on("cpu"), sample.draw(), transforms=EAGER_TRANSFORMS)
+            report.raise_on_failure()

@@ -91,14 +91,15 @@ class _Operands:
         """U Wᵀ + X Vᵀ of some rows, in the slab R."""
         r = R[: rows.stop - rows.start]
         out = r[:, : len(self.W)]
-        if U is not None:
-            multiply(U[rows], self.W.t(), out)
-        if V is not None and U is not None:
-            add_product(out, self.x[rows], V.t())
-        elif V is not None:
-            multiply(self.x[rows], V.t(), out)
-        else:
+        if U is None and V is None:
             out.zero_()
+        elif U is None or V is None:
+            A, B = (self.x, V) if U is None else (U, self.W)
+            assert B is not None
+            multiply(A[rows], B.t(), out)
+        else:
+            multiply(U[rows], self.W.t(), out)
+            add_product(out, self.x[rows], V.t())
         return r
 
 

@@ -69,21 +69,24 @@ def make_plan(x: Tensor, W: Tensor, buffers: int = 1, needs_dW: bool = True) -> 
     is_half = W.dtype in HALF
     slab_row = buffers * wide_type(W.dtype).itemsize * C
     block_row = buffers * W.dtype.itemsize * C
-    slab_rows = min(_round_up(N, ALIGNMENT), SLAB_ROWS)
-    if slab_rows * (slab_row + block_row) > _budget:
-        slab_rows = max(_budget // (slab_row + block_row) // ALIGNMENT * ALIGNMENT, MIN_SLAB_ROWS)
-    left = _budget - slab_rows * slab_row
-    largest = N if not is_half or max(SINGLE_BLOCK_ROWS, 2 * D + SINGLE_BLOCK_ROWS) >= N else 0
-    if not is_half:
-        largest = min(N, SINGLE_BLOCK_ROWS)
-    if largest == N and N * block_row <= left:
+    accumulator = 4 * C * D if is_half and needs_dW else 0
+    smallest = accumulator + MIN_SLAB_ROWS * (slab_row + block_row)
+    # one block of this many rows needs no more memory than several and the accumulator
+    largest = SINGLE_BLOCK_ROWS + (2 * D if accumulator else 0)
+    most = min(SLAB_ROWS, _round_up(N, ALIGNMENT))
+    slab_rows = _fit(max(_budget, smallest) - N * block_row, slab_row, most)
+    if N <= largest and slab_rows >= min(N, MIN_SLAB_ROWS):
         return Plan(N, N, slab_rows, False)
-    has_accumulator = is_half and needs_dW
-    if has_accumulator:
-        left -= 4 * C * D
-    rows = min(max(left // block_row, slab_rows), max(SINGLE_BLOCK_ROWS, 2 * D))
-    rows = _divide_evenly(N, max(int(rows), 1))
-    return Plan(N, rows, min(slab_rows, rows), has_accumulator and rows < N)
+    left = _budget - accumulator
+    slab_rows = max(_fit(left, slab_row + block_row, most), MIN_SLAB_ROWS)
+    rows = _fit(left - slab_rows * slab_row, block_row, max(SINGLE_BLOCK_ROWS, 2 * D))
+    rows = _divide_evenly(N, max(rows, slab_rows))
+    return Plan(N, rows, min(slab_rows, rows), bool(accumulator) and rows < N)
+
+
+def _fit(size: int, row: int, largest: int) -> int:
+    """How many rows of `row` bytes fit into `size` bytes, at most `largest`; aligned."""
+    return max(min(size // max(row, 1), largest), 0) // ALIGNMENT * ALIGNMENT
 
 
 def pad(C: int) -> int:
