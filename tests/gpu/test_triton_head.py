@@ -12,14 +12,19 @@ import torch
 from torch_nnmath._records import UpstreamGradients
 from torch_nnmath.kernels.gpu.records import RowInputs, RowOutputs
 
-pytestmark = [pytest.mark.triton, gpu_helpers.needs_triton]
+pytestmark = [
+    pytest.mark.triton,
+    gpu_helpers.needs_triton,
+    # the interpreter computes in numpy, which warns of infinities and overflow
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 triton_head = pytest.importorskip("torch_nnmath.kernels.gpu.triton_head")
 
 LANES = 4  # tiles of 16 classes, so that few classes fill several
 TILE = LANES * triton_head.VECTOR
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_OUTPUTS = RowOutputs(*[None] * 7)
-EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +81,7 @@ def draw_case(seed, N, C, options=(), size=3.0):
 
 
 def compute_truth(case):
-    """Results (`RowOutputs`) and Δ in float64, and the size of the terms of loss, entropy and Δ."""
+    """Results (`RowOutputs`) and Δ in float64, and the size of the terms of loss and Δ."""
     C, b, scale, y, p, t, keep, base, cap = case.inputs
     z = case.z[:, :C].double()
     if keep is not None:
@@ -112,10 +117,11 @@ def compute_truth(case):
     entropy = -torch.where(a == 0, 0.0, a * l).sum(1, keepdim=True)
     γ, ω, η = (0.0 if u is None else u.double() for u in case.upstream)
     al = -entropy
-    l = l.clamp(min=-1e4)
-    B = γ / ln * T + 2 * ω * lse - η / ln * (l - al)
+    finite_l = l.clamp(min=-1e4)
+    B = γ / ln * T + 2 * ω * lse - η / ln * (finite_l - al)
     delta = slope * (a * B - γ / ln * target)
-    size = abs(γ) / ln * (T + target) + abs(2 * ω * lse) + abs(η) / ln * (abs(l) * a + abs(al) + a)
+    B_size = abs(γ) / ln * T + abs(2 * ω * lse) + abs(η) / ln * (abs(finite_l) + abs(al) + 1)
+    size = slope * (a * B_size + abs(γ) / ln * target)
     results = RowOutputs(
         loss=terms.sum(1, keepdim=True) / ln,
         lse=lse,
@@ -133,7 +139,7 @@ def compute_truth(case):
         )
         delta = torch.where(keep, delta, 0)
     loss_size = terms.abs().sum(1, keepdim=True) + T * s.log().abs()
-    return results, delta, loss_size / ln, size, shifted
+    return results, delta, loss_size / ln, size
 
 
 def allocate_outputs(N):
@@ -144,25 +150,24 @@ def allocate_outputs(N):
     return outputs._replace(predicted=make(dtype=torch.int64), sums=make(3))
 
 
-def check(case, dtype=torch.float32, omitted=(), is_exact_class=True):
+def check(case, dtype=torch.float32, omitted=()):
     """Compares results and Δ, and Δ once more with the sums given.
 
-    A logit has the relative error of some roundings, an exponential that of its argument: e^{v-m}
-    is wrong by |v| ε, relatively.
+    A logit has the relative error of some roundings, and e^{v-m} that of its argument: |v| ε.
     """
     N, C = case.z.shape[0], case.inputs.C
-    results, delta, loss_size, size, _ = compute_truth(case)
+    results, delta, loss_size, size = compute_truth(case)
     outputs = allocate_outputs(N)._replace(**dict.fromkeys(omitted))
+    if "entropy" in omitted and case.upstream.η is None:  # then the third sum is not computed
+        results.sums[:, 2] = 0
     G = torch.full((N, case.z.shape[1]), -7.0, dtype=dtype, device=DEVICE)
     before = case.z.clone()
     rows = slice(0, N)
     triton_head.process_rows(case.z, G, rows, case.inputs, case.upstream, None, outputs)
     torch.testing.assert_close(case.z, before, rtol=0, atol=0, equal_nan=True)
-    finite = results.sums[:, :1].abs().nan_to_num(0, 0, 0)
-    logit_error = (12 + 4 * finite.amax().item()) * EPS[torch.float32]
-    if case.inputs.b is not None or case.inputs.scale is not None:
-        logit_error *= 2
-    logit_error *= 4
+    # a dozen roundings, those of the logit and of the argument of exp among them
+    largest = results.sums[:, 0].abs().nan_to_num(0, 0, 0).amax().item()
+    logit_error = (32 + 8 * largest) * EPS[torch.float32]
     for name in set(RowOutputs._fields) - {"predicted", *omitted}:
         truth, result = getattr(results, name), getattr(outputs, name)
         tolerance = logit_error * (1 + truth.abs())
@@ -173,8 +178,8 @@ def check(case, dtype=torch.float32, omitted=(), is_exact_class=True):
     if "predicted" not in omitted:
         torch.testing.assert_close(outputs.predicted, results.predicted)
     tolerance = EPS[dtype] * delta.abs() * 1.01 + logit_error * size
-    if dtype == torch.float16:
-        tolerance = tolerance + 2.0**-25
+    # below the normal numbers, rounding is absolute
+    tolerance = tolerance + (2.0**-25 if dtype == torch.float16 else 2.0**-125)
     for given in (False, True):
         if given:
             G.fill_(-7)
