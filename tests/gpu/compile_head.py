@@ -18,7 +18,8 @@ POINTERS = {
 }
 RESULTS = "loss", "lse", "squared_lse", "sums"
 PLAIN = "y", "p", "keep", *RESULTS
-ALL = "y", "p", "keep", "b", "scale", "t", "cap", "ω", "η", "entropy", "predicted", "dc_dp", *RESULTS
+OPTIONS = "b", "scale", "t", "cap", "ω", "η", "entropy", "predicted", "dc_dp"
+ALL = *PLAIN, *OPTIONS
 CASES = {  # optional arguments, type of G, whether C is a multiple of 16
     "plain bf16": (PLAIN, "bf16", True),
     "plain float16, ragged": ((*PLAIN, "b"), "fp16", False),
@@ -36,9 +37,9 @@ CASES = {  # optional arguments, type of G, whether C is a multiple of 16
 
 
 def compile_case(case: str, target: str) -> bool:
-    """Prints one line. Returns whether nothing is spilled."""
+    """Prints one line. Returns whether nothing is spilled into memory."""
     arguments, G_type, is_divisible = CASES[case]
-    types = {n: "i32" for n in INTEGERS} | {n: POINTERS[n] for n in arguments if n in POINTERS}
+    types = dict.fromkeys(INTEGERS, "i32") | {n: POINTERS[n] for n in arguments if n in POINTERS}
     types |= {"z": "*fp32", "ln_reciprocal": "fp32"}
     if "cap" in arguments:
         types |= {"cap": "fp32", "cap_reciprocal": "fp32"}
@@ -50,16 +51,16 @@ def compile_case(case: str, target: str) -> bool:
     configuration = choose_configuration(128256, has_options, is_hip)
     lanes, num_warps, num_stages = configuration
     constants = {n: None for n in _process_rows.arg_names if n not in types}
-    constants |= {
-        n: 1 for n in ("SCALE_STRIDE", "T_STRIDE", "γ_STRIDE", "ω_STRIDE", "η_STRIDE")
-    }
+    constants |= dict.fromkeys(("SCALE_STRIDE", "T_STRIDE", "γ_STRIDE", "ω_STRIDE", "η_STRIDE"), 1)
     constants |= {"HAS_ENTROPY": has_entropy, "LANES": lanes, "VECTOR": VECTOR}
     constants |= {"STAGES": num_stages}
     divisible = ("z_stride", "G_stride", "columns", *(("C",) if is_divisible else ()))
     options = {"num_warps": num_warps, "num_stages": num_stages}
     usage = compile_kernel(_process_rows, target, types, constants, divisible, **options)
     print(f"{target} _process_rows {case} {tuple(configuration)} {tuple(usage)}", flush=True)
-    return usage.spilled_bytes == 0
+    # on gfx942 scalar registers are spilled into vector registers, which are not memory; these are
+    # spilled only when all 256 are in use
+    return usage.registers < 256 if is_hip else usage.spilled_bytes == 0
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def check(case, dtype=torch.float32, omitted=()):
         assert ((G[:, C:] == 0) | (G[:, C:] == -7)).all()
 
 
-ALL = "b scale y p t keep base cap ω η".split()
+ALL = ["b", "scale", "y", "p", "t", "keep", "base", "cap", "ω", "η"]
 
 
 @pytest.mark.parametrize("C", [1, 3, TILE - 1, TILE, TILE + 1, 2 * TILE, 2 * TILE + 5])
@@ -257,9 +257,7 @@ def test_without_delta():
     outputs, with_delta = allocate_outputs(3), allocate_outputs(3)
     triton_head.process_rows(case.z, None, slice(0, 3), case.inputs, None, None, outputs)
     G = torch.empty_like(case.z)
-    triton_head.process_rows(
-        case.z, G, slice(0, 3), case.inputs, case.upstream, None, with_delta
-    )
+    triton_head.process_rows(case.z, G, slice(0, 3), case.inputs, case.upstream, None, with_delta)
     for result, expected in zip(outputs, with_delta, strict=True):
         assert torch.equal(result, expected)
 
@@ -269,9 +267,7 @@ def test_some_rows():
     case = draw_case(6, 6, TILE + 3, ALL)
     results, expected = allocate_outputs(6), allocate_outputs(6)
     wide, G = torch.zeros_like(case.z), torch.zeros_like(case.z)
-    triton_head.process_rows(
-        case.z, wide, slice(0, 6), case.inputs, case.upstream, None, expected
-    )
+    triton_head.process_rows(case.z, wide, slice(0, 6), case.inputs, case.upstream, None, expected)
     for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
         triton_head.process_rows(
             case.z[rows], G[rows], rows, case.inputs, case.upstream, None, results
