@@ -1,0 +1,477 @@
+"""The head's row kernel in Triton: results of each row, and Δ, in two reads and one write.
+
+The second read goes through the tiles in descending order, so that the end of a row comes from the
+L2 cache. One program processes one row at a time. A tile has the shape (lanes, VECTOR): a
+reduction over axis 1 stays in a thread, and each lane keeps its own maximum until the row ends.
+"""
+
+# Triton's decorator has no types, and a kernel's arguments are tensors of pointers
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from torch_nnmath._records import UpstreamGradients
+from torch_nnmath.kernels.gpu.records import RowInputs, RowOutputs
+
+VECTOR = 4  # float32 logits of a 16-byte load
+MAX_WARPS = 16
+PROGRAMS_WITHOUT_GPU = 2  # in Triton's interpreter
+
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# a lane's maximum before its first logit; finite, since -inf - (-inf) is nan
+_LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+# clamp for v - m, so that (v - m) e^(v - m) is 0 and not nan at v = -inf
+_MIN_SHIFTED: tl.constexpr = tl.constexpr(-1e4)
+_NO_CLASS: tl.constexpr = tl.constexpr(2**31 - 1)
+
+
+class Configuration(NamedTuple):
+    """How a kernel is compiled."""
+
+    lanes: int  # a tile has lanes x VECTOR logits
+    num_warps: int
+    num_stages: int
+
+
+def choose_configuration(C: int, has_options: bool, is_hip: bool) -> Configuration:
+    """The largest tile that spills no registers, and no larger than a row.
+
+    `has_options`: a bias, a dense target, a cap or an entropy, which take registers.
+    """
+    entries_per_thread = 8 if has_options else 16
+    warp_size, max_warps = (64, MAX_WARPS // 2) if is_hip else (32, MAX_WARPS)
+    row_size = triton.next_power_of_2(max(C, 1))
+    entries_per_warp = entries_per_thread * warp_size
+    num_warps = min(max(row_size // entries_per_warp, 1), max_warps)
+    return Configuration(
+        lanes=entries_per_warp * num_warps // VECTOR,
+        num_warps=num_warps,
+        num_stages=2 if has_options or is_hip else 3,
+    )
+
+
+def process_rows(
+    z: Tensor,
+    G: Tensor | None,
+    rows: slice,
+    inputs: RowInputs,
+    upstream: UpstreamGradients | None,
+    sums: Tensor | None,
+    outputs: RowOutputs,
+) -> None:
+    """Writes the results of the rows `rows`, and Δ of these into G, rounded once.
+
+    `z` (rows, C or more) are the products x Wᵀ in float32. Given `sums`, only G and dc/dp are
+    computed.
+    """
+    C, b, scale, y, p, t, keep, base, cap = inputs
+    γ, ω, η = (None, None, None) if upstream is None else upstream
+    if len(z) == 0 or C == 0:
+        return
+    columns = z.shape[1] if G is None else min(z.shape[1], G.shape[1])
+    has_entropy = outputs.entropy is not None or η is not None
+    has_options = has_entropy or any(value is not None for value in (b, t, cap))
+    configuration = choose_configuration(C, has_options, torch.version.hip is not None)
+    grid = (min(len(z), _count_programs(z.device, configuration.num_warps)),)
+    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
+        _process_rows[grid](
+            z,
+            z.stride(0),
+            G,
+            0 if G is None else G.stride(0),
+            rows.start,
+            len(z),
+            C,
+            columns,
+            b,
+            scale,
+            y,
+            p,
+            t,
+            keep,
+            cap,
+            None if cap is None else 1 / cap,
+            1 / math.log(base),
+            γ,
+            ω,
+            η,
+            sums,
+            *outputs,
+            SCALE_STRIDE=_get_row_stride(scale),
+            T_STRIDE=0 if t is None or len(t) == 1 else 1,
+            γ_STRIDE=_get_row_stride(γ),
+            ω_STRIDE=_get_row_stride(ω),
+            η_STRIDE=_get_row_stride(η),
+            HAS_ENTROPY=has_entropy,
+            LANES=configuration.lanes,
+            VECTOR=VECTOR,
+            STAGES=configuration.num_stages,
+            num_warps=configuration.num_warps,
+            num_stages=configuration.num_stages,
+            enable_fp_fusion=True,
+        )
+
+
+def _get_row_stride(value: Tensor | None) -> int:
+    """1 for a value of each row, 0 for one that all rows share."""
+    return 0 if value is None or value.dim() == 0 else 1
+
+
+def _count_programs(device: torch.device, num_warps: int) -> int:
+    """As many programs as the device runs at once."""
+    if device.type != "cuda":
+        return PROGRAMS_WITHOUT_GPU
+    return _count_multiprocessors(device) * max(MAX_WARPS // num_warps, 1)
+
+
+@functools.cache
+def _count_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * _LOG2E)
+
+
+@triton.jit
+def _finish_logits(z, cap, cap_reciprocal):
+    """v = κ tanh(z/κ) and dv/dz; v = z and 1 without a cap."""
+    v = z
+    slope = 1.0
+    if cap is not None:
+        u = z * cap_reciprocal
+        f = _exp(-2 * tl.abs(u))
+        r = 1 / (1 + f)
+        tanh = (1 - f) * r
+        tanh = tl.where(u < 0, -tanh, tanh)
+        # near 0 the quotient loses digits, and an odd polynomial does not
+        q = u * u
+        c = -5.70498872745e-3 * q + 2.06390887954e-2
+        c = c * q - 5.37397155531e-2
+        c = c * q + 1.33314422036e-1
+        c = c * q - 3.33332819422e-1
+        tanh = tl.where(tl.abs(u) < 0.625, u + u * (q * c), tanh)
+        v = cap * tanh
+        slope = 4 * f * r * r
+    return v, slope
+
+
+@triton.jit
+def _load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL: tl.constexpr):
+    """v and dv/dz of the classes k. In a tail, v is -inf from class C on."""
+    # the bound `columns` is a multiple of 16 and keeps the load vectorised
+    x = tl.load(z + k, mask=k < columns, other=0.0) if IS_TAIL else tl.load(z + k)
+    if scale is not None:
+        x = x * scale
+    if b is not None:
+        x = x + (tl.load(b + k, mask=k < C, other=0.0) if IS_TAIL else tl.load(b + k))
+    v, slope = _finish_logits(x, cap, cap_reciprocal)
+    if IS_TAIL:
+        v = tl.where(k < C, v, float("-inf"))
+    return v, slope
+
+
+@triton.jit
+def _load_target(t, k, C, IS_TAIL: tl.constexpr):
+    return tl.load(t + k, mask=k < C, other=0.0) if IS_TAIL else tl.load(t + k)
+
+
+@triton.jit
+def _shift(m, new_m):
+    """m - new_m, finite also if a lane has no logit."""
+    return tl.maximum(m - new_m, _LOWEST)
+
+
+@triton.jit
+def _add_tile(
+    m, s, ev, tv, st, best, tile, z, k, C, columns, scale, b, cap, cap_reciprocal, t,
+    HAS_ENTROPY: tl.constexpr, HAS_PREDICTED: tl.constexpr, IS_TAIL: tl.constexpr
+):  # fmt: skip
+    """Adds a tile to the sums of each lane, which refer to the lane's maximum m."""
+    v, _ = _load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL)
+    largest = tl.max(v, 1)
+    if HAS_PREDICTED:
+        best = tl.where(largest > m, tile, best)
+    new_m = tl.where(largest > m, largest, m)
+    change = _shift(m, new_m)
+    factor = _exp(change)
+    shifted = v - new_m[:, None]
+    e = _exp(shifted)
+    if HAS_ENTROPY:
+        ev = (ev + s * tl.maximum(change, _MIN_SHIFTED)) * factor
+        ev = ev - tl.sum(-e * tl.maximum(shifted, _MIN_SHIFTED), 1)
+    if t is not None:
+        t_k = _load_target(t, k, C, IS_TAIL)
+        tv = tv + st * change
+        # a target of 0 adds 0, also where v is infinite
+        tv = tv - tl.sum(tl.where(t_k == 0, 0.0, -t_k * shifted), 1)
+        st = st - tl.sum(-t_k, 1)
+    s = s * factor - tl.sum(-e, 1)
+    return new_m, s, ev, tv, st, best
+
+
+@triton.jit
+def _merge(m, s, other_m, other_s):
+    new_m = tl.maximum(m, other_m)
+    return new_m, s * _exp(_shift(m, new_m)) + other_s * _exp(_shift(other_m, new_m))
+
+
+@triton.jit
+def _merge_all(m, s, ev, tv, st, other_m, other_s, other_ev, other_tv, other_st):
+    new_m = tl.maximum(m, other_m)
+    change, other_change = _shift(m, new_m), _shift(other_m, new_m)
+    f, other_f = _exp(change), _exp(other_change)
+    ev = (ev + s * tl.maximum(change, _MIN_SHIFTED)) * f
+    other_ev = (other_ev + other_s * tl.maximum(other_change, _MIN_SHIFTED)) * other_f
+    tv = tv + st * change + (other_tv + other_st * other_change)
+    return new_m, s * f + other_s * other_f, ev + other_ev, tv, st + other_st
+
+
+@triton.jit
+def _write_tile(
+    G, z, k, C, columns, scale, b, cap, cap_reciprocal, t, m, weight, η_weight, γβ, y, class_entry,
+    HAS_CLASS: tl.constexpr, IS_TAIL: tl.constexpr
+):  # fmt: skip
+    """Δ of the classes k: dv/dz ∘ (e^{v-m} (weight - η_weight (v-m)) - γβ t), and entry y."""
+    v, slope = _load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL)
+    shifted = v - m
+    e = _exp(shifted)
+    if η_weight is None:
+        delta = e * weight
+    else:
+        delta = e * (weight - η_weight * tl.maximum(shifted, _MIN_SHIFTED))
+    if t is not None:
+        delta = delta - γβ * _load_target(t, k, C, IS_TAIL)
+    if cap is not None:
+        delta = delta * slope
+    if HAS_CLASS:
+        delta = tl.where(k == y, class_entry, delta)
+    if IS_TAIL:
+        delta = tl.where(k < C, delta, 0.0)
+        tl.store(G + k, delta.to(G.dtype.element_ty), mask=k < columns)
+    else:
+        tl.store(G + k, delta.to(G.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["first_row", "row_count"])
+def _process_rows(
+    z,
+    z_stride,
+    G,
+    G_stride,
+    first_row,
+    row_count,
+    C,
+    columns,
+    b,
+    scale,
+    y,
+    p,
+    t,
+    keep,
+    cap,
+    cap_reciprocal,
+    ln_reciprocal,
+    γ,
+    ω,
+    η,
+    given_sums,
+    loss,
+    lse,
+    squared_lse,
+    entropy,
+    predicted,
+    sums,
+    dc_dp,
+    SCALE_STRIDE: tl.constexpr,
+    T_STRIDE: tl.constexpr,
+    γ_STRIDE: tl.constexpr,
+    ω_STRIDE: tl.constexpr,
+    η_STRIDE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    TILE: tl.constexpr = LANES * VECTOR
+    lane = tl.arange(0, LANES) * VECTOR
+    k = lane[:, None] + tl.arange(0, VECTOR)[None, :]
+    tile_count = C // TILE
+    tail = tile_count * TILE
+    # 64-bit row numbers: offsets may exceed 2^31
+    for i in range(tl.program_id(0).to(tl.int64), row_count, tl.num_programs(0)):
+        row = i + first_row
+        is_kept = True
+        if keep is not None:
+            is_kept = tl.load(keep + row) != 0
+        if is_kept:
+            z_row = z + i * z_stride
+            t_row = t
+            if T_STRIDE:
+                t_row = t + row * C
+            scale_row = None
+            if scale is not None:
+                scale_row = tl.load(scale + row * SCALE_STRIDE)
+
+            # first read: the sums
+            row_st = 0.0
+            if given_sums is not None:
+                row_m = tl.load(given_sums + 3 * row)
+                row_s = tl.load(given_sums + 3 * row + 1)
+                row_ev = tl.load(given_sums + 3 * row + 2)
+                if t is not None:
+                    st = tl.zeros((LANES,), tl.float32)
+                    for j in tl.range(0, tile_count, num_stages=STAGES):
+                        st = st - tl.sum(-_load_target(t_row, j * TILE + k, C, False), 1)
+                    if tail < C:
+                        st = st - tl.sum(-_load_target(t_row, tail + k, C, True), 1)
+                    row_st = tl.sum(st, 0)
+            else:
+                m = tl.full((LANES,), _LOWEST, tl.float32)
+                s = tl.zeros((LANES,), tl.float32)
+                ev = tl.zeros((LANES,), tl.float32)
+                tv = tl.zeros((LANES,), tl.float32)
+                st = tl.zeros((LANES,), tl.float32)
+                best = tl.zeros((LANES,), tl.int32)
+                for j in tl.range(0, tile_count, num_stages=STAGES):
+                    m, s, ev, tv, st, best = _add_tile(
+                        m, s, ev, tv, st, best, j, z_row, j * TILE + k, C, columns, scale_row, b,
+                        cap, cap_reciprocal, t_row, HAS_ENTROPY, predicted is not None, False
+                    )  # fmt: skip
+                if tail < C:
+                    m, s, ev, tv, st, best = _add_tile(
+                        m, s, ev, tv, st, best, tile_count, z_row, tail + k, C, columns, scale_row,
+                        b, cap, cap_reciprocal, t_row, HAS_ENTROPY, predicted is not None, True
+                    )  # fmt: skip
+                row_ev, row_tv = 0.0, 0.0
+                if HAS_ENTROPY or t is not None:
+                    row_m, row_s, row_ev, row_tv, row_st = tl.reduce(
+                        (m, s, ev, tv, st), 0, _merge_all
+                    )
+                else:
+                    row_m, row_s = tl.reduce((m, s), 0, _merge)
+
+                if predicted is not None:
+                    # the tile in which a lane found its maximum has the lane's first class with it
+                    classes = (best * TILE)[:, None] + k
+                    v, _ = _load_logits(
+                        z_row, classes, C, columns, scale_row, b, cap, cap_reciprocal, True
+                    )
+                    largest = tl.max(v, 1)
+                    candidates = tl.where(v == largest[:, None], classes, _NO_CLASS)
+                    candidate = tl.where(m == row_m, tl.min(candidates, 1), _NO_CLASS)
+                    first = tl.min(candidate, 0)
+                    # no logit equals the largest one if all are nan
+                    first = tl.where(first < C, first, 0)
+                    tl.store(predicted + row, first.to(tl.int64))
+
+            # the results of the row
+            log_s = tl.log2(row_s) * _LN2
+            row_lse = log_s + row_m
+            row_dc_dp = row_lse
+            shifted_y = 0.0
+            slope_y = 1.0
+            row_y = 0
+            if y is not None:
+                row_y = tl.load(y + row).to(tl.int32)
+                z_y = tl.load(z_row + row_y)
+                if scale is not None:
+                    z_y = z_y * scale_row
+                if b is not None:
+                    z_y = z_y + tl.load(b + row_y)
+                v_y, slope_y = _finish_logits(z_y, cap, cap_reciprocal)
+                shifted_y = v_y - row_m
+                row_dc_dp = log_s - shifted_y  # lse - v_y would cancel
+            row_p = 0.0
+            if p is not None:
+                row_p = tl.load(p + row)
+            if loss is not None:
+                row_loss = row_st * log_s - row_tv
+                row_loss += tl.where(row_p == 0, 0.0, row_p * row_dc_dp)
+                tl.store(loss + row, row_loss * ln_reciprocal)
+            if lse is not None:
+                tl.store(lse + row, row_lse)
+            if squared_lse is not None:
+                tl.store(squared_lse + row, row_lse * row_lse)
+            if entropy is not None:
+                tl.store(entropy + row, (log_s - row_ev / row_s) * ln_reciprocal)
+            if sums is not None:
+                tl.store(sums + 3 * row, row_m)
+                tl.store(sums + 3 * row + 1, row_s)
+                tl.store(sums + 3 * row + 2, row_ev)
+            if dc_dp is not None:
+                tl.store(dc_dp + row, row_dc_dp)
+
+            # second read: Δ
+            if G is not None:
+                G_row = G + i * G_stride
+                γβ = tl.load(γ + row * γ_STRIDE) * ln_reciprocal
+                η_weight = None
+                extra_weight = γβ * row_st  # B without p, η's term in v - m
+                class_η = 0.0
+                if ω is not None:
+                    extra_weight += 2 * tl.load(ω + row * ω_STRIDE) * row_lse
+                if η is not None:
+                    ηβ = tl.load(η + row * η_STRIDE) * ln_reciprocal
+                    extra_weight += ηβ * (row_ev / row_s)
+                    η_weight = ηβ / row_s
+                    class_η = ηβ * tl.maximum(shifted_y, _MIN_SHIFTED)
+                weight = (γβ * row_p + extra_weight) / row_s
+                class_entry = 0.0
+                if y is not None and p is not None:
+                    # T e_y - p s, written with e_y - s, which is exact where e_y is nearly s
+                    e_y = _exp(shifted_y)
+                    class_entry = γβ * row_p * (e_y - row_s) + (extra_weight - class_η) * e_y
+                    class_entry = class_entry / row_s
+                    if t is not None:
+                        class_entry -= γβ * tl.load(t_row + row_y)
+                    class_entry = class_entry * slope_y
+                if tail < C:
+                    _write_tile(
+                        G_row, z_row, tail + k, C, columns, scale_row, b, cap, cap_reciprocal,
+                        t_row, row_m, weight, η_weight, γβ, row_y, class_entry,
+                        y is not None and p is not None, True
+                    )  # fmt: skip
+                for j in tl.range(0, tile_count, num_stages=STAGES):
+                    start = (tile_count - 1 - j) * TILE
+                    _write_tile(
+                        G_row, z_row, start + k, C, columns, scale_row, b, cap, cap_reciprocal,
+                        t_row, row_m, weight, η_weight, γβ, row_y, class_entry,
+                        y is not None and p is not None, False
+                    )  # fmt: skip
+        else:
+            if loss is not None:
+                tl.store(loss + row, 0.0)
+            if lse is not None:
+                tl.store(lse + row, 0.0)
+            if squared_lse is not None:
+                tl.store(squared_lse + row, 0.0)
+            if entropy is not None:
+                tl.store(entropy + row, 0.0)
+            if predicted is not None:
+                tl.store(predicted + row, -1)
+            if sums is not None:
+                tl.store(sums + 3 * row, 0.0)
+                tl.store(sums + 3 * row + 1, 1.0)
+                tl.store(sums + 3 * row + 2, 0.0)
+            if dc_dp is not None:
+                tl.store(dc_dp + row, 0.0)
+            if G is not None:
+                G_row = G + i * G_stride
+                zeros = tl.zeros((LANES, VECTOR), tl.float32).to(G.dtype.element_ty)
+                for j in range(tile_count):
+                    tl.store(G_row + j * TILE + k, zeros)
+                if tail < C:
+                    tl.store(G_row + tail + k, zeros, mask=tail + k < columns)
