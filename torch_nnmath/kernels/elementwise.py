@@ -24,7 +24,11 @@ def _allocate_product(a: Tensor, v: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-@register_operator("sigmoid_product(Tensor a, Tensor v) -> Tensor", _allocate_product)
+@register_operator(
+    "sigmoid_product(Tensor a, Tensor v) -> Tensor",
+    _allocate_product,
+    gpu_module="triton_elementwise",
+)
 def sigmoid_product(a: Tensor, v: Tensor) -> Tensor:
     """F6: a (1 - a) v."""
 
@@ -37,7 +41,9 @@ def sigmoid_product(a: Tensor, v: Tensor) -> Tensor:
     return _write_tiles(write, widen(a), widen(v), v.dtype)
 
 
-@register_operator("tanh_product(Tensor a, Tensor v) -> Tensor", _allocate_product)
+@register_operator(
+    "tanh_product(Tensor a, Tensor v) -> Tensor", _allocate_product, gpu_module="triton_elementwise"
+)
 def tanh_product(a: Tensor, v: Tensor) -> Tensor:
     """F2: (1 - a²) v."""
 
@@ -50,7 +56,9 @@ def tanh_product(a: Tensor, v: Tensor) -> Tensor:
     return _write_tiles(write, widen(a), widen(v), v.dtype)
 
 
-@register_operator("relu_product(Tensor a, Tensor v) -> Tensor", _allocate_product)
+@register_operator(
+    "relu_product(Tensor a, Tensor v) -> Tensor", _allocate_product, gpu_module="triton_elementwise"
+)
 def relu_product(a: Tensor, v: Tensor) -> Tensor:
     """F2: v where a > 0 or nan, else 0.
 
@@ -110,6 +118,7 @@ def _write_tiles(
     "squared_error(Tensor? dc, Tensor a, Tensor t, int axes, float scale, bool needs_c)"
     " -> (Tensor, Tensor)",
     lambda dc, a, t, axes, scale, needs_c: _allocate_loss(dc, a, t, axes, needs_c),
+    gpu_module="triton_elementwise",
 )
 def squared_error(
     dc: Tensor | None, a: Tensor, t: Tensor, axes: int, scale: float, needs_c: bool
@@ -126,6 +135,7 @@ def squared_error(
     "sigmoid_squared_error(Tensor? dc, Tensor z, Tensor t, int axes, bool needs_c)"
     " -> (Tensor, Tensor)",
     lambda dc, z, t, axes, needs_c: _allocate_loss(dc, z, t, axes, needs_c),
+    gpu_module="triton_elementwise",
 )
 def sigmoid_squared_error(
     dc: Tensor | None, z: Tensor, t: Tensor, axes: int, needs_c: bool
