@@ -75,16 +75,30 @@ def _extend(m, s, T, tz, z, t, HAS_T: tl.constexpr):
 
 
 @triton.jit
-def _merge(m, s, T, tz, HAS_T: tl.constexpr):
-    """Merges the lanes on axis 1."""
-    highest = tl.max(m, 1)
-    distance = m - tl.where(highest == float("-inf"), 0.0, highest)[:, None]
-    s = tl.sum(s * tl.exp2(distance * LOG2_E), 1)
+def _merge(m, s, T, tz, IS_SHARED: tl.constexpr, HAS_T: tl.constexpr):
+    """Merges lanes or slices of one row, (X), with IS_SHARED; else slices of (rows, slices).
+
+    The sums of one row become scalars first, so that Triton 3.6 keeps the tile's layout.
+    """
+    AXIS: tl.constexpr = 0 if IS_SHARED else 1
+    highest = tl.max(m, AXIS)
+    r = tl.where(highest == float("-inf"), 0.0, highest)
+    distance = m - (r if IS_SHARED else r[:, None])
+    s = tl.sum(s * tl.exp2(distance * LOG2_E), AXIS)
     if HAS_T:
-        tz = tl.sum(tz + tl.where(m == float("-inf"), 0.0, T * distance), 1)
-        T = tl.sum(T, 1)
-        return highest, s, T, tz
-    return highest, s, s, s
+        tz = tl.sum(tz + tl.where(m == float("-inf"), 0.0, T * distance), AXIS)
+        T = tl.sum(T, AXIS)
+    if IS_SHARED:
+        zero = tl.zeros([1], tl.float32)
+        highest = zero + highest
+        s = zero + s
+        if HAS_T:
+            T = zero + T
+            tz = zero + tz
+    if not HAS_T:
+        T = s
+        tz = s
+    return highest, s, T, tz
 
 
 @triton.jit
@@ -185,14 +199,18 @@ def cross_entropy_loop(z, t, y, p, keep, dc, c, dz, partials, n, C, zb, zc, zn, 
 
     T = tl.zeros([LANES], tl.float32)
     if PASSES == SECOND:
-        j = tl.arange(0, SLICES)[None, :]
-        place = partials + (row[:, None] * slices + j) * 4
-        present = mask[:, None] & (j < slices)
+        j = tl.arange(0, SLICES)
+        if IS_SHARED:
+            place = partials + ((b * n + tl.program_id(0) % n) * slices + j) * 4
+            present = j < slices
+        else:
+            place = partials + (row[:, None] * slices + j[None, :]) * 4
+            present = mask[:, None] & (j < slices)[None, :]
         m = tl.load(place, mask=present, other=float("-inf"))
         s = tl.load(place + 1, mask=present, other=0.0)
         T = tl.load(place + 2, mask=present, other=0.0)
         tz = tl.load(place + 3, mask=present, other=0.0)
-        m, s, T, tz = _merge(m, s, T, tz, HAS_T)
+        m, s, T, tz = _merge(m, s, T, tz, IS_SHARED, HAS_T)
     else:
         m = tl.full([LANES], float("-inf"), tl.float32)
         s = tl.zeros([LANES], tl.float32)
@@ -206,7 +224,7 @@ def cross_entropy_loop(z, t, y, p, keep, dc, c, dz, partials, n, C, zb, zc, zn, 
                 t_tile = _load(t, b, i[:, None], k, tb, tc, tn, is_read, 0.0)
             m, s, T, tz = _extend(m, s, T, tz, z_tile, t_tile, HAS_T)
         if IS_SHARED:
-            m, s, T, tz = _merge(m[None, :], s[None, :], T[None, :], tz[None, :], HAS_T)
+            m, s, T, tz = _merge(m, s, T, tz, True, HAS_T)
     if PASSES == FIRST:
         place = partials + (row * slices + tl.program_id(1)) * 4
         tl.store(place, m, mask=mask)
@@ -278,9 +296,14 @@ def softmax_product_loop(a, v, out, partials, n, C, ab, ac, an, vb, vc, vn, ob, 
     first = tl.program_id(1) * slice_tiles
     last = tl.minimum(first + slice_tiles, tl.cdiv(C, TILE))
     if PASSES == SECOND:
-        j = tl.arange(0, SLICES)[None, :]
-        present = mask[:, None] & (j < slices)
-        av = tl.sum(tl.load(partials + row[:, None] * slices + j, mask=present, other=0.0), 1)
+        j = tl.arange(0, SLICES)
+        if IS_SHARED:
+            place = partials + (b * n + tl.program_id(0) % n) * slices + j
+            av = tl.zeros([1], tl.float32) + tl.sum(tl.load(place, mask=j < slices, other=0.0), 0)
+        else:
+            place = partials + row[:, None] * slices + j[None, :]
+            present = mask[:, None] & (j < slices)[None, :]
+            av = tl.sum(tl.load(place, mask=present, other=0.0), 1)
     else:
         av = tl.zeros([LANES], tl.float32)
         for tile in tl.range(first, last, num_stages=STAGES):
@@ -290,7 +313,7 @@ def softmax_product_loop(a, v, out, partials, n, C, ab, ac, an, vb, vc, vn, ob, 
             v_tile = _load(v, b, i, k, vb, vc, vn, is_read, 0.0)
             av = av - tl.sum(-a_tile * v_tile, 1)
         if IS_SHARED:
-            av = tl.sum(av[None, :], 1)
+            av = tl.zeros([1], tl.float32) + tl.sum(av, 0)  # as in `_merge`
     if PASSES == FIRST:
         tl.store(partials + row * slices + tl.program_id(1), av, mask=mask)
     else:
@@ -340,11 +363,11 @@ def choose_plan(view: Tensor, operands: int, processors: int) -> Plan:
         lanes = min(SIZES.strided_lanes, _next_power(n))
         rows = min(max(2 * SIZES.tile // width, SIZES.strided_lanes // 4), lanes)
         if rows * width <= 4 * SIZES.tile:
-            return _make_tile_plan(rows, width)
+            return _make_tile_plan(rows, width, operands)
         shape, steps, rows = (lanes, max(SIZES.tile // lanes, 1)), (0, 1), lanes
         tile = shape[1]
     elif width <= SIZES.whole_row:
-        return _make_tile_plan(max(min(SIZES.tile // width, _next_power(n)), 1), width)
+        return _make_tile_plan(max(min(SIZES.tile // width, _next_power(n)), 1), width, operands)
     else:
         # aligned lanes have neighbours, which one instruction loads; otherwise lanes alternate
         vector = 16 // view.element_size()
@@ -362,13 +385,18 @@ def choose_plan(view: Tensor, operands: int, processors: int) -> Plan:
     return Plan(False, rows, shape, steps, -(-tiles // slice_tiles), slice_tiles, warps, stages)
 
 
-def _make_tile_plan(rows: int, width: int) -> Plan:
-    return Plan(True, rows, (rows, width), (0, 1), 1, 1, _count_warps(rows * width, 16), 1)
+def _make_tile_plan(rows: int, width: int, operands: int) -> Plan:
+    """ROCm's compiler spills masks if a thread has many entries of two operands."""
+    thread_entries = 4 if torch.version.hip and operands > 1 else 16
+    warps = _count_warps(rows * width, thread_entries)
+    return Plan(True, rows, (rows, width), (0, 1), 1, 1, warps, 1)
 
 
 def _count_warps(entries: int, thread_entries: int) -> int:
     """Warps with about that many entries a thread: 32 threads each, 64 on ROCm; 512 at most."""
-    threads, most = (64, 8) if torch.version.hip else (32, 16)
+    threads, most = (64, 16) if torch.version.hip and thread_entries < 8 else (64, 8)
+    if not torch.version.hip:
+        threads, most = 32, 16
     return min(max(entries // (threads * thread_entries), 1), most)
 
 
