@@ -101,7 +101,9 @@ def list_cases() -> list[tuple[str, str, torch.dtype, dict[str, str | None], Any
             dense: dict[str, str | None] = {"y": "*i64", "p": z, "t": z, "keep": None}
             for target in (hard, dense) if dtype == torch.float32 or size == "32000" else (hard,):
                 pointers = {"z": z, **target, "dc": "*fp32", "c": "*fp32", "dz": z}
-                kinds = (triton_rows.FIRST, triton_rows.SECOND) if is_split else (triton_rows.WHOLE,)
+                kinds = (
+                    (triton_rows.FIRST, triton_rows.SECOND) if is_split else (triton_rows.WHOLE,)
+                )
                 cases += [("cross_entropy", size, dtype, pointers, kind) for kind in kinds]
         pointers = {"a": z, "v": z, "out": z}
         kinds = (triton_rows.FIRST, triton_rows.SECOND) if is_split else (triton_rows.WHOLE,)
@@ -114,9 +116,7 @@ def main() -> int:
     for target in sys.argv[1:] or TARGETS:
         for name, size, dtype, pointers, passes in list_cases():
             view = make_view(SHAPES[size], dtype)
-            with mock.patch.object(
-                torch.version, "hip", "7" if target.startswith("gfx") else None
-            ):
+            with mock.patch.object(torch.version, "hip", "7" if target.startswith("gfx") else None):
                 plan = triton_rows.choose_plan(view, 2 if pointers.get("t", "") else 1, 132)
             kernel = getattr(triton_rows, f"{name}_{'tile' if plan.is_tile else 'loop'}")
             given = "".join(key[0] for key, type_ in pointers.items() if type_)
