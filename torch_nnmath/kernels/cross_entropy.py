@@ -19,6 +19,7 @@ from torch_nnmath.kernels._library import SLICE_SIZE, compute_log_probability, r
     "cross_entropy(Tensor? dc, Tensor z, Tensor? y, Tensor? p, Tensor? t, Tensor? keep, int dim,"
     " float base, bool needs_c) -> (Tensor, Tensor)",
     lambda dc, z, y, p, t, keep, dim, base, needs_c: _allocate(dc, z, dim, needs_c),
+    gpu_module="triton_rows",
 )
 def cross_entropy(
     dc: Tensor | None,

@@ -75,7 +75,11 @@ def relu_product(a: Tensor, v: Tensor) -> Tensor:
     return _write_tiles(write, a, v, v.dtype)
 
 
-@register_operator("softmax_product(Tensor a, Tensor v, int dim=-1) -> Tensor", _allocate_product)
+@register_operator(
+    "softmax_product(Tensor a, Tensor v, int dim=-1) -> Tensor",
+    _allocate_product,
+    gpu_module="triton_rows",
+)
 def softmax_product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:
     """F7: a (v - a·v), over dim."""
 
