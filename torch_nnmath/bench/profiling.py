@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from torch_nnmath.bench.measure import make_wall_clock
@@ -35,7 +34,7 @@ def profile_call(call: Callable[[], object], device: str, trace: Path) -> dict[s
     recorded.export_chrome_trace(str(trace))
     kernels = []
     for event in recorded.key_averages():
-        if (event.device_type == DeviceType.CUDA) != is_gpu:
+        if (event.device_type.name == "CUDA") != is_gpu:
             continue
         microseconds = event.self_device_time_total if is_gpu else event.self_cpu_time_total
         kernels.append(

@@ -29,7 +29,7 @@ import torch
 
 from torch_nnmath.bench import gpu_works, plot, profiling
 from torch_nnmath.bench.machine import describe_machine, format_machine
-from torch_nnmath.bench.measure import format_reason, make_wall_clock, measure_work
+from torch_nnmath.bench.measure import Measurement, format_reason, make_wall_clock, measure_work
 from torch_nnmath.bench.tables import (
     align_columns,
     evaluate_targets,
@@ -198,7 +198,8 @@ def measure_works(context: Context, pairs: Sequence[tuple[Work, torch.dtype | No
     results |= {"works": [], "targets": [], "failures": [], "not_run": []}
     seconds = TOY_ROUND_SECONDS if context.is_toy else ROUND_SECONDS
     for work, dtype in pairs:
-        dtype, measurements, targets = dtype or work.dtype, [], results["targets"]
+        dtype, targets = dtype or work.dtype, results["targets"]
+        measurements: list[Measurement] = []
         work = remove_compiled(work) if context.is_toy else work
         for size in context.sizes_of(work):
             title = f"{work.name} {format_size(size)} {format_dtype(dtype)}"
@@ -261,7 +262,8 @@ def measure_errors(context: Context) -> int:
     """Compares the loss and each gradient with the plain expression in float64."""
     results = context.results
     results |= {"errors": [], "failures": [], "not_run": []}
-    rows, notes = [("", "dtype", "loss", "dx", "dW")], [""]
+    rows: list[tuple[str, ...]] = [("", "dtype", "loss", "dx", "dW")]
+    notes = [""]
     works = [gpu_works.errors, gpu_works.sharp_errors, *gpu_works.options]
     for work, dtype in iterate_error_pairs(works):
         size = gpu_works.errors.cuda_sizes[0] if not context.is_toy else work.sizes[0]
@@ -394,18 +396,18 @@ def verify_catalog(context: Context) -> int:
             results["failures"] += faults
             results["not_run"].remove(name)
             context.write()
-    counts = {
-        "faults of each row": {n: float(len(faults)) for n, faults in results["rows"].items()}
-    }
-    context.save(context.name, lambda: plot.plot_values(counts, "faults", context.note))
+    counts = {name: float(len(faults)) for name, faults in results["rows"].items()}
+    groups = {"faults of each row": counts}
+    context.save(context.name, lambda: plot.plot_values(groups, "faults", context.note))
     return report_failures(results["failures"])
 
 
 def verify_row(name: str, device: str, is_quick: bool) -> tuple[str, list[str]]:
     """Returns the printed lines and the faults of a row of the catalogue."""
     from torch_nnmath import verify
+    from torch_nnmath.catalog import CATALOG
 
-    rows = [row for row in verify.CATALOG if row.name == name]
+    rows = [row for row in CATALOG if row.name == name]
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         outcomes = verify.verify(device, verify.QUICK if is_quick else verify.TRANSFORMS, rows)
