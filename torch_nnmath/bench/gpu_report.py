@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,10 +62,10 @@ def measure(name: str, run: Run, limit: float) -> list[str]:
 def run_tests(name: str, run: Run, limit: float) -> list[str]:
     """Returns the command of the tests that need a GPU."""
     require("pytest")
-    tests = find_folder("tests") / "gpu"
+    tests = sorted(map(str, (find_folder("tests") / "gpu").glob("test_*.py")))
     results = ["--junitxml", str(run.folder / f"{name}.xml"), "-o", "junit_family=xunit2"]
     options = ["-p", "no:cacheprovider", "-rs", "--durations=15", *results]
-    return [sys.executable, "-m", "pytest", "-m", "gpu", str(tests), *options]
+    return [sys.executable, "-m", "pytest", "-m", "gpu", *tests, *options]
 
 
 class Example(NamedTuple):
@@ -198,6 +199,7 @@ def run_in_process(command: Sequence[str], log: TextIO, limit: float) -> int | N
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
     }
+    exit_on_sigterm()
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -212,6 +214,12 @@ def run_in_process(command: Sequence[str], log: TextIO, limit: float) -> int | N
         return None
     finally:
         kill_group(process)
+
+
+def exit_on_sigterm() -> None:
+    """Makes SIGTERM raise SystemExit, so that the stage's processes end with the report."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
