@@ -131,6 +131,7 @@ def test_failing_stages_are_reported_and_later_ones_run(tmp_path, capsys):
     for text in ("fails failed: exit status 3\nplanted", "ValueError: planted error"):
         assert text in printed
     assert read(tmp_path, "passes")["status"] == "passed"
+    assert outcomes["passes"]["note"] == "fine"
 
 
 def test_limits_are_shares_of_the_time_left(tmp_path):

@@ -183,6 +183,8 @@ def run_stage(stage: Stage, run: Run, limit: float) -> dict[str, Any]:
     outcome["seconds"] = round(time.monotonic() - start, 1)
     written = read_results(results)
     if written is None:
+        if outcome["status"] == "passed":  # such as the count of tests
+            outcome["note"] = read_last_line(log)
         results.write_text(json.dumps(outcome, indent=2), encoding="utf-8")
     elif written.get("not_run") and not outcome["note"]:
         outcome["note"] = f"time was up before {', '.join(written['not_run'])}"
@@ -244,6 +246,11 @@ def describe_exit(exit_status: int | None, log: Path, limit: float) -> dict[str,
     else:
         note = f"exit status {exit_status}"
     return {"status": "failed", "exit_status": exit_status, "note": note, "output": output}
+
+
+def read_last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip("= ") for line in reversed(lines) if line.strip()), "")
 
 
 def paths_of(name: str, folder: Path) -> tuple[Path, Path]:

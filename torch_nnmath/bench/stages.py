@@ -340,14 +340,16 @@ def profile_head(context: Context) -> int:
             print(f"\n{title}: {format_profile(profile)}", flush=True)
             if profile["kernels"]:
                 top = profile["kernels"][:8]
-                groups[title] = {f"{k['name'][:60]} x{k['calls']:g}": k["seconds"] for k in top}
+                groups[title] = {
+                    f"{k['name'][:60]} x{k['calls']:g}": 1e6 * k["seconds"] for k in top
+                }
         except Exception as error:  # as in `measure_works`
             results["failures"].append(f"{title}: {format_reason(error)}")
         free_memory(context.device)
         context.write()
     context.write()
     if groups:
-        label = "seconds of a call in each kernel"
+        label = "µs of a call in each kernel"
         context.save(context.name, lambda: plot.plot_values(groups, label, context.note))
     return report_failures(results["failures"])
 
