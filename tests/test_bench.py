@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_nnmath.__main__ import main
-from torch_nnmath.bench import command, measure, plot, works
+from torch_nnmath.bench import machine, measure, plot, tables, works
 from torch_nnmath.bench.work import Contender, Problem, Target, forward
 from torch_nnmath.bench.works import WORKS
 
@@ -286,11 +286,11 @@ def test_targets_of_each_kind_are_met_or_missed():
     }
     for target, (value, is_met) in cases.items():
         work = replace(WORKS["head"], targets=(target,))
-        rows = list(command.evaluate_targets(work, [first, last]))
+        rows = list(tables.evaluate_targets(work, [first, last]))
         assert rows[-1]["value"] == pytest.approx(value)
         assert rows[-1]["met"] is is_met
         assert rows[-1]["reason"] is None
-        line = command.format_targets(rows).splitlines()[-1]
+        line = tables.format_targets(rows).splitlines()[-1]
         assert line.endswith("met" if is_met else "missed")
 
 
@@ -305,10 +305,10 @@ def test_target_without_a_value_has_a_reason():
         Target(1, kind="growth"): "needs two sizes",
     }
     work = replace(WORKS["head"], targets=tuple(reasons))
-    rows = list(command.evaluate_targets(work, [measurement]))
+    rows = list(tables.evaluate_targets(work, [measurement]))
     assert [row["reason"] for row in rows] == list(reasons.values())
     assert [row["met"] for row in rows] == [None] * 4
-    assert all(reason in command.format_targets(rows) for reason in reasons.values())
+    assert all(reason in tables.format_targets(rows) for reason in reasons.values())
 
 
 def measure_on_cpu(work, timer=None, size=(8, 4), earlier=()):
@@ -326,7 +326,7 @@ def test_contender_that_raises_is_listed_with_the_reason():
     assert result["contenders"]["broken"]["reason"] == "ZeroDivisionError: planted"
     assert result["contenders"]["broken"]["median"] is None
     assert result["contenders"]["ours"]["ours_over_it"] == {"median": 1, "quartiles": [1, 1]}
-    (line,) = (line for line in command.format_table(result).splitlines() if "broken" in line)
+    (line,) = (line for line in tables.format_table(result).splitlines() if "broken" in line)
     assert line.endswith("ZeroDivisionError: planted")
     json.dumps(result)
 
@@ -445,7 +445,7 @@ def test_figure_of_scaling_from_json_has_a_line_for_each_contender(tmp_path):
         if size[0] == 256:
             measurement.reasons["eager"] = "planted"
         results.append(measurement.to_dict())
-    report = json.loads(json.dumps({"machine": command.describe_machine("cpu"), "works": results}))
+    report = json.loads(json.dumps({"machine": machine.describe_machine("cpu"), "works": results}))
     figure = plot.plot_report(report)
     figure.savefig(tmp_path / "out.png")
     rows, classes = figure.axes[0], figure.axes[1]
@@ -498,7 +498,7 @@ def test_import_does_not_import_matplotlib():
 
 
 def test_durations_have_three_digits():
-    texts = [command.format_duration(s) for s in (12.345, 0.0123456, 0.5, 1.5e-5, 9.99e-7)]
+    texts = [tables.format_duration(s) for s in (12.345, 0.0123456, 0.5, 1.5e-5, 9.99e-7)]
     assert texts == ["12.3 s", "12.3 ms", "500 ms", "15.0 µs", "1.00 µs"]
 
 

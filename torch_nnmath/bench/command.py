@@ -6,23 +6,25 @@ import argparse
 import datetime
 import importlib.util
 import json
-import os
-import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torch_nnmath._memory import MIB
-from torch_nnmath.bench import plot
+from torch_nnmath.bench import gpu_report, plot
+from torch_nnmath.bench.machine import describe_machine, format_machine
 from torch_nnmath.bench.measure import Measurement, measure_work
+from torch_nnmath.bench.tables import align_columns, evaluate_targets, format_table, format_targets
 from torch_nnmath.bench.work import Size, Work, format_dtype, format_size
 from torch_nnmath.bench.works import WORKS, scaling, select_works
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status, which is 0 even if a target is missed."""
+    """Runs the command and returns its exit status, which is 0 even if a target is missed.
+
+    With `--report` it is 1 if a stage of the report failed.
+    """
     parser = make_parser()
     arguments = parser.parse_args(argv)
     works, sizes = check_arguments(parser, arguments)
@@ -30,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print(format_list(device))
         return 0
+    if arguments.report:
+        folder = Path(arguments.report)
+        run = gpu_report.Run(folder.absolute(), device, arguments.toy, 60 * arguments.minutes)
+        return gpu_report.run_report(run)
     machine, date = describe_machine(device), datetime.datetime.now().astimezone().isoformat()
     report: dict[str, Any] = {"machine": machine, "date": date, "works": [], "targets": []}
     print(format_machine(machine), flush=True)
@@ -82,6 +88,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument("--plot", metavar="FILE", help="plot the results (needs matplotlib)")
+    parser.add_argument(
+        "--report",
+        metavar="FOLDER",
+        help="measure, test and verify everything that needs a GPU, and write it to this folder; "
+        "see docs/gpu.md",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="how long the report takes (default: 10)"
+    )
+    parser.add_argument(
+        "--toy", action="store_true", help="the report with tiny sizes, which a CPU can run, too"
+    )
     parser.add_argument("--list", action="store_true", help="list the works and exit")
     return parser
 
@@ -104,6 +122,7 @@ def check_arguments(
         parser.error(str(error))
     if arguments.list:
         return works, sizes
+    check_report_arguments(parser, arguments)
     for file in filter(None, (arguments.json, arguments.plot)):
         if not Path(file).absolute().parent.is_dir():
             parser.error(f"{file}: there is no such directory")
@@ -114,106 +133,18 @@ def check_arguments(
     return works, sizes
 
 
-def describe_machine(device: str) -> dict[str, Any]:
-    """Returns the hardware and the versions on which the results depend."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(": ")[1] for x in lines if x.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "device": device,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def format_machine(machine: dict[str, Any]) -> str:
-    """Describes the machine in one line."""
-    gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
-    return (
-        f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"PyTorch {machine['torch']}, Python {machine['python']}, {machine['platform']}"
-    )
-
-
-COLUMNS = ("", "time", "spread", "ours/this", "(quartiles)", "this/floor", "peak", "error")
-
-
-def format_table(result: dict[str, Any]) -> str:
-    """Returns the table of a work at one size, with the reason for each missing contender."""
-    size, dtype, rounds = format_size(result["size"]), result["dtype"], result["rounds"]
-    title = f"{result['name']} {size} {dtype}, {rounds} rounds"
-    if result["floor"]:
-        title += f"; floor: {result['floor']}"
-    rows, notes = [COLUMNS], [""]
-    for name, values in result["contenders"].items():
-        time, (low, high) = values["median"], values["quartiles"] or (0, 0)
-        ratio, floor, peak, error = (
-            values[key] for key in ("ours_over_it", "over_floor", "peak", "error")
-        )
-        row = (
-            name,
-            format_duration(time) if time else "-",
-            format_duration(high - low) if time else "-",
-            f"{ratio['median']:.2f}" if ratio else "-",
-            "({:.2f} to {:.2f})".format(*ratio["quartiles"]) if ratio else "-",
-            f"{floor['median']:.2f}" if floor else "-",
-            "-" if peak is None else f"{peak / MIB:.0f} MiB",
-            "-" if error is None else f"{error:.1e}",
-        )
-        rows.append(row)
-        notes.append(values["reason"] or "")
-    return "\n".join([title, *align_columns(rows, notes)])
-
-
-def format_duration(seconds: float) -> str:
-    """Formats a duration with three digits and a unit."""
-    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
-    value = seconds * scale
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
-
-
-def evaluate_targets(work: Work, measurements: Sequence[Measurement]) -> Iterator[dict[str, Any]]:
-    """Yields each target of a work at each size that it applies to.
-
-    A target that could not be evaluated has a reason instead of a value.
-    """
-    dtype = format_dtype(measurements[0].dtype)
-    for target in work.targets:
-        row = {"target": f"{work.name}: {target}", "dtype": dtype, "limit": target.limit}
-        no_value = {"value": None, "met": None}
-        applicable = [m for m in measurements if target.size in (None, m.size)]
-        if target.kind == "growth":
-            applicable = applicable[1:][-1:]  # the last size, if there are at least two
-        if not applicable:
-            reason = "needs two sizes" if target.kind == "growth" else "not run at this size"
-            yield {**row, **no_value, "size": target.size, "reason": reason}
-        for measurement in applicable:
-            value = measurement.evaluate(target, measurements[0])
-            size, reasons = measurement.size, measurement.reasons
-            if value is None:
-                missing = [n for n in (target.contender, target.baseline) if n in reasons]
-                reason = "; ".join(f"{name}: {reasons[name]}" for name in missing)
-                yield {**row, **no_value, "size": size, "reason": reason or "not measured"}
-            else:
-                result = {"value": value, "met": value <= target.limit}
-                yield {**row, **result, "size": size, "reason": None}
-
-
-def format_targets(targets: Sequence[dict[str, Any]]) -> str:
-    """Returns the table of targets with their values."""
-    rows, notes = [("target", "size", "limit", "value")], [""]
-    for row in targets:
-        size = f"{format_size(row['size'])} {row['dtype']}" if row["size"] else ""
-        value = "-" if row["value"] is None else f"{row['value']:.3g}"
-        rows.append((row["target"], size, f"{row['limit']:.3g}", value))
-        notes.append(row["reason"] or ("met" if row["met"] else "missed"))
-    return "\n".join(align_columns(rows, notes))
+def check_report_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Exits with an error if the options of the report do not fit together."""
+    if not arguments.report:
+        if arguments.toy:
+            parser.error("--toy needs --report")
+        return
+    if arguments.works or arguments.sizes or arguments.dtype or arguments.json or arguments.plot:
+        parser.error("--report takes only --device, --minutes and --toy")
+    if arguments.device == "cpu" and not arguments.toy:
+        parser.error("--report on a CPU needs --toy: the sizes are those of a GPU")
+    if not arguments.minutes > 0:
+        parser.error("--minutes must be above 0")
 
 
 def format_list(device: str) -> str:
@@ -224,10 +155,3 @@ def format_list(device: str) -> str:
         rows.append((work.name, format_dtype(work.dtype)))
         notes.append(f"{work.description}; {'x'.join(work.axes)}: {sizes}")
     return "\n".join(align_columns(rows, notes))
-
-
-def align_columns(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> list[str]:
-    """Returns a line for each row: the first column left-aligned, others right, then the note."""
-    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows]
-    return [f"  {line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True)]

@@ -27,29 +27,37 @@ COLOURS = {
     "CCE": "C4",
     "QuACK": "C5",
     "none ignored": "C8",
+    "plain": "C6",
     "floor": "black",
 }
 
 
 def plot_report(report: dict[str, Any]) -> Figure:
     """Returns the figure of scaling if the report has only that work, else bars."""
-    machine = report["machine"]
-    note = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-    note += f", PyTorch {machine['torch']}"
-    works = report["works"]
+    works, note = report["works"], describe_briefly(report["machine"])
     is_scaling = all(work["name"] == "scaling" for work in works)
     return plot_scaling(works, note) if is_scaling else plot_bars(works, note)
 
 
-def plot_bars(works: Sequence[WorkResult], note: str) -> Figure:
-    """Plots each contender's time over eager's, with the quartiles as error bars."""
+def describe_briefly(machine: dict[str, Any]) -> str:
+    """Returns the note below a figure."""
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"{device}, PyTorch {machine['torch']}"
+
+
+def plot_bars(works: Sequence[WorkResult], note: str, baseline: str = "eager") -> Figure:
+    """Plots each contender's time over the baseline's: eager's, or the floor's.
+
+    The error bars are the quartiles.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     groups: list[tuple[str, dict[str, WorkResult]]] = []
     for work in works:
-        ratios = {name: values["over_eager"] for name, values in work["contenders"].items()}
-        ratios = {name: ratio for name, ratio in ratios.items() if ratio and name != "eager"}
+        key = f"over_{baseline}"
+        ratios = {name: values[key] for name, values in work["contenders"].items()}
+        ratios = {name: ratio for name, ratio in ratios.items() if ratio and name != baseline}
         if ratios:
             groups.append((f"{work['name']}\n{format_size(work['size'])} {work['dtype']}", ratios))
     height = 1.9 + 0.21 * sum(len(ratios) + 1 for _, ratios in groups)
@@ -72,7 +80,8 @@ def plot_bars(works: Sequence[WorkResult], note: str) -> Figure:
     axes.set_axisbelow(True)
     axes.set_yticks(ticks, [label for label, _ in groups], fontsize=8)
     axes.set_ylim(y - 1, -1)
-    axes.set_xlabel("time over PyTorch eager's: median and quartiles of the ratios of the rounds")
+    name = "PyTorch eager's" if baseline == "eager" else "the floor's"
+    axes.set_xlabel(f"time over {name}: median and quartiles of the ratios of the rounds")
     add_legend(figure, axes, note)
     return figure
 
@@ -93,6 +102,26 @@ def plot_bar(axes: Axes, y: int, name: str, ratio: WorkResult) -> None:
         va="center_baseline",
         fontsize=7,
     )
+
+
+def plot_values(groups: dict[str, dict[str, float]], label: str, note: str) -> Figure:
+    """Plots the values of each group as bars with their names, one group below the other."""
+    from matplotlib.figure import Figure
+
+    height = 1.2 + sum(0.4 + 0.24 * len(values) for values in groups.values())
+    figure = Figure(figsize=(9, height), layout="constrained")
+    ratios = [len(values) + 1 for values in groups.values()]
+    panels = figure.subplots(len(groups), squeeze=False, height_ratios=ratios)[:, 0]
+    for axes, (title, values) in zip(panels, groups.items(), strict=True):
+        bars = axes.barh([*values], [*values.values()], color="C0", height=0.8)
+        axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.tick_params(labelsize=7)
+        axes.set_title(title, fontsize=8)
+    panels[-1].set_xlabel(label, fontsize=8)
+    figure.supxlabel(note, fontsize=7, color="0.4")
+    return figure
 
 
 def plot_scaling(works: Sequence[WorkResult], note: str) -> Figure:
