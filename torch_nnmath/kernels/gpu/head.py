@@ -33,16 +33,13 @@ from torch_nnmath.kernels.linear_cross_entropy import (
 )
 
 
-def choose_row_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable[..., None]]:
-    """`process_rows` and `process_second_order_rows` for logits of a type.
-
-    Triton's if it is installed and the logits are float32, else those of PyTorch operations.
-    """
+def choose_row_kernel(dtype: torch.dtype) -> Callable[..., None]:
+    """`process_rows` for logits of a type: Triton's if it is installed and they are float32."""
     if dtype == torch.float32 and has_triton():
-        from torch_nnmath.kernels.gpu import triton_head, triton_second_order
+        from torch_nnmath.kernels.gpu import triton_head
 
-        return triton_head.process_rows, triton_second_order.process_second_order_rows
-    return rows.process_rows, rows_second_order.process_second_order_rows
+        return triton_head.process_rows
+    return rows.process_rows
 
 
 class _Operands:
@@ -197,7 +194,7 @@ def head(
             dc_dp,
         )
     upstream, unit = _normalise(gamma, omega, eta, W.dtype)
-    process_rows, _ = choose_row_kernels(operands.dtype)
+    process_rows = choose_row_kernel(operands.dtype)
     gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():
         for slab in plan.iterate_slabs(block):
@@ -253,7 +250,6 @@ def head_second_order(
     outputs = SecondOrderOutputs(ρ_c, ρ_q, ρ_h, dp)
     upstream, unit = _normalise(gamma, omega, eta, W.dtype)
     assert upstream is not None
-    _, process_rows = choose_row_kernels(operands.dtype)
     gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():
         for slab in plan.iterate_slabs(block):
@@ -263,7 +259,9 @@ def head_second_order(
             deltas = None
             if Q is not None and operands.delta is not None:
                 deltas = Q[place], operands.delta[place]
-            process_rows(z, r, deltas, slab, operands.row_inputs, upstream, direction, outputs)
+            rows_second_order.process_rows(
+                z, r, deltas, slab, operands.row_inputs, upstream, direction, outputs
+            )
         if operands.delta is not None:
             gradients.add_block(block, operands.delta, (Q, V, U))
     results = gradients.finish()

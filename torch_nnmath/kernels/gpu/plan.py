@@ -75,7 +75,7 @@ def make_plan(x: Tensor, W: Tensor, buffers: int = 1, needs_dW: bool = True) -> 
     largest = SINGLE_BLOCK_ROWS + (2 * D if accumulator else 0)
     most = min(SLAB_ROWS, _round_up(N, ALIGNMENT))
     slab_rows = _fit(max(_budget, smallest) - N * block_row, slab_row, most)
-    if N <= largest and slab_rows >= min(N, MIN_SLAB_ROWS):
+    if largest >= N and slab_rows >= min(N, MIN_SLAB_ROWS):
         return Plan(N, N, slab_rows, False)
     left = _budget - accumulator
     slab_rows = max(_fit(left, slab_row + block_row, most), MIN_SLAB_ROWS)

@@ -20,7 +20,7 @@ from torch_nnmath.kernels.gpu.rows import CHUNK_BYTES, Rows, subtract_target, su
 NO_OUTPUTS = RowOutputs(*[None] * 7)
 
 
-def process_second_order_rows(
+def process_rows(
     z: Tensor,
     r: Tensor,
     deltas: tuple[Tensor, Tensor] | None,
