@@ -51,7 +51,8 @@ def compile_case(case: str, target: str) -> bool:
     configuration = choose_configuration(128256, has_options, is_hip)
     lanes, num_warps, num_stages = configuration
     constants = {n: None for n in _process_rows.arg_names if n not in types}
-    constants |= dict.fromkeys(("SCALE_STRIDE", "T_STRIDE", "γ_STRIDE", "ω_STRIDE", "η_STRIDE"), 1)
+    constants |= dict.fromkeys(("SCALE_STRIDE", "γ_STRIDE", "ω_STRIDE", "η_STRIDE"), 1)
+    constants |= {"T_STRIDE": int("t" in arguments)}
     constants |= {"HAS_ENTROPY": has_entropy, "LANES": lanes, "VECTOR": VECTOR}
     constants |= {"STAGES": num_stages}
     divisible = ("z_stride", "G_stride", "columns", *(("C",) if is_divisible else ()))
