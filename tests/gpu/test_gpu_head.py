@@ -35,7 +35,7 @@ def gpu_head():
         operators.impl(name, GPU_IMPLEMENTATIONS[name], "CPU")
     try:
         with (
-            mock.patch.object(head, "has_triton", lambda: False),
+            mock.patch.object(head, "has_triton", return_value=False),
             mock.patch.object(plan, "SLAB_ROWS", 16),
             mock.patch.object(plan, "SINGLE_BLOCK_ROWS", 32),
         ):
@@ -158,7 +158,7 @@ def test_second_order_on_a_gpu_equals_that_on_the_cpu(dtype):
 
 @pytest.mark.parametrize("needs", [*itertools.product([False, True], repeat=3)])
 def test_frozen_features_and_weight_need_no_product(needs):
-    needs_x, needs_W, needs_b = needs
+    needs_x, needs_W, _ = needs
     x, W, b = torch.randn(5, 3), torch.randn(7, 3), torch.randn(7)
     p, y = torch.ones(5, 1), torch.zeros(5, 1, dtype=torch.int64)
     inputs = x, W, b, y, p, None, None, 2.0, None
@@ -177,7 +177,7 @@ def test_head_and_second_order_never_wait_for_the_device():
         needs, direction = draw_needs(seed, inputs), draw_direction(seed, inputs)
         first = [*inputs, *upstream, None, [True, True], needs]
         second = [*inputs, *upstream, *direction, needs]
-        with mock.patch.object(head, "has_triton", lambda: False), torch.no_grad():
+        with mock.patch.object(head, "has_triton", return_value=False), torch.no_grad():
             for function, arguments in ((head.head, first), (head.head_second_order, second)):
                 results = function(
                     *(v.to("meta") if isinstance(v, Tensor) else v for v in arguments)
