@@ -6,7 +6,7 @@ results are rounded once, and no kernel needs the order of two programs.
 """
 
 # Triton's kernels have no types of Python.
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
