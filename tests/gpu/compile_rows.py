@@ -12,7 +12,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from ahead_of_time import TARGETS, compile_kernel
 
-from torch_nnmath.kernels.gpu import triton_rows
+from torch_nnmath.kernels.gpu import row_plans, triton_rows
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SHAPES = {  # (B, C, n), and whether the classes are next to each other in memory
@@ -34,12 +34,21 @@ def make_view(shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(B, C, n, dtype=dtype, device="meta")
 
 
-def compile_one(
-    kernel: Any, target: str, view: torch.Tensor, pointers: dict[str, str | None], passes: Any
-) -> tuple[triton_rows.Plan, Any]:
-    """Compiles the kernel that the plan for `view` chooses; an absent pointer is None."""
+def choose_plan(target: str, view: torch.Tensor, pointers: dict[str, str | None]) -> row_plans.Plan:
+    """The plan on the target; the softmax product has no `t` but two operands too."""
     with mock.patch.object(torch.version, "hip", "7" if target.startswith("gfx") else None):
-        plan = triton_rows.choose_plan(view, 2 if pointers.get("t", "") is not None else 1, 132)
+        return row_plans.choose_plan(view, 1 if pointers.get("t", "") is None else 2, 132)
+
+
+def compile_one(
+    kernel: Any,
+    target: str,
+    view: torch.Tensor,
+    pointers: dict[str, str | None],
+    plan: row_plans.Plan,
+    passes: Any,
+) -> Any:
+    """Compiles the plan's kernel for rows like `view`; an absent pointer is None."""
     is_strided = view.stride(2) == 1
     constants: dict[str, Any] = {name: None for name, type_ in pointers.items() if not type_}
     constants["IS_ALIGNED"] = is_strided and view.shape[2] % 16 == 0
@@ -84,10 +93,9 @@ def compile_one(
             types[name] = "fp32" if name == "inverse_log" else "i32"
             if name == "C" and view.shape[1] % 16 == 0:
                 divisible.append(name)
-    usage = compile_kernel(
+    return compile_kernel(
         kernel, target, types, constants, tuple(divisible), num_warps=plan.num_warps
     )
-    return plan, usage
 
 
 def list_cases() -> list[tuple[str, str, torch.dtype, dict[str, str | None], Any]]:
@@ -116,13 +124,12 @@ def main() -> int:
     for target in sys.argv[1:] or TARGETS:
         for name, size, dtype, pointers, passes in list_cases():
             view = make_view(SHAPES[size], dtype)
-            with mock.patch.object(torch.version, "hip", "7" if target.startswith("gfx") else None):
-                plan = triton_rows.choose_plan(view, 2 if pointers.get("t", "") else 1, 132)
+            plan = choose_plan(target, view, pointers)
             kernel = getattr(triton_rows, f"{name}_{'tile' if plan.is_tile else 'loop'}")
             given = "".join(key[0] for key, type_ in pointers.items() if type_)
             label = f"{target} {kernel.__name__} {size} {dtype} {given} passes={passes.value}"
             try:
-                plan, usage = compile_one(kernel, target, view, pointers, passes)
+                usage = compile_one(kernel, target, view, pointers, plan, passes)
             except Exception as error:  # every failure is listed
                 failures += 1
                 print(f"{label}: {type(error).__name__}: {error}")

@@ -37,11 +37,11 @@ def round_like_a_gpu(monkeypatch):
 
 @pytest.fixture
 def rows(monkeypatch, request):
-    from torch_nnmath.kernels.gpu import triton_rows
+    from torch_nnmath.kernels.gpu import row_plans, triton_rows
 
     sizes = SIZES[getattr(request, "param", "default")]
     if sizes is not None:
-        monkeypatch.setattr(triton_rows, "SIZES", triton_rows.Sizes(*sizes))
+        monkeypatch.setattr(row_plans, "SIZES", row_plans.Sizes(*sizes))
     return triton_rows
 
 
