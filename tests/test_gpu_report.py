@@ -225,6 +225,16 @@ def test_stage_with_a_work_that_fails_measures_the_others_and_returns_1(tmp_path
     assert len(read(tmp_path, "head-options")["not_run"]) == 3
 
 
+def test_verification_without_time_ends_and_names_what_was_not_run(tmp_path):
+    command = [sys.executable, "-m", "torch_nnmath.bench.stages", "verify", str(tmp_path)]
+    options = ["--toy", "--seconds", "0.1"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    results = read(tmp_path, "verify")
+    assert len(results["not_run"]) == 1
+    assert f"time was up before {results['not_run'][0]}" in done.stdout
+
+
 # Works
 
 

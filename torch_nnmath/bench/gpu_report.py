@@ -99,7 +99,7 @@ STAGES = (  # the most informative first
     Stage("head-errors", 25, measure),
     Stage("profile", 35, measure),
     Stage("tests", 90, run_tests),
-    Stage("verify", 90, measure),
+    Stage("verify", 140, measure),
     Stage("rows", 75, measure),
     Stage("example-quickstart", 10, run_quickstart),
     Stage(

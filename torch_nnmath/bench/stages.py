@@ -383,24 +383,38 @@ def verify_catalog(context: Context) -> int:
     names = [row.name for row in CATALOG][: 1 if context.is_toy else None]
     results = context.results
     results |= {"quick": is_quick, "rows": {}, "failures": [], "not_run": [*names]}
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in each of the processes
     spawn = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
     workers = min(len(names), max((cores or 1) - 1, 1))
     with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
-        jobs = {pool.submit(verify_row, name, context.device, is_quick): name for name in names}
-        for job in concurrent.futures.as_completed(jobs):
-            name = jobs[job]
-            try:
-                output, faults = job.result()
-            except Exception as error:  # a process of the pool died
-                output, faults = "", [format_reason(error)]
-            print(output or f"{name}: {faults[0]}", flush=True)
-            results["rows"][name] = faults
-            results["failures"] += faults
-            results["not_run"].remove(name)
+        # the last rows, of the head, take the longest
+        jobs = {
+            pool.submit(verify_row, name, context.device, is_quick): name
+            for name in reversed(names)
+        }
+        seconds_left = max(context.deadline - time.monotonic(), 0)
+        try:
+            for job in concurrent.futures.as_completed(jobs, seconds_left):
+                name = jobs[job]
+                try:
+                    output, faults = job.result()
+                except Exception as error:  # a process of the pool died
+                    output, faults = "", [f"{name}: {format_reason(error)}"]
+                print(output or faults[0], flush=True)
+                results["rows"][name] = faults
+                results["failures"] += faults
+                results["not_run"].remove(name)
+                context.write()
+        except TimeoutError:
+            print(f"time was up before {', '.join(results['not_run'])}", flush=True)
             context.write()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()
     counts = {name: float(len(faults)) for name, faults in results["rows"].items()}
     groups = {"faults of each row": counts}
-    context.save(context.name, lambda: plot.plot_values(groups, "faults", context.note))
+    if counts:
+        context.save(context.name, lambda: plot.plot_values(groups, "faults", context.note))
     return report_failures(results["failures"])
 
 
