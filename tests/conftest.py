@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch_nnmath.kernels import _block, dispatch, elementwise
 
 cross_entropy_kernel = importlib.import_module("torch_nnmath.kernels.cross_entropy")
+collect_ignore_glob = ["gpu/compile_*.py"]  # scripts, which must not see interpreted kernels
+if not torch.cuda.is_available():  # before the first kernel is decorated
+    os.environ["TRITON_INTERPRET"] = "1"
 pytest.register_assert_rewrite("deferred_helpers", "swapped_models")
 
 # Observing operations

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from torch_nnmath.kernels._library import GPU_IMPLEMENTATIONS
-
-if not torch.cuda.is_available():  # before the first kernel is decorated
-    os.environ["TRITON_INTERPRET"] = "1"
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

@@ -36,21 +36,20 @@ def register_operator(
     name = signature.split("(")[0]
 
     def register(function: Callable[..., Any]) -> Any:
-        def run_without_gradients(implementation: Callable[..., Any], *args: Any) -> Any:
-            tensor = next(arg for arg in args if isinstance(arg, Tensor))
-            with torch.no_grad(), disable_autocast(tensor):
-                return implementation(*args)
-
         @functools.wraps(function)
         def run(*args: Any) -> Any:
-            return run_without_gradients(function, *args)
+            tensor = next(arg for arg in args if isinstance(arg, Tensor))
+            with torch.no_grad(), disable_autocast(tensor):
+                return function(*args)
 
         @functools.wraps(function)
         def run_on_gpu(*args: Any) -> Any:
             if find_gpu_obstacle(name, args):
                 return run(*args)
             module = importlib.import_module(f"torch_nnmath.kernels.gpu.{gpu_module}")
-            return run_without_gradients(getattr(module, name), *args)
+            tensor = next(arg for arg in args if isinstance(arg, Tensor))
+            with torch.no_grad(), disable_autocast(tensor):
+                return getattr(module, name)(*args)
 
         LIBRARY.define(signature)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
