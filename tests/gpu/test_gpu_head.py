@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import OperationRecorder
-from gpu_helpers import emulate_products
+from gpu_helpers import emulate_products, needs_triton, round_in_interpreter
 from torch import Tensor
 
 from torch_nnmath import kernels, testing, verify
@@ -26,7 +26,7 @@ EPSILON = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 2**-7, tor
 
 
 @contextlib.contextmanager
-def gpu_head():
+def gpu_head(has_triton: bool = False):
     """Runs the GPU's head on CPU tensors, in several small blocks and slabs."""
     products = torch.library.Library("aten", "IMPL")
     emulate_products(products)
@@ -35,7 +35,7 @@ def gpu_head():
         operators.impl(name, GPU_IMPLEMENTATIONS[name], "CPU")
     try:
         with (
-            mock.patch.object(head, "has_triton", return_value=False),
+            mock.patch.object(head, "has_triton", return_value=has_triton),
             mock.patch.object(plan, "SLAB_ROWS", 16),
             mock.patch.object(plan, "SINGLE_BLOCK_ROWS", 32),
         ):
@@ -142,6 +142,22 @@ def test_head_on_a_gpu_equals_the_head_on_the_cpu(dtype, has_sums):
         if keep is not None and needs[0]:
             assert not results[6][~keep.squeeze(1)].count_nonzero()
             assert x.isnan().any() or keep.all()
+
+
+@pytest.mark.triton
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_head_with_triton_equals_the_head_on_the_cpu(dtype, monkeypatch):
+    round_in_interpreter(monkeypatch)
+    for seed in range(5):
+        inputs, upstream = draw_arguments(seed, dtype)
+        arguments = [*inputs, *upstream, None, [True, True], draw_needs(seed, inputs)]
+        truth = kernels.head(*widen(arguments))
+        with gpu_head(has_triton=True):
+            results = kernels.head(*arguments)
+        places = [0, 1, 2, 3, 4, *range(6, 11)]
+        check([results[i] for i in places], [truth[i] for i in places], dtype)
 
 
 @pytest.mark.parametrize("dtype", EPSILON)
