@@ -121,7 +121,7 @@ def _write_tiles(
 @register_operator(
     "squared_error(Tensor? dc, Tensor a, Tensor t, int axes, float scale, bool needs_c)"
     " -> (Tensor, Tensor)",
-    lambda dc, a, t, axes, scale, needs_c: _allocate_loss(dc, a, t, axes, needs_c),
+    lambda dc, a, t, axes, scale, needs_c: allocate_loss(dc, a, t, axes, needs_c),
     gpu_module="triton_elementwise",
 )
 def squared_error(
@@ -138,7 +138,7 @@ def squared_error(
 @register_operator(
     "sigmoid_squared_error(Tensor? dc, Tensor z, Tensor t, int axes, bool needs_c)"
     " -> (Tensor, Tensor)",
-    lambda dc, z, t, axes, needs_c: _allocate_loss(dc, z, t, axes, needs_c),
+    lambda dc, z, t, axes, needs_c: allocate_loss(dc, z, t, axes, needs_c),
     gpu_module="triton_elementwise",
 )
 def sigmoid_squared_error(
@@ -158,7 +158,7 @@ def _compute_squared_error(
     needs_c: bool,
 ) -> tuple[Tensor, Tensor]:
     """Both losses; with `is_sigmoid`, `a` is z."""
-    c, da = _allocate_loss(dc, a, t, axes, needs_c)
+    c, da = allocate_loss(dc, a, t, axes, needs_c)
     losses, examples = c.view(-1).zero_(), math.prod(a.shape[: a.dim() - axes])
     tensors = [a, t] if dc is None else [a, t, da]
     k = None if dc is None else scale * dc  # one factor of da, or one for each example
@@ -191,11 +191,12 @@ def _compute_squared_error(
     return c.mul_(scale / 2), da
 
 
-def _allocate_loss(
+def allocate_loss(
     dc: Tensor | None, a: Tensor, t: Tensor, axes: int, needs_c: bool
 ) -> tuple[Tensor, Tensor]:
     """Memory for c and da; an empty tensor for a result that is not needed."""
     dtype = torch.promote_types(wide_type(a.dtype), wide_type(t.dtype))
+    dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
     shape = (*a.shape[: a.dim() - axes], *[1] * axes)
     c = a.new_empty(shape if needs_c else (0,), dtype=dtype)
     return c, a.new_empty((0,) if dc is None else a.shape, dtype=dtype)

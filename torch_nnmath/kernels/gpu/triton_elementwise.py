@@ -19,7 +19,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from torch_nnmath._precision import wide_type
+from torch_nnmath.kernels.elementwise import allocate_loss
 
 MIN_EXPONENT = tl.constexpr(-104.0)  # e^-104 rounds to 0 in float32
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -152,10 +152,8 @@ def _compute_squared_error(
     needs_c: bool,
 ) -> tuple[Tensor, Tensor]:
     """Both losses; with `is_sigmoid`, `a` is z."""
-    dtype = torch.promote_types(wide_type(a.dtype), wide_type(t.dtype))
     batch, example = a.shape[: a.dim() - axes], a.shape[a.dim() - axes :]
-    c = a.new_empty((*batch, *[1] * axes) if needs_c else (0,), dtype=dtype)
-    da = a.new_empty((0,) if dc is None else a.shape, dtype=dtype)
+    c, da = allocate_loss(dc, a, t, axes, needs_c)
     if a.numel() == 0:
         return c.zero_(), da
     entries = math.prod(example)
