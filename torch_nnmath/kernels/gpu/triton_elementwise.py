@@ -152,7 +152,7 @@ def _compute_squared_error(
     needs_c: bool,
 ) -> tuple[Tensor, Tensor]:
     """Both losses; with `is_sigmoid`, `a` is z."""
-    batch, example = a.shape[: a.dim() - axes], a.shape[a.dim() - axes :]
+    example = a.shape[a.dim() - axes :]
     c, da = allocate_loss(dc, a, t, axes, needs_c)
     if a.numel() == 0:
         return c.zero_(), da
