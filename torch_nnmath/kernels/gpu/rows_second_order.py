@@ -105,7 +105,9 @@ class _SecondOrderRows:
             D = D - ηβ * rows.mask(self._compute_entropy_derivative())
         B = rows.compute_weight(self.coefficients)
         G = rows.compute_logit_gradient(self.shifted, B, self.coefficients)
-        dG = zero_safe_product(self.a, (r - self.ar) * (B if ηβ is None else B - ηβ) + D)
+        # where v is -inf, B is infinite with an entropy, and r - a·r may be 0
+        change = (r - self.ar) * B if ηβ is None else zero_safe_product(r - self.ar, B - ηβ)
+        dG = zero_safe_product(self.a, change + D)
         dG = subtract_target(dG, γβ, rows.y, self.π, self.τ)
         if rows.cap is not None:
             slope = rows.compute_slope()
