@@ -37,6 +37,7 @@ def gpu_head(has_triton: bool = False):
         with (
             mock.patch.object(head, "has_triton", return_value=has_triton),
             mock.patch.object(plan, "SLAB_ROWS", 16),
+            mock.patch.object(plan, "MIN_SLAB_ROWS", 16),
             mock.patch.object(plan, "SINGLE_BLOCK_ROWS", 32),
         ):
             yield
@@ -58,7 +59,10 @@ def draw_arguments(seed: int, dtype: torch.dtype) -> tuple[list[Any], list[Any]]
         return make() if choose.random() < 0.5 else None
 
     keep = maybe(lambda: torch.rand(N, 1, generator=generator) < 0.6)
-    x = normal(N, D, type_=dtype)
+    # scaled features are wider than the weight
+    x = normal(N, D, type_=choose.choice([dtype, dtype, wide]))
+    if x.dtype != dtype:
+        x = x * 1.1
     if keep is not None:
         x = x.masked_fill(~keep, float("nan"))
     y = torch.randint(C, (N, 1), generator=generator)
@@ -158,6 +162,51 @@ def test_head_with_triton_equals_the_head_on_the_cpu(dtype, monkeypatch):
             results = kernels.head(*arguments)
         places = [0, 1, 2, 3, 4, *range(6, 11)]
         check([results[i] for i in places], [truth[i] for i in places], dtype)
+
+
+@pytest.mark.triton
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_second_order_with_triton_equals_that_on_the_cpu(dtype, monkeypatch):
+    round_in_interpreter(monkeypatch)
+    for seed in range(5):
+        inputs, upstream = draw_arguments(seed, dtype)
+        direction, needs = draw_direction(seed, inputs), draw_needs(seed, inputs)
+        arguments = [*inputs, *upstream, *direction, needs]
+        truth = kernels.head_second_order(*widen(arguments))
+        with gpu_head(has_triton=True):
+            results = kernels.head_second_order(*arguments)
+        check(results, truth, dtype)
+
+
+def test_rows_of_several_blocks_and_slabs_have_their_own_offsets():
+    with gpu_head():
+        made = plan.make_plan(torch.empty(70, 9), torch.empty(33, 9))
+    assert len([*made.iterate_blocks()]) > 1
+    assert made.slab_rows < made.block_rows
+
+
+def test_logits_far_apart_do_not_overflow():
+    x, W = torch.tensor([[400.0], [-400.0]]), torch.tensor([[1.0], [0.5], [-1.0]])
+    y, p = torch.tensor([[0], [1]]), torch.ones(2, 1)
+    needs = [True, True, False, False, False]
+    arguments = [x, W, None, y, p, None, None, 2.0, None, p, None, None, None, [True] * 2, needs]
+    truth = kernels.head(*widen(arguments))
+    with gpu_head():
+        check(kernels.head(*arguments), truth, torch.float32)
+
+
+def test_ignored_rows_get_no_gradient_from_an_infinite_weight():
+    x, W = torch.ones(2, 1), torch.tensor([[1.0], [-float("inf")]])
+    y, p = torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[1.0], [0.0]])
+    keep = torch.tensor([[True], [False]])
+    needs = [True, False, False, False, False]
+    with gpu_head():
+        dx = kernels.head(
+            x, W, None, y, p, None, keep, 2.0, None, p, None, None, None, [False] * 2, needs
+        )[6]
+    assert dx[1] == 0
 
 
 @pytest.mark.parametrize("dtype", EPSILON)

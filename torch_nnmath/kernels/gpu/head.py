@@ -42,6 +42,15 @@ def choose_row_kernel(dtype: torch.dtype) -> Callable[..., None]:
     return rows.process_rows
 
 
+def choose_second_order_row_kernel(dtype: torch.dtype) -> Callable[..., None]:
+    """The same for the second order."""
+    if dtype == torch.float32 and has_triton():
+        from torch_nnmath.kernels.gpu import triton_second_order
+
+        return triton_second_order.process_rows
+    return rows_second_order.process_rows
+
+
 class _Operands:
     """The head's inputs as operands of the products, and the buffers that all blocks share."""
 
@@ -250,6 +259,7 @@ def head_second_order(
     outputs = SecondOrderOutputs(ρ_c, ρ_q, ρ_h, dp)
     upstream, unit = _normalise(gamma, omega, eta, W.dtype)
     assert upstream is not None
+    process_rows = choose_second_order_row_kernel(operands.dtype)
     gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():
         for slab in plan.iterate_slabs(block):
@@ -259,9 +269,7 @@ def head_second_order(
             deltas = None
             if Q is not None and operands.delta is not None:
                 deltas = Q[place], operands.delta[place]
-            rows_second_order.process_rows(
-                z, r, deltas, slab, operands.row_inputs, upstream, direction, outputs
-            )
+            process_rows(z, r, deltas, slab, operands.row_inputs, upstream, direction, outputs)
         if operands.delta is not None:
             gradients.add_block(block, operands.delta, (Q, V, U))
     results = gradients.finish()
