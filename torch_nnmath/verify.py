@@ -169,8 +169,8 @@ def verify(
 ) -> list[Outcome]:
     """Runs every check on every row, and every transform on each of its samples.
 
-    `rows` are those of the catalogue by default.
-    Prints a line for each row as soon as it is checked, then its faults.
+    `rows` are those of the catalogue by default. Prints a line for each row as soon as it is
+    checked, then its faults.
     """
     outcomes = []
     for row in CATALOG if rows is None else rows:

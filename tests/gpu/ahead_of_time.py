@@ -28,7 +28,7 @@ class Usage(NamedTuple):
     """What a thread of a compiled kernel uses."""
 
     registers: int
-    spilled_bytes: int
+    spilled_bytes: int  # in memory
 
 
 def compile_kernel(
@@ -75,10 +75,14 @@ def _read_nvidia(binary: bytes) -> Usage:
 
 
 def _read_amd(assembly: str) -> Usage:
-    def read(key: str) -> int:
-        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
-        assert found is not None, key
-        return int(found[1])
+    """Reads the kernel's metadata. Only what lies in the private segment is in memory.
 
-    spilled = 4 * (read("vgpr_spill_count") + read("sgpr_spill_count"))
-    return Usage(read("vgpr_count"), spilled)
+    Scalar registers are spilled into lanes of vector registers.
+    """
+
+    def read(key: str) -> int:
+        match = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        assert match is not None, key
+        return int(match[1])
+
+    return Usage(read("vgpr_count"), read("private_segment_fixed_size"))

@@ -1,6 +1,5 @@
 """Which path a call takes, and gradients that the forward computed."""
 
-import importlib
 from unittest import mock
 
 import pytest
@@ -11,8 +10,8 @@ from torch.func import vmap
 from torch_nnmath import functional, kernels
 from torch_nnmath.kernels import dispatch, scaling
 
-library = importlib.import_module("torch_nnmath.kernels._library")
 LARGE = 2**15 + 1
+UNFIT_TYPES = "block by block: the types of features and weight do not fit together."
 
 
 class OnGpu:
@@ -32,8 +31,7 @@ class OnGpu:
 @pytest.fixture
 def tensors_on_gpu(monkeypatch):
     """Makes the rules take `OnGpu` for a plain tensor."""
-    for module in (dispatch, library):
-        monkeypatch.setattr(module, "Tensor", (torch.Tensor, OnGpu))
+    monkeypatch.setattr(dispatch, "Tensor", (torch.Tensor, OnGpu))
     monkeypatch.setattr(dispatch, "PLAIN_TYPES", (torch.Tensor, OnGpu))
     monkeypatch.setattr(dispatch._torch, "is_legacy_batch", lambda x: False)
 
@@ -51,8 +49,7 @@ def tensors_on_gpu(monkeypatch):
 def test_explain_names_the_path_on_a_gpu_and_the_reason(
     tensors_on_gpu, monkeypatch, dtype, has_triton, size, sentence
 ):
-    for module in (dispatch, library):
-        monkeypatch.setattr(module, "has_triton", lambda: has_triton)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: has_triton)
     a = OnGpu(dtype, size)
     assert sentence in kernels.explain("tanh_product", a, a)
     with torch.no_grad():
@@ -90,8 +87,14 @@ class Subclass(torch.Tensor):
         ({}, "matrix products and Triton kernels."),
         ({"has_triton": False}, "PyTorch operations on rows, since Triton is not installed."),
         ({"needs_t": True}, "block by block: the target needs a gradient."),
-        ({"W": torch.float16}, "block by block: features and weight have different half types."),
-        ({"W": torch.float64}, "block by block: features and weight have different types."),
+        (
+            {"W": torch.float16},
+            UNFIT_TYPES,
+        ),
+        (
+            {"W": torch.float64},
+            UNFIT_TYPES,
+        ),
         ({"size": 0}, "block by block: a tensor is empty."),
     ],
 )
@@ -99,8 +102,7 @@ def test_explain_of_the_head_names_what_its_plan_cannot(
     tensors_on_gpu, monkeypatch, change, reason
 ):
     has_triton = change.get("has_triton", True)
-    for module in (dispatch, library):
-        monkeypatch.setattr(module, "has_triton", lambda: has_triton)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: has_triton)
     x = OnGpu(torch.bfloat16, change.get("size", 1))
     W = OnGpu(change.get("W", torch.bfloat16), 1)
     arguments = x, W, *[None] * 11, [False] * 2, [*[True] * 4, change.get("needs_t", False)]

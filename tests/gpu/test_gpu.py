@@ -23,7 +23,6 @@ pytestmark = [
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -100
-DEFAULT_BUDGET = 3 * 2**29  # 1.5 GiB
 
 # The functions, and what they compute, written out
 
@@ -417,11 +416,6 @@ def test_repeated_results_are_equal_bit_for_bit(case, dtype):
 # Memory and large sizes
 
 
-def read_budget() -> int:
-    """Returns the bytes that the head may use beside its inputs and gradients."""
-    return getattr(kernels, "get_memory_budget", lambda: DEFAULT_BUDGET)()
-
-
 def skip_without_memory(needed: int) -> None:
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free memory")
@@ -431,7 +425,7 @@ def skip_without_memory(needed: int) -> None:
     ("rows", "features", "classes"), [(4096, 1024, 128256), (16384, 512, 128256), (8192, 64, 10**6)]
 )
 def test_peak_memory_of_head_is_within_budget(rows, features, classes):
-    budget = read_budget()
+    budget = kernels.get_memory_budget()
     skip_without_memory(4 * 2**30 + 2 * budget)
     x = torch.randn(rows, features, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     W = torch.randn(classes, features, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)

@@ -182,9 +182,9 @@ def test_second_order_with_triton_equals_that_on_the_cpu(dtype, monkeypatch):
 
 def test_rows_of_several_blocks_and_slabs_have_their_own_offsets():
     with gpu_head():
-        made = plan.make_plan(torch.empty(70, 9), torch.empty(33, 9))
-    assert len([*made.iterate_blocks()]) > 1
-    assert made.slab_rows < made.block_rows
+        head_plan = plan.make_plan(torch.empty(70, 9), torch.empty(33, 9))
+    assert len([*head_plan.iterate_blocks()]) > 1
+    assert head_plan.slab_rows < head_plan.block_rows
 
 
 def test_logits_far_apart_do_not_overflow():
@@ -262,19 +262,19 @@ def test_plan_covers_every_row_once_within_the_budget(budget, dtype, buffers, mo
     )
     for N, C, D in sizes:
         x, W = (torch.empty(n, D, dtype=dtype, device="meta") for n in (N, C))
-        made = plan.make_plan(x, W, buffers)
-        blocks = [*made.iterate_blocks()]
-        slabs = [slab for block in blocks for slab in made.iterate_slabs(block)]
+        head_plan = plan.make_plan(x, W, buffers)
+        blocks = [*head_plan.iterate_blocks()]
+        slabs = [slab for block in blocks for slab in head_plan.iterate_slabs(block)]
         for parts in (blocks, slabs):
             assert [i for part in parts for i in (part.start, part.stop)][1:-1:2] == [
                 part.start for part in parts[1:]
             ]
             assert (parts[0].start, parts[-1].stop) == (0, N)
-        assert max(s.stop - s.start for s in blocks) <= made.block_rows
-        assert max(s.stop - s.start for s in slabs) <= made.slab_rows
-        assert made.has_accumulator == (dtype == torch.bfloat16 and len(blocks) > 1)
-        rows = buffers * C * (4 * made.slab_rows + dtype.itemsize * made.block_rows)
-        memory = rows + made.has_accumulator * 4 * C * D
+        assert max(s.stop - s.start for s in blocks) <= head_plan.block_rows
+        assert max(s.stop - s.start for s in slabs) <= head_plan.slab_rows
+        assert head_plan.has_accumulator == (dtype == torch.bfloat16 and len(blocks) > 1)
+        rows = buffers * C * (4 * head_plan.slab_rows + dtype.itemsize * head_plan.block_rows)
+        memory = rows + head_plan.has_accumulator * 4 * C * D
         smallest = buffers * C * (4 + dtype.itemsize) * plan.MIN_SLAB_ROWS
         smallest += 4 * C * D if dtype == torch.bfloat16 else 0
         assert memory <= max(budget, smallest), (N, C, D, memory)
@@ -282,10 +282,10 @@ def test_plan_covers_every_row_once_within_the_budget(budget, dtype, buffers, mo
 
 def test_plan_of_the_default_budget_is_one_block_at_4096_rows_of_128256_classes():
     x, W = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (4096, 128256))
-    made = plan.make_plan(x, W)
-    assert not made.has_accumulator
-    assert made.block_rows == 4096
-    assert made.slab_rows >= 512
+    head_plan = plan.make_plan(x, W)
+    assert not head_plan.has_accumulator
+    assert head_plan.block_rows == 4096
+    assert head_plan.slab_rows >= 512
 
 
 def test_memory_budget_must_be_positive():

@@ -24,7 +24,6 @@ from torch_nnmath.bench.work import (
     forward,
 )
 
-DEFAULT_BUDGET = 3 * 2**29  # 1.5 GiB
 MAIN_SIZE = (4096, 4096, 128256)
 HEAD_SIZES = (
     MAIN_SIZE,
@@ -41,16 +40,11 @@ SHARPNESS = 6.0  # standard deviation of the logits of a trained model
 COPY_SHARE = 0.85  # of the time of a pass over rows, what a copy of its bytes takes
 
 
-def read_memory_budget() -> int:
-    """Returns the bytes that the head may use beside its inputs and gradients."""
-    return getattr(kernels, "get_memory_budget", lambda: DEFAULT_BUDGET)()
-
-
 def head_targets(size: Size) -> tuple[Target, ...]:
     """Returns the targets of the head: its time over that of its products, and its peak."""
     features = size[1]
     limit = 1.08 if features >= 4096 else 1.15
-    budget = Target(read_memory_budget() / MIB, kind="peak", size=size)
+    budget = Target(kernels.get_memory_budget() / MIB, kind="peak", size=size)
     return Target(limit, "floor", size=size), budget
 
 

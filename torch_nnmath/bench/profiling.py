@@ -29,11 +29,11 @@ def profile_call(call: Callable[[], object], device: str, trace: Path) -> dict[s
     call_seconds = timer(call, CALLS)
     is_gpu = device == "cuda"
     activity = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as recorded:
+    with profile(activities=[activity]) as profiler:
         timer(call, CALLS)
-    recorded.export_chrome_trace(str(trace))
+    profiler.export_chrome_trace(str(trace))
     kernels = []
-    for event in recorded.key_averages():
+    for event in profiler.key_averages():
         if (event.device_type.name == "CUDA") != is_gpu:
             continue
         microseconds = event.self_device_time_total if is_gpu else event.self_cpu_time_total

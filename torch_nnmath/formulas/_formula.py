@@ -91,11 +91,6 @@ class Formula(Function):
         return cls.forward(*inputs)
 
     @staticmethod
-    def select_kept_rows(*inputs: Any) -> Any:
-        """The input that is False for ignored rows; None if the formula ignores none."""
-        return None
-
-    @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError("this formula has no tangent rule")
 

@@ -50,7 +50,7 @@ class CostWithGradient(Function):
 
     `f.kernel` computes the losses and dC/dx in one pass over x. The first backward scales that
     gradient in place; a second backward calls the kernel again. A differentiated backward, or one
-    whose dC must not be multiplied (`kernels.may_scale`), calls `f.gradient`.
+    whose dC must not be multiplied (`may_scale`), calls `f.gradient`.
     """
 
     @staticmethod
@@ -72,7 +72,8 @@ class CostWithGradient(Function):
             dx, ctx.gradient = ctx.gradient, None
             if dx is None:  # an earlier backward overwrote it
                 dx = ctx.f.kernel.gradient(1 / ctx.n, *inputs)
-            dx = scale_gradient_(dx, dC, ctx.f.select_kept_rows(*inputs))
+            keep_index = ctx.f.kernel.keep_index
+            dx = scale_gradient_(dx, dC, None if keep_index is None else inputs[keep_index])
         return None, None, dx.to(inputs[0].dtype), *[None] * (len(inputs) - 1)
 
     @staticmethod

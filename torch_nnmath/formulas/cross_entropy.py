@@ -24,7 +24,7 @@ class CrossEntropy(Formula):
     keep, shaped as c, is False, c and its derivatives of every order are 0, whatever z is.
     """
 
-    kernel = LossKernel(kernels.cross_entropy)
+    kernel = LossKernel(kernels.cross_entropy, keep_index=4)
 
     @staticmethod
     @accelerate_with(kernel.value)
@@ -64,10 +64,6 @@ class CrossEntropy(Formula):
         a, target = log_softmax(z, keep, dim).exp(), Target(y, p, t, dim)
         k = mask_ignored(keep, dc) / math.log(base)
         return (k * target.subtract_from(target.total() * a)).to(z.dtype)
-
-    @staticmethod
-    def select_kept_rows(z: Any, y: Any, p: Any, t: Any, keep: Any, *_: Any) -> Any:
-        return keep
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, _dy: None, dp: Any, dt: Any, *_: None) -> Tensor:

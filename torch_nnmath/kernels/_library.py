@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_nnmath._precision import disable_autocast, wide_type
+from torch_nnmath._precision import disable_autocast
+from torch_nnmath.kernels.dispatch import GPU_MODULES, find_gpu_obstacle
 
 SLICE_SIZE = 2**18  # entries of a slice, which stays in the cache over several passes
 SAFE_EXP = 1e20  # while Σ e^z < this and e^{z_y} > 1/this, float32 neither overflows nor underflows
 
-GPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 GPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}  # by the operator's name
-GPU_MODULES: dict[str, str] = {}
-NO_TRITON = "Triton is not installed"
-UNSUPPORTED_TYPES = "a type is not float32, bfloat16 or float16"
 
 LIBRARY = torch.library.Library("torch_nnmath", "DEF")
 
@@ -31,7 +28,7 @@ def register_operator(
 
     `fake` gives the results' shapes and types. The operator runs below autograd and with autocast
     off, since autocast would round the products that are computed in float32. On a GPU the function
-    of the same name in `kernels.gpu.<gpu_module>` runs instead; `find_gpu_obstacle` has exceptions.
+    of the same name in `kernels.gpu.<gpu_module>` runs instead, unless there is a GPU obstacle.
     """
     name = signature.split("(")[0]
 
@@ -60,29 +57,6 @@ def register_operator(
         return getattr(torch.ops.torch_nnmath, name).default
 
     return register
-
-
-def find_gpu_obstacle(name: str, args: Any) -> str | None:
-    """Why the GPU's implementation of an operator does not take these arguments, if so."""
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if GPU_MODULES[name].startswith("triton_"):
-        if any(x.is_floating_point() and x.dtype not in GPU_TYPES for x in tensors):
-            return UNSUPPORTED_TYPES
-        return None if has_triton() else NO_TRITON
-    x, W, *_, needs_gradient = args  # the head's operators
-    if not x.numel() or not W.numel():
-        return "a tensor is empty"
-    if x.dtype != W.dtype and {wide_type(x.dtype), wide_type(W.dtype)} != {torch.float32}:
-        return "features and weight have different types"
-    if x.dtype != W.dtype and torch.float32 not in (x.dtype, W.dtype):
-        return "features and weight have different half types"
-    return "the target needs a gradient" if needs_gradient[4] else None
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed. It is imported when the first GPU tensor arrives."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def compute_log_probability(e_y: Tensor, s: Tensor) -> Tensor | None:

@@ -1,8 +1,9 @@
-"""When a kernel may stand in for a formula as it is written."""
+"""Which path a call takes: the formula as it is written, a kernel for the CPU or one for GPUs."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,27 +11,25 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import _torch
-from torch_nnmath.kernels._library import (
-    GPU_MODULES,
-    GPU_TYPES,
-    NO_TRITON,
-    UNSUPPORTED_TYPES,
-    find_gpu_obstacle,
-    has_triton,
-)
+from torch_nnmath._precision import wide_type
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 MIN_KERNEL_SIZE = 2**15  # entries; up to this PyTorch uses one thread, and no kernel is faster
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU_MODULES: dict[str, str] = {}  # module of `kernels.gpu` by the operator's name
+NO_TRITON = "Triton is not installed"
 
 
 class LossKernel:
     """The operator of a loss: `operator(dc, *inputs, needs_c)` gives c and dc times the gradient.
 
-    The gradient is that of the first input. If `dc` is None, there is no gradient.
+    The gradient is that of the first input. If `dc` is None, there is no gradient. The input at
+    `keep_index`, if any, is False for ignored rows.
     """
 
-    def __init__(self, operator: Callable[..., Any]):
+    def __init__(self, operator: Callable[..., Any], keep_index: int | None = None):
         self.value_and_gradient = operator
+        self.keep_index = keep_index
         # lambdas, since Dynamo does not trace bound methods here
         self.value = lambda *inputs: operator(None, *inputs, True)[0]
         self.gradient = lambda dc, *inputs: operator(dc, *inputs, False)[1]
@@ -79,10 +78,35 @@ def find_kernel_obstacle(tensors: Sequence[Tensor]) -> str | None:
         return None
     if devices != {"cuda"}:
         return "there are kernels for the CPU and for GPUs only"
+    return find_triton_obstacle(tensors)
+
+
+def find_triton_obstacle(tensors: Sequence[Tensor]) -> str | None:
+    """Why a Triton kernel does not take the tensors; None if it does."""
     if not has_triton():
         return NO_TRITON
-    is_supported = all(x.dtype in GPU_TYPES for x in tensors if x.is_floating_point())
-    return None if is_supported else UNSUPPORTED_TYPES
+    if any(x.is_floating_point() and x.dtype not in TRITON_TYPES for x in tensors):
+        return "a type is not float32, bfloat16 or float16"
+    return None
+
+
+def find_gpu_obstacle(name: str, args: Any) -> str | None:
+    """Why the GPU's implementation of an operator does not take the arguments; None if it does."""
+    if GPU_MODULES[name] != "head":
+        return find_triton_obstacle([x for x in args if isinstance(x, Tensor)])
+    x, W, *_, needs_gradient = args
+    if not x.numel() or not W.numel():
+        return "a tensor is empty"
+    is_half_beside_float = wide_type(x.dtype) == wide_type(W.dtype) in (x.dtype, W.dtype)
+    if x.dtype != W.dtype and not is_half_beside_float:
+        return "the types of features and weight do not fit together"
+    return "the target needs a gradient" if needs_gradient[4] else None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed. It is imported when the first GPU tensor arrives."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def find_watcher(*tensors: Tensor) -> str | None:

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import _torch
-from torch_nnmath.kernels._library import GPU_TYPES, has_triton
-from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors, are_plain_tensors
+from torch_nnmath.kernels.dispatch import (
+    are_plain_cpu_tensors,
+    are_plain_tensors,
+    find_triton_obstacle,
+)
 
 
 def may_scale(dC: Tensor) -> bool:
@@ -33,7 +36,8 @@ def scale_gradient_(gradient: Tensor, dC: Tensor, keep: Tensor | None = None) ->
     if dC.device.type == "cpu":
         return gradient if dC == 1 else gradient.mul_(dC)
     is_per_row = keep is None or keep.numel() == 1 or keep.shape == (*gradient.shape[:-1], 1)
-    if has_triton() and is_per_row and gradient.dtype in GPU_TYPES and gradient.is_contiguous():
+    is_rows = is_per_row and gradient.is_contiguous()
+    if is_rows and find_triton_obstacle([gradient]) is None:
         from torch_nnmath.kernels.gpu import triton_elementwise
 
         rows = gradient.view(-1, gradient.shape[-1]) if gradient.dim() else gradient.view(1, 1)

@@ -1,4 +1,4 @@
 """The kernels on a GPU: matrix products by cuBLAS, and passes over rows by Triton.
 
-`dispatch.choose_implementation` imports these modules when the first GPU tensor arrives.
+`register_operator` imports the Triton modules when the first GPU tensor arrives.
 """

@@ -8,15 +8,15 @@ arguments and results are those of the operators in `kernels.linear_cross_entrop
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide_type
-from torch_nnmath._records import HeadInputs, InputValues, Requests, Target, UpstreamGradients
-from torch_nnmath.kernels._library import has_triton
+from torch_nnmath._records import HeadInputs, InputValues, Requests, UpstreamGradients
+from torch_nnmath.kernels.dispatch import has_triton
 from torch_nnmath.kernels.gpu import rows, rows_second_order
 from torch_nnmath.kernels.gpu.plan import Plan, make_plan, pad
 from torch_nnmath.kernels.gpu.products import add_product, multiply, multiply_split
@@ -33,22 +33,16 @@ from torch_nnmath.kernels.linear_cross_entropy import (
 )
 
 
-def choose_row_kernel(dtype: torch.dtype) -> Callable[..., None]:
-    """`process_rows` for logits of a type: Triton's if it is installed and they are float32."""
+def choose_row_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable[..., None]]:
+    """`process_rows` of the first and of the second order, for logits of a type.
+
+    Triton's if it is installed and the logits are float32.
+    """
     if dtype == torch.float32 and has_triton():
-        from torch_nnmath.kernels.gpu import triton_head
+        from torch_nnmath.kernels.gpu import triton_head, triton_second_order
 
-        return triton_head.process_rows
-    return rows.process_rows
-
-
-def choose_second_order_row_kernel(dtype: torch.dtype) -> Callable[..., None]:
-    """The same for the second order."""
-    if dtype == torch.float32 and has_triton():
-        from torch_nnmath.kernels.gpu import triton_second_order
-
-        return triton_second_order.process_rows
-    return rows_second_order.process_rows
+        return triton_head.process_rows, triton_second_order.process_rows
+    return rows.process_rows, rows_second_order.process_rows
 
 
 class _Operands:
@@ -165,26 +159,11 @@ class _Gradients:
         return InputValues(dx, dW, db, empty, empty)
 
 
-def head(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    y: Tensor | None,
-    p: Tensor | None,
-    t: Tensor | None,
-    keep: Tensor | None,
-    base: float,
-    cap: float | None,
-    gamma: Tensor | None,
-    omega: Tensor | None,
-    eta: Tensor | None,
-    sums: Tensor | None,
-    requests: Sequence[bool],
-    needs_gradient: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def head(*args: Any) -> tuple[Tensor, ...]:
     """First order; see `kernels.linear_cross_entropy.head`."""
-    inputs = HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
-    needs = InputValues(*needs_gradient)
+    *flat, gamma, omega, eta, sums, requests, needs_gradient = args
+    inputs, needs = HeadInputs.from_flat(flat), InputValues(*needs_gradient)
+    x, W = inputs.x, inputs.W
     loss, lse, squared_lse, entropy, predicted, new_sums = allocate_rows(x, requests)
     is_requested = Requests(*requests)
     needs_delta = gamma is not None and any((needs.x, needs.W, needs.b))
@@ -202,8 +181,9 @@ def head(
             new_sums,
             dc_dp,
         )
-    upstream, unit = _normalise(gamma, omega, eta, W.dtype)
-    process_rows = choose_row_kernel(operands.dtype)
+    upstream = None if gamma is None else UpstreamGradients(gamma, omega, eta)
+    upstream, unit = _normalise(upstream, W.dtype)
+    process_rows, _ = choose_row_kernels(operands.dtype)
     gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():
         for slab in plan.iterate_slabs(block):
@@ -215,34 +195,16 @@ def head(
             gradients.add_block(block, operands.delta)
     results = gradients.finish()
     if dc_dp is not None and gamma is not None:
-        results = results._replace(p=gamma / math.log(base) * dc_dp)
+        results = results._replace(p=gamma / math.log(inputs.base) * dc_dp)
     rounded = round_gradients(inputs, gamma, results)
     return loss, lse, squared_lse, entropy, predicted, new_sums, *rounded
 
 
-def head_second_order(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    y: Tensor | None,
-    p: Tensor | None,
-    t: Tensor | None,
-    keep: Tensor | None,
-    base: float,
-    cap: float | None,
-    gamma: Tensor,
-    omega: Tensor | None,
-    eta: Tensor | None,
-    u: Tensor | None,
-    V: Tensor | None,
-    sigma: Tensor | None,
-    pi: Tensor | None,
-    tau: Tensor | None,
-    needs_gradient: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def head_second_order(*args: Any) -> tuple[Tensor, ...]:
     """Second order; see `kernels.linear_cross_entropy.head_second_order`."""
-    inputs = HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
-    needs = InputValues(*needs_gradient)
+    *flat, gamma, omega, eta, u, V, sigma, pi, tau, needs_gradient = args
+    inputs, needs = HeadInputs.from_flat(flat), InputValues(*needs_gradient)
+    x, W, keep = inputs.x, inputs.W, inputs.keep
     needs_deltas = any((needs.x, needs.W, needs.b))
     plan = make_plan(x, W, buffers=2, needs_dW=needs.W)
     operands = _Operands(inputs, plan, needs_deltas)
@@ -257,9 +219,8 @@ def head_second_order(
     ρ_h = None if eta is None else torch.zeros_like(gamma)
     dp = torch.zeros_like(gamma) if needs.p else None
     outputs = SecondOrderOutputs(ρ_c, ρ_q, ρ_h, dp)
-    upstream, unit = _normalise(gamma, omega, eta, W.dtype)
-    assert upstream is not None
-    process_rows = choose_second_order_row_kernel(operands.dtype)
+    upstream, unit = _normalise(UpstreamGradients(gamma, omega, eta), W.dtype)
+    _, process_rows = choose_row_kernels(operands.dtype)
     gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():
         for slab in plan.iterate_slabs(block):
@@ -280,16 +241,13 @@ def head_second_order(
 
 
 def _normalise(
-    gamma: Tensor | None, omega: Tensor | None, eta: Tensor | None, dtype: torch.dtype
+    upstream: UpstreamGradients | None, dtype: torch.dtype
 ) -> tuple[UpstreamGradients | None, Tensor | None]:
     """The upstream gradients; for float16 times a power of two that makes the largest about 1.
 
     Also returns that factor, which stays on the device. Δ of float16 would underflow at 1/N.
     """
-    if gamma is None:
-        return None, None
-    upstream = UpstreamGradients(gamma, omega, eta)
-    if dtype != torch.float16:
+    if upstream is None or dtype != torch.float16:
         return upstream, None
     largest = torch.stack([v.abs().amax() for v in upstream if v is not None]).amax()
     exponent = torch.frexp(largest).exponent

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import zero_safe_product
-from torch_nnmath._records import UpstreamGradients
+from torch_nnmath._records import Target, UpstreamGradients
+from torch_nnmath.kernels._block import select_target
 from torch_nnmath.kernels.gpu.records import RowInputs, RowOutputs
 
 CHUNK_BYTES = 2**25  # of the rows that are processed together: their temporaries stay in the L2
@@ -48,14 +49,8 @@ class Rows:
     def __init__(self, z: Tensor, rows: slice, inputs: RowInputs):
         _, b, scale, y, p, t, keep, base, cap = inputs
         self.ln, self.cap, self.rows = math.log(base), cap, rows
-        self.y, self.p, self.ignored_mask = None, None, None
-        if y is not None:
-            self.y = y[rows]
-        if p is not None:
-            self.p = p[rows]
-        if keep is not None:
-            self.ignored_mask = ~keep[rows]
-        self.t = t if t is None or len(t) == 1 else t[rows]
+        self.target = select_target(Target(y, p, t), rows)
+        self.ignored_mask = None if keep is None else ~keep[rows]
         if scale is not None:
             z.mul_(scale[rows] if scale.dim() else scale)
         if b is not None:
@@ -76,13 +71,13 @@ class Rows:
             self.ev = zero_safe_product(e, shifted).sum(1, keepdim=True)
         lse = self.mask(self.s.log() + self.m)
         # the class's log-probability from v - m, since lse - v_y cancels
-        self.v_y = None if self.y is None else v.gather(1, self.y)
-        dc_dp = lse if self.v_y is None else self.s.log() - (self.v_y - self.m)
-        self.dc_dp = dc_dp
+        self.dc_dp = dc_dp = lse
+        if self.target.y is not None:
+            self.dc_dp = dc_dp = self.s.log() - (v.gather(1, self.target.y) - self.m)
         if outputs.dc_dp is not None:
             outputs.dc_dp[rows] = self.mask(dc_dp)
         if outputs.loss is not None:
-            outputs.loss[rows] = self.mask(self._compute_loss(dc_dp)) / self.ln
+            outputs.loss[rows] = self.mask(self.compute_loss(self.target)) / self.ln
         if outputs.lse is not None:
             outputs.lse[rows] = lse
         if outputs.squared_lse is not None:
@@ -94,14 +89,14 @@ class Rows:
         if outputs.sums is not None:
             outputs.sums[rows] = torch.cat((self.m, self.s, self.ev), 1)
 
-    def _compute_loss(self, dc_dp: Tensor) -> Tensor:
-        """ln β c = p dc/dp + Σ t (lse - v)."""
-        loss = torch.zeros_like(dc_dp)
-        if self.p is not None:
-            loss = loss + zero_safe_product(self.p, dc_dp)
-        if self.t is not None:
-            terms = zero_safe_product(self.t, self.v - self.m)
-            loss = loss + self.t.sum(1, keepdim=True) * self.s.log() - terms.sum(1, keepdim=True)
+    def compute_loss(self, target: Target) -> Tensor:
+        """ln β c of a target with the rows' classes: p dc/dp + Σ t (lse - v)."""
+        loss, (_, p, t, _) = torch.zeros_like(self.dc_dp), target
+        if p is not None:
+            loss = loss + zero_safe_product(p, self.dc_dp)
+        if t is not None:
+            terms = zero_safe_product(t, self.v - self.m)
+            loss = loss + t.sum(1, keepdim=True) * self.s.log() - terms.sum(1, keepdim=True)
         return loss
 
     def write_delta(self, G: Tensor, upstream: UpstreamGradients) -> None:
@@ -116,7 +111,7 @@ class Rows:
     def compute_weight(self, coefficients: tuple[Any, Any, Any]) -> Tensor:
         """B of each entry, or of each row without an entropy."""
         γβ, ω, ηβ = coefficients
-        B: Tensor = γβ * sum_target(self.s, self.p, self.t)
+        B: Tensor = γβ * self.target.total()
         if ω is not None:
             B = B + 2 * ω * self.mask(self.s.log() + self.m)
         if ηβ is not None:  # l - a·l = (v - m) - a·(v - m)
@@ -129,7 +124,7 @@ class Rows:
         """a ∘ B - γβ (p e_y + t), a = e^{v-m} / s."""
         γβ, _, _ = coefficients
         gradient = zero_safe_product(shifted.exp() / self.s, B)
-        return subtract_target(gradient, γβ, self.y, self.p, self.t)
+        return self.target.scale(γβ).subtract_from(gradient)
 
     def compute_slope(self) -> Tensor:
         """dv/dz = 1 - (v/κ)²."""
@@ -155,20 +150,3 @@ class Rows:
     def mask_(self, z: Tensor) -> Tensor:
         """Overwrites the ignored rows with 0."""
         return z if self.ignored_mask is None else z.masked_fill_(self.ignored_mask, 0)
-
-
-def sum_target(s: Tensor, p: Tensor | None, t: Tensor | None) -> Tensor:
-    """T = p + Σ t of each row, in the shape of s."""
-    total = torch.zeros_like(s) if p is None else p
-    return total if t is None else total + t.sum(1, keepdim=True)
-
-
-def subtract_target(
-    gradient: Tensor, γβ: Tensor, y: Tensor | None, p: Tensor | None, t: Tensor | None
-) -> Tensor:
-    """Overwrites the gradient with gradient - γβ (p e_y + t)."""
-    if t is not None:
-        gradient -= γβ * t
-    if p is not None and y is not None:
-        gradient.scatter_add_(1, y, -γβ * p)
-    return gradient

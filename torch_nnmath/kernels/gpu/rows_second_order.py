@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torch_nnmath._precision import zero_safe_product
-from torch_nnmath._records import UpstreamGradients
+from torch_nnmath._records import Target, UpstreamGradients
+from torch_nnmath.kernels._block import select_target
 from torch_nnmath.kernels.gpu.records import (
     RowDirection,
     RowInputs,
     RowOutputs,
     SecondOrderOutputs,
 )
-from torch_nnmath.kernels.gpu.rows import CHUNK_BYTES, Rows, subtract_target, sum_target
+from torch_nnmath.kernels.gpu.rows import CHUNK_BYTES, Rows
 
 NO_OUTPUTS = RowOutputs(*[None] * 7)
 
@@ -53,8 +53,7 @@ class _SecondOrderRows:
         rows.compute_softmax(None, NO_OUTPUTS)
         self.coefficients = rows.select_coefficients(upstream)
         σ, π, τ = direction
-        self.π = None if π is None else rows.mask(π[rows.rows])
-        self.τ = τ if τ is None or len(τ) == 1 else τ[rows.rows]
+        self.dtarget = select_target(Target(None, π, τ), rows.rows)._replace(y=rows.target.y)
         r = r if σ is None else r.add_(σ)
         self.r = rows.mask_(r if rows.cap is None else r.mul_(rows.compute_slope()))
         self.shifted = rows.v - rows.m
@@ -62,23 +61,15 @@ class _SecondOrderRows:
         ar = self.a * self.r
         self.ar = ar.sum(1, keepdim=True)
         self.avr = zero_safe_product(ar, self.shifted).sum(1, keepdim=True)
-        self.r_y: Any = 0.0 if rows.y is None else self.r.gather(1, rows.y)
+        y = rows.target.y
+        self.r_y: Any = 0.0 if y is None else self.r.gather(1, y)
 
     def write_derivatives(self, outputs: SecondOrderOutputs) -> None:
         """ρ_c = (1/ln β)((T a - t)·r + (lse - v)·t'), ρ_q = 2 lse a·r, ρ_h = dh, dp."""
-        rows, ar = self.rows, self.ar
-        place, mask, ln, t, τ = rows.rows, rows.mask, rows.ln, rows.t, self.τ
+        rows, ar, mask, ln = self.rows, self.ar, self.rows.mask, self.rows.ln
+        place, target = rows.rows, rows.target
         if outputs.ρ_c is not None:
-            dc = sum_target(rows.s, rows.p, t) * ar
-            if t is not None:
-                dc = dc - zero_safe_product(t, self.r).sum(1, keepdim=True)
-            if rows.p is not None:
-                dc = dc - zero_safe_product(rows.p, self.r_y * torch.ones_like(rows.p))
-            if self.π is not None:
-                dc = dc + zero_safe_product(self.π, rows.dc_dp)
-            if τ is not None:
-                terms = zero_safe_product(τ, self.shifted)
-                dc = dc + τ.sum(1, keepdim=True) * rows.s.log() - terms.sum(1, keepdim=True)
+            dc = target.total() * ar - target.dot(self.r) + rows.compute_loss(self.dtarget)
             outputs.ρ_c[place] = mask(dc) / ln
         if outputs.ρ_q is not None:
             outputs.ρ_q[place] = mask(2 * (rows.s.log() + rows.m) * ar)
@@ -98,7 +89,7 @@ class _SecondOrderRows:
         Δ = slope ∘ G, Q = slope ∘ dG - (2/κ²) v ∘ G ∘ r.
         """
         rows, r, (γβ, ω, ηβ) = self.rows, self.r, self.coefficients
-        D = γβ * sum_target(rows.s, self.π, self.τ)
+        D = γβ * self.dtarget.total()
         if ω is not None:
             D = D + 2 * ω * self.ar
         if ηβ is not None:
@@ -108,7 +99,7 @@ class _SecondOrderRows:
         # where v is -inf, B is infinite with an entropy, and r - a·r may be 0
         change = (r - self.ar) * B if ηβ is None else zero_safe_product(r - self.ar, B - ηβ)
         dG = zero_safe_product(self.a, change + D)
-        dG = subtract_target(dG, γβ, rows.y, self.π, self.τ)
+        dG = self.dtarget.scale(γβ).subtract_from(dG)
         if rows.cap is not None:
             slope = rows.compute_slope()
             dG = slope * dG - (2 / rows.cap**2) * rows.v * G * r

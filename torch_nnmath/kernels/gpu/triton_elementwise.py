@@ -5,21 +5,18 @@ once. A program takes one tile. A full tile is loaded without a mask, so that it
 128 bits wide for any number of entries.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# Triton's decorator and the parameters of its kernels have no types.
-
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from torch_nnmath.kernels.elementwise import allocate_loss
+from torch_nnmath.kernels.gpu.launch import use_device
 
 MIN_EXPONENT = tl.constexpr(-104.0)  # e^-104 rounds to 0 in float32
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -47,7 +44,7 @@ def choose_tiles() -> Tiles:
 
 
 def _launch(kernel: Any, programs: int, x: Tensor, *args: Any, **constants: Any) -> None:
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with use_device(x):
         kernel[(programs,)](
             *args, **constants, num_warps=choose_tiles().warps, enable_fp_fusion=True
         )
@@ -302,13 +299,13 @@ def error_rows_kernel(
     i = tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)[None, :]
     is_row = i < examples - first
-    inside = is_row[:, None] & (j < entries)
+    is_inside = is_row[:, None] & (j < entries)
     k = i[:, None] * entries + j
-    a_tile = tl.load(a + start + k, mask=inside, other=0)
-    t_tile = tl.load(t + start + k, mask=inside, other=0)
+    a_tile = tl.load(a + start + k, mask=is_inside, other=0)
+    t_tile = tl.load(t + start + k, mask=is_inside, other=0)
     error, slope = _evaluate_error(a_tile, t_tile, IS_SIGMOID)
     if c is not None:
-        square = tl.where(inside, error * error, 0.0)
+        square = tl.where(is_inside, error * error, 0.0)
         tl.store(c + first + i, scale * 0.5 * tl.sum(square, 1), mask=is_row)
     if DC_KIND != "none":
         if IS_SIGMOID:
@@ -318,7 +315,7 @@ def error_rows_kernel(
             error *= scale * dc_tile[:, None]
         else:
             error *= scale * tl.load(dc).to(tl.float32)
-        tl.store(da + start + k, error, mask=inside)
+        tl.store(da + start + k, error, mask=is_inside)
 
 
 @triton.jit

@@ -5,43 +5,35 @@ L2 cache. One program processes one row at a time. A tile has the shape (lanes, 
 reduction over axis 1 stays in a thread, and each lane keeps its own maximum until the row ends.
 """
 
-# Triton's decorator has no types, and a kernel's arguments are tensors of pointers
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from typing import NamedTuple
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from torch_nnmath._records import UpstreamGradients
+from torch_nnmath.kernels.gpu.launch import use_device
 from torch_nnmath.kernels.gpu.records import RowInputs, RowOutputs
+from torch_nnmath.kernels.gpu.triton_logits import (
+    LN_2,
+    LOWEST,
+    MAX_WARPS,
+    MIN_SHIFTED,
+    VECTOR,
+    Configuration,
+    count_programs,
+    exp,
+    finish_logits,
+    get_row_stride,
+    load_logits,
+    load_target,
+    shift,
+)
 
-VECTOR = 4  # float32 logits of a 16-byte load
-MAX_WARPS = 16
-PROGRAMS_WITHOUT_GPU = 2  # in Triton's interpreter
-
-_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# a lane's maximum before its first logit; finite, since -inf - (-inf) is nan
-_LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
-# clamp for v - m, so that (v - m) e^(v - m) is 0 and not nan at v = -inf
-_MIN_SHIFTED: tl.constexpr = tl.constexpr(-1e4)
-_NO_CLASS: tl.constexpr = tl.constexpr(2**31 - 1)
-
-
-class Configuration(NamedTuple):
-    """How a kernel is compiled."""
-
-    lanes: int  # a tile has lanes x VECTOR logits
-    num_warps: int
-    num_stages: int
+NO_CLASS: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 def choose_configuration(C: int, has_options: bool, is_hip: bool) -> Configuration:
@@ -83,8 +75,8 @@ def process_rows(
     has_entropy = outputs.entropy is not None or η is not None
     has_options = has_entropy or any(value is not None for value in (b, t, cap))
     configuration = choose_configuration(C, has_options, torch.version.hip is not None)
-    grid = (min(len(z), _count_programs(z.device, configuration.num_warps)),)
-    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
+    grid = (min(len(z), count_programs(z.device, configuration.num_warps)),)
+    with use_device(z):
         _process_rows[grid](
             z,
             z.stride(0),
@@ -108,11 +100,11 @@ def process_rows(
             η,
             sums,
             *outputs,
-            SCALE_STRIDE=_get_row_stride(scale),
+            SCALE_STRIDE=get_row_stride(scale),
             T_STRIDE=0 if t is None or len(t) == 1 else 1,
-            γ_STRIDE=_get_row_stride(γ),
-            ω_STRIDE=_get_row_stride(ω),
-            η_STRIDE=_get_row_stride(η),
+            γ_STRIDE=get_row_stride(γ),
+            ω_STRIDE=get_row_stride(ω),
+            η_STRIDE=get_row_stride(η),
             HAS_ENTROPY=has_entropy,
             LANES=configuration.lanes,
             VECTOR=VECTOR,
@@ -123,97 +115,26 @@ def process_rows(
         )
 
 
-def _get_row_stride(value: Tensor | None) -> int:
-    """1 for a value of each row, 0 for one that all rows share."""
-    return 0 if value is None or value.dim() == 0 else 1
-
-
-def _count_programs(device: torch.device, num_warps: int) -> int:
-    """As many programs as the device runs at once."""
-    if device.type != "cuda":
-        return PROGRAMS_WITHOUT_GPU
-    return _count_multiprocessors(device) * max(MAX_WARPS // num_warps, 1)
-
-
-@functools.cache
-def _count_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * _LOG2E)
-
-
-@triton.jit
-def _finish_logits(z, cap, cap_reciprocal):
-    """v = κ tanh(z/κ) and dv/dz; v = z and 1 without a cap."""
-    v = z
-    slope = 1.0
-    if cap is not None:
-        u = z * cap_reciprocal
-        f = _exp(-2 * tl.abs(u))
-        r = 1 / (1 + f)
-        tanh = (1 - f) * r
-        tanh = tl.where(u < 0, -tanh, tanh)
-        # near 0 the quotient loses digits, and an odd polynomial does not
-        q = u * u
-        c = -5.70498872745e-3 * q + 2.06390887954e-2
-        c = c * q - 5.37397155531e-2
-        c = c * q + 1.33314422036e-1
-        c = c * q - 3.33332819422e-1
-        tanh = tl.where(tl.abs(u) < 0.625, u + u * (q * c), tanh)
-        v = cap * tanh
-        slope = 4 * f * r * r
-    return v, slope
-
-
-@triton.jit
-def _load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL: tl.constexpr):
-    """v and dv/dz of the classes k. In a tail, v is -inf from class C on."""
-    # the bound `columns` is a multiple of 16 and keeps the load vectorised
-    x = tl.load(z + k, mask=k < columns, other=0.0) if IS_TAIL else tl.load(z + k)
-    if scale is not None:
-        x = x * scale
-    if b is not None:
-        x = x + (tl.load(b + k, mask=k < C, other=0.0) if IS_TAIL else tl.load(b + k))
-    v, slope = _finish_logits(x, cap, cap_reciprocal)
-    if IS_TAIL:
-        v = tl.where(k < C, v, float("-inf"))
-    return v, slope
-
-
-@triton.jit
-def _load_target(t, k, C, IS_TAIL: tl.constexpr):
-    return tl.load(t + k, mask=k < C, other=0.0) if IS_TAIL else tl.load(t + k)
-
-
-@triton.jit
-def _shift(m, new_m):
-    """m - new_m, finite also if a lane has no logit."""
-    return tl.maximum(m - new_m, _LOWEST)
-
-
 @triton.jit
 def _add_tile(
     m, s, ev, tv, st, best, tile, z, k, C, columns, scale, b, cap, cap_reciprocal, t,
     HAS_ENTROPY: tl.constexpr, HAS_PREDICTED: tl.constexpr, IS_TAIL: tl.constexpr
 ):  # fmt: skip
     """Adds a tile to the sums of each lane, which refer to the lane's maximum m."""
-    v, _ = _load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL)
+    v, _ = load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL)
     largest = tl.max(v, 1)
     if HAS_PREDICTED:
         best = tl.where(largest > m, tile, best)
     new_m = tl.where(largest > m, largest, m)
-    change = _shift(m, new_m)
-    factor = _exp(change)
+    change = shift(m, new_m)
+    factor = exp(change)
     shifted = v - new_m[:, None]
-    e = _exp(shifted)
+    e = exp(shifted)
     if HAS_ENTROPY:
-        ev = (ev + s * tl.maximum(change, _MIN_SHIFTED)) * factor
-        ev = ev - tl.sum(-e * tl.maximum(shifted, _MIN_SHIFTED), 1)
+        ev = (ev + s * tl.maximum(change, MIN_SHIFTED)) * factor
+        ev = ev - tl.sum(-e * tl.maximum(shifted, MIN_SHIFTED), 1)
     if t is not None:
-        t_k = _load_target(t, k, C, IS_TAIL)
+        t_k = load_target(t, k, C, IS_TAIL)
         tv = tv + st * change
         # a target of 0 adds 0, also where v is infinite
         tv = tv - tl.sum(tl.where(t_k == 0, 0.0, -t_k * shifted), 1)
@@ -225,16 +146,16 @@ def _add_tile(
 @triton.jit
 def _merge(m, s, other_m, other_s):
     new_m = tl.maximum(m, other_m)
-    return new_m, s * _exp(_shift(m, new_m)) + other_s * _exp(_shift(other_m, new_m))
+    return new_m, s * exp(shift(m, new_m)) + other_s * exp(shift(other_m, new_m))
 
 
 @triton.jit
 def _merge_all(m, s, ev, tv, st, other_m, other_s, other_ev, other_tv, other_st):
     new_m = tl.maximum(m, other_m)
-    change, other_change = _shift(m, new_m), _shift(other_m, new_m)
-    f, other_f = _exp(change), _exp(other_change)
-    ev = (ev + s * tl.maximum(change, _MIN_SHIFTED)) * f
-    other_ev = (other_ev + other_s * tl.maximum(other_change, _MIN_SHIFTED)) * other_f
+    change, other_change = shift(m, new_m), shift(other_m, new_m)
+    f, other_f = exp(change), exp(other_change)
+    ev = (ev + s * tl.maximum(change, MIN_SHIFTED)) * f
+    other_ev = (other_ev + other_s * tl.maximum(other_change, MIN_SHIFTED)) * other_f
     tv = tv + st * change + (other_tv + other_st * other_change)
     return new_m, s * f + other_s * other_f, ev + other_ev, tv, st + other_st
 
@@ -245,15 +166,15 @@ def _write_tile(
     HAS_CLASS: tl.constexpr, IS_TAIL: tl.constexpr
 ):  # fmt: skip
     """Δ of the classes k: dv/dz ∘ (e^{v-m} (weight - η_weight (v-m)) - γβ t), and entry y."""
-    v, slope = _load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL)
+    v, slope = load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL)
     shifted = v - m
-    e = _exp(shifted)
+    e = exp(shifted)
     if η_weight is None:
         delta = e * weight
     else:
-        delta = e * (weight - η_weight * tl.maximum(shifted, _MIN_SHIFTED))
+        delta = e * (weight - η_weight * tl.maximum(shifted, MIN_SHIFTED))
     if t is not None:
-        delta = delta - γβ * _load_target(t, k, C, IS_TAIL)
+        delta = delta - γβ * load_target(t, k, C, IS_TAIL)
     if cap is not None:
         delta = delta * slope
     if HAS_CLASS:
@@ -334,12 +255,12 @@ def _process_rows(
                 if t is not None:
                     st = tl.zeros((LANES,), tl.float32)
                     for j in tl.range(0, tile_count, num_stages=STAGES):
-                        st = st - tl.sum(-_load_target(t_row, j * TILE + k, C, False), 1)
+                        st = st - tl.sum(-load_target(t_row, j * TILE + k, C, False), 1)
                     if tail < C:
-                        st = st - tl.sum(-_load_target(t_row, tail + k, C, True), 1)
+                        st = st - tl.sum(-load_target(t_row, tail + k, C, True), 1)
                     row_st = tl.sum(st, 0)
             else:
-                m = tl.full((LANES,), _LOWEST, tl.float32)
+                m = tl.full((LANES,), LOWEST, tl.float32)
                 s = tl.zeros((LANES,), tl.float32)
                 ev = tl.zeros((LANES,), tl.float32)
                 tv = tl.zeros((LANES,), tl.float32)
@@ -366,19 +287,19 @@ def _process_rows(
                 if predicted is not None:
                     # the tile in which a lane found its maximum has the lane's first class with it
                     classes = (best * TILE)[:, None] + k
-                    v, _ = _load_logits(
+                    v, _ = load_logits(
                         z_row, classes, C, columns, scale_row, b, cap, cap_reciprocal, True
                     )
                     largest = tl.max(v, 1)
-                    candidates = tl.where(v == largest[:, None], classes, _NO_CLASS)
-                    candidate = tl.where(m == row_m, tl.min(candidates, 1), _NO_CLASS)
+                    candidates = tl.where(v == largest[:, None], classes, NO_CLASS)
+                    candidate = tl.where(m == row_m, tl.min(candidates, 1), NO_CLASS)
                     first = tl.min(candidate, 0)
                     # no logit equals the largest one if all are nan
                     first = tl.where(first < C, first, 0)
                     tl.store(predicted + row, first.to(tl.int64))
 
             # the results of the row
-            log_s = tl.log2(row_s) * _LN2
+            log_s = tl.log2(row_s) * LN_2
             row_lse = log_s + row_m
             row_dc_dp = row_lse
             shifted_y = 0.0
@@ -391,7 +312,7 @@ def _process_rows(
                     z_y = z_y * scale_row
                 if b is not None:
                     z_y = z_y + tl.load(b + row_y)
-                v_y, slope_y = _finish_logits(z_y, cap, cap_reciprocal)
+                v_y, slope_y = finish_logits(z_y, cap, cap_reciprocal)
                 shifted_y = v_y - row_m
                 row_dc_dp = log_s - shifted_y  # lse - v_y would cancel
             row_p = 0.0
@@ -427,12 +348,12 @@ def _process_rows(
                     ηβ = tl.load(η + row * η_STRIDE) * ln_reciprocal
                     extra_weight += ηβ * (row_ev / row_s)
                     η_weight = ηβ / row_s
-                    class_η = ηβ * tl.maximum(shifted_y, _MIN_SHIFTED)
+                    class_η = ηβ * tl.maximum(shifted_y, MIN_SHIFTED)
                 weight = (γβ * row_p + extra_weight) / row_s
                 class_entry = 0.0
                 if y is not None and p is not None:
                     # T e_y - p s, written with e_y - s, which is exact where e_y is nearly s
-                    e_y = _exp(shifted_y)
+                    e_y = exp(shifted_y)
                     class_entry = γβ * row_p * (e_y - row_s) + (extra_weight - class_η) * e_y
                     class_entry = class_entry / row_s
                     if t is not None:

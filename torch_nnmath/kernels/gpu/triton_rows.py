@@ -5,22 +5,18 @@ Every tensor is viewed as (B, C, n), classes on the middle axis; row b n + i has
 results are rounded once, and no kernel needs the order of two programs.
 """
 
-# Triton's kernels have no types of Python.
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from torch_nnmath.kernels.gpu.launch import count_processors, use_device
 from torch_nnmath.kernels.gpu.row_plans import Plan, choose_plan, next_power
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -108,7 +104,7 @@ def _merge(m, s, T, tz, IS_SHARED: tl.constexpr, HAS_T: tl.constexpr):
 
 
 @triton.jit
-def _write_loss(c, row, mask, kept, m, s, T, tz, z_y, p, inverse_log, HAS_T: tl.constexpr,
+def _write_loss(c, row, mask, is_kept, m, s, T, tz, z_y, p, inverse_log, HAS_T: tl.constexpr,
                 HAS_Y: tl.constexpr):  # fmt: skip
     log_s = tl.log(s)
     loss = log_s * 0.0
@@ -116,11 +112,11 @@ def _write_loss(c, row, mask, kept, m, s, T, tz, z_y, p, inverse_log, HAS_T: tl.
         loss = T * log_s - tz
     if HAS_Y:
         loss -= _multiply_zero_safe(p, z_y - m - log_s)
-    tl.store(c + row, tl.where(kept, loss * inverse_log, 0.0), mask=mask)
+    tl.store(c + row, tl.where(is_kept, loss * inverse_log, 0.0), mask=mask)
 
 
 @triton.jit
-def _compute_gradient(z, t, k, y, kept, m, factor, g, gp, HAS_T: tl.constexpr,
+def _compute_gradient(z, t, k, y, is_kept, m, factor, g, gp, HAS_T: tl.constexpr,
                       HAS_Y: tl.constexpr):  # fmt: skip
     """dz = factor e^{z-m} - g t - g p e_y, with factor = g T / s."""
     dz = factor[:, None] * tl.exp2((z - m[:, None]) * LOG2_E)
@@ -128,7 +124,7 @@ def _compute_gradient(z, t, k, y, kept, m, factor, g, gp, HAS_T: tl.constexpr,
         dz -= g[:, None] * t
     if HAS_Y:
         dz -= tl.where(k == y[:, None], gp[:, None], 0.0)
-    return tl.where(kept[:, None], dz, 0.0)
+    return tl.where(is_kept[:, None], dz, 0.0)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -141,11 +137,11 @@ def cross_entropy_tile(z, t, y, p, keep, dc, c, dz, n, C, zb, zc, zn, tb, tc, tn
     HAS_Y: tl.constexpr = y is not None
     b, i, mask = _locate(n, ROWS, IS_ALIGNED)
     row = b * n + i
-    kept = mask
+    is_kept = mask
     if keep is not None:
-        kept = mask & (_load_row(keep, row, keep_stride, mask) != 0)
+        is_kept = mask & (_load_row(keep, row, keep_stride, mask) != 0)
     k = tl.arange(0, CLASSES)[None, :]
-    is_read = kept[:, None] & (k < C)
+    is_read = is_kept[:, None] & (k < C)
     z_tile = _load(z, b, i[:, None], k, zb, zc, zn, is_read, float("-inf"))
     m = tl.max(z_tile, 1)
     x = z_tile - m[:, None]
@@ -163,16 +159,16 @@ def cross_entropy_tile(z, t, y, p, keep, dc, c, dz, n, C, zb, zc, zn, tb, tc, tn
     p_row = s
     z_y = s
     if HAS_Y:
-        y_row = _load_row(y, row, y_stride, kept).to(tl.int32)
-        p_row = _load_row(p, row, p_stride, kept).to(tl.float32)
-        z_y = _load(z, b, i, y_row, zb, zc, zn, kept & (y_row >= 0) & (y_row < C), float("nan"))
+        y_row = _load_row(y, row, y_stride, is_kept).to(tl.int32)
+        p_row = _load_row(p, row, p_stride, is_kept).to(tl.float32)
+        z_y = _load(z, b, i, y_row, zb, zc, zn, is_kept & (y_row >= 0) & (y_row < C), float("nan"))
         total = T + p_row if HAS_T else p_row
     if c is not None:
-        _write_loss(c, row, mask, kept, m, s, T, tz, z_y, p_row, inverse_log, HAS_T, HAS_Y)
+        _write_loss(c, row, mask, is_kept, m, s, T, tz, z_y, p_row, inverse_log, HAS_T, HAS_Y)
     if dz is not None:
-        g = _load_row(dc, row, dc_stride, kept).to(tl.float32) * inverse_log
+        g = _load_row(dc, row, dc_stride, is_kept).to(tl.float32) * inverse_log
         result = _compute_gradient(
-            z_tile, t_tile, k, y_row, kept, m, g * total / s, g, g * p_row, HAS_T, HAS_Y
+            z_tile, t_tile, k, y_row, is_kept, m, g * total / s, g, g * p_row, HAS_T, HAS_Y
         )
         _store(dz, result, b, i[:, None], k, db, dk, dn, mask[:, None] & (k < C))
 
@@ -196,9 +192,9 @@ def cross_entropy_loop(z, t, y, p, keep, dc, c, dz, partials, n, C, zb, zc, zn, 
     TILE: tl.constexpr = LANES * WIDTH if IS_SHARED else WIDTH
     b, i, mask = _locate(n, ROWS, IS_ALIGNED)
     row = b * n + i
-    kept = mask
+    is_kept = mask
     if keep is not None:
-        kept = mask & (_load_row(keep, row, keep_stride, mask) != 0)
+        is_kept = mask & (_load_row(keep, row, keep_stride, mask) != 0)
     lane = tl.arange(0, LANES)[:, None] * LANE_STEP + tl.arange(0, WIDTH)[None, :] * STEP
     first = tl.program_id(1) * slice_tiles
     last = tl.minimum(first + slice_tiles, tl.cdiv(C, TILE))
@@ -208,14 +204,14 @@ def cross_entropy_loop(z, t, y, p, keep, dc, c, dz, partials, n, C, zb, zc, zn, 
         j = tl.arange(0, SLICES)
         if IS_SHARED:
             place = partials + ((b * n + tl.program_id(0) % n) * slices + j) * 4
-            present = j < slices
+            is_inside = j < slices
         else:
             place = partials + (row[:, None] * slices + j[None, :]) * 4
-            present = mask[:, None] & (j < slices)[None, :]
-        m = tl.load(place, mask=present, other=float("-inf"))
-        s = tl.load(place + 1, mask=present, other=0.0)
-        T = tl.load(place + 2, mask=present, other=0.0)
-        tz = tl.load(place + 3, mask=present, other=0.0)
+            is_inside = mask[:, None] & (j < slices)[None, :]
+        m = tl.load(place, mask=is_inside, other=float("-inf"))
+        s = tl.load(place + 1, mask=is_inside, other=0.0)
+        T = tl.load(place + 2, mask=is_inside, other=0.0)
+        tz = tl.load(place + 3, mask=is_inside, other=0.0)
         m, s, T, tz = _merge(m, s, T, tz, IS_SHARED, HAS_T)
     else:
         m = tl.full([LANES], float("-inf"), tl.float32)
@@ -223,7 +219,7 @@ def cross_entropy_loop(z, t, y, p, keep, dc, c, dz, partials, n, C, zb, zc, zn, 
         tz = tl.zeros([LANES], tl.float32)
         for tile in tl.range(first, last, num_stages=STAGES):
             k = tile * TILE + lane
-            is_read = kept[:, None] & (k < C)
+            is_read = is_kept[:, None] & (k < C)
             z_tile = _load(z, b, i[:, None], k, zb, zc, zn, is_read, float("-inf"))
             t_tile = z_tile
             if HAS_T:
@@ -247,27 +243,27 @@ def cross_entropy_loop(z, t, y, p, keep, dc, c, dz, partials, n, C, zb, zc, zn, 
         p_row = s
         z_y = s
         if HAS_Y:
-            y_row = _load_row(y, row, y_stride, kept).to(tl.int32)
-            p_row = _load_row(p, row, p_stride, kept).to(tl.float32)
-            present = kept & (y_row >= 0) & (y_row < C)
-            z_y = _load(z, b, i, y_row, zb, zc, zn, present, float("nan"))
+            y_row = _load_row(y, row, y_stride, is_kept).to(tl.int32)
+            p_row = _load_row(p, row, p_stride, is_kept).to(tl.float32)
+            is_inside = is_kept & (y_row >= 0) & (y_row < C)
+            z_y = _load(z, b, i, y_row, zb, zc, zn, is_inside, float("nan"))
             total = T + p_row if HAS_T else p_row
         if c is not None and tl.program_id(1) == 0:
-            _write_loss(c, row, mask, kept, m, s, T, tz, z_y, p_row, inverse_log, HAS_T, HAS_Y)
+            _write_loss(c, row, mask, is_kept, m, s, T, tz, z_y, p_row, inverse_log, HAS_T, HAS_Y)
         if dz is not None:
-            g = _load_row(dc, row, dc_stride, kept).to(tl.float32) * inverse_log
+            g = _load_row(dc, row, dc_stride, is_kept).to(tl.float32) * inverse_log
             factor = g * total / s
             gp = g * p_row
             # descending: what the first pass read last is still in the cache
-            for back in tl.range(0, last - first, num_stages=STAGES):
-                k = (last - 1 - back) * TILE + lane
-                is_read = kept[:, None] & (k < C)
+            for tile in tl.range(0, last - first, num_stages=STAGES):
+                k = (last - 1 - tile) * TILE + lane
+                is_read = is_kept[:, None] & (k < C)
                 z_tile = _load(z, b, i[:, None], k, zb, zc, zn, is_read, float("-inf"))
                 t_tile = z_tile
                 if HAS_T:
                     t_tile = _load(t, b, i[:, None], k, tb, tc, tn, is_read, 0.0)
                 result = _compute_gradient(
-                    z_tile, t_tile, k, y_row, kept, m, factor, g, gp, HAS_T, HAS_Y
+                    z_tile, t_tile, k, y_row, is_kept, m, factor, g, gp, HAS_T, HAS_Y
                 )
                 _store(dz, result, b, i[:, None], k, db, dk, dn, mask[:, None] & (k < C))
 
@@ -308,8 +304,8 @@ def softmax_product_loop(a, v, out, partials, n, C, ab, ac, an, vb, vc, vn, ob, 
             av = tl.zeros([1], tl.float32) + tl.sum(tl.load(place, mask=j < slices, other=0.0), 0)
         else:
             place = partials + row[:, None] * slices + j[None, :]
-            present = mask[:, None] & (j < slices)[None, :]
-            av = tl.sum(tl.load(place, mask=present, other=0.0), 1)
+            is_inside = mask[:, None] & (j < slices)[None, :]
+            av = tl.sum(tl.load(place, mask=is_inside, other=0.0), 1)
     else:
         av = tl.zeros([LANES], tl.float32)
         for tile in tl.range(first, last, num_stages=STAGES):
@@ -323,8 +319,8 @@ def softmax_product_loop(a, v, out, partials, n, C, ab, ac, an, vb, vc, vn, ob, 
     if PASSES == FIRST:
         tl.store(partials + row * slices + tl.program_id(1), av, mask=mask)
     else:
-        for back in tl.range(0, last - first, num_stages=STAGES):
-            k = (last - 1 - back) * TILE + lane
+        for tile in tl.range(0, last - first, num_stages=STAGES):
+            k = (last - 1 - tile) * TILE + lane
             is_read = mask[:, None] & (k < C)
             a_tile = _load(a, b, i, k, ab, ac, an, is_read, 0.0)
             v_tile = _load(v, b, i, k, vb, vc, vn, is_read, 0.0)
@@ -357,7 +353,7 @@ def cross_entropy(
         None if x is None else x.expand(row_shape).reshape(-1)
         for x in (y, p, None if keep is None else keep.view(torch.uint8), dc)
     ]
-    plan = choose_plan(z_view, 1 if t is None else 2, _count_processors(z.device))
+    plan = choose_plan(z_view, 1 if t is None else 2, count_processors(z.device))
     tensors = [z_view, t_view, *row_tensors, c if needs_c else None, dz_view]
     strides = [_strides(z_view), _strides(t_view), _strides(dz_view)]
     numbers = [s for group in strides for s in group]
@@ -376,7 +372,7 @@ def softmax_product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:
         return softmax_product(a[None], v[None])[0]
     a_view, v_view, out_view = (_fold(x, dim % v.dim()) for x in (a, v, result))
     numbers = [s for x in (a_view, v_view, out_view) for s in _strides(x)]
-    plan = choose_plan(v_view, 2, _count_processors(v.device))
+    plan = choose_plan(v_view, 2, count_processors(v.device))
     kernels = (softmax_product_tile, softmax_product_loop)
     _launch(kernels, plan, v_view, [a_view, v_view, out_view], numbers, sums=1)
     return result
@@ -399,7 +395,7 @@ def _launch(
         "IS_ALIGNED": is_strided and n % 16 == 0,
     }
     programs, tile, loop = B * -(-n // plan.rows), *kernels
-    with _use_device(view):
+    with use_device(view):
         if plan.is_tile:
             rows, width = plan.shape
             tile[(programs,)](*tensors, n, C, *numbers, ROWS=rows, CLASSES=width, **options)
@@ -438,15 +434,3 @@ def _copy_back(result: Tensor, view: Tensor, dim: int) -> Tensor:
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()
-
-
-@functools.cache
-def _count_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _use_device(x: Tensor) -> AbstractContextManager[Any]:
-    """A Python operator has no device guard."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

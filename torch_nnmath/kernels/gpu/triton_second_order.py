@@ -5,34 +5,31 @@ through the tiles in descending order, so that the end of a row comes from the L
 processes one row at a time. A tile has the shape (lanes, VECTOR) as in `triton_head`.
 """
 
-# Triton's decorator has no types, and a kernel's arguments are tensors of pointers
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from torch_nnmath._records import UpstreamGradients
+from torch_nnmath.kernels.gpu.launch import use_device
 from torch_nnmath.kernels.gpu.records import RowDirection, RowInputs, SecondOrderOutputs
-from torch_nnmath.kernels.gpu.triton_head import (
-    _LN2,
-    _LOWEST,
-    _MIN_SHIFTED,
+from torch_nnmath.kernels.gpu.triton_logits import (
+    LN_2,
+    LOWEST,
+    MIN_SHIFTED,
     VECTOR,
     Configuration,
-    _count_programs,
-    _exp,
-    _finish_logits,
-    _get_row_stride,
-    _load_logits,
-    _load_target,
-    _shift,
+    count_programs,
+    exp,
+    finish_logits,
+    get_row_stride,
+    load_logits,
+    load_target,
+    shift,
 )
 
 MAX_WARPS = 8
@@ -60,8 +57,8 @@ def process_rows(
     Q, Δ = (None, None) if deltas is None else deltas
     columns = min(matrix.shape[1] for matrix in (z, r, Q, Δ) if matrix is not None)
     configuration = choose_tile(C, torch.version.hip is not None)
-    grid = (min(len(z), _count_programs(z.device, configuration.num_warps)),)
-    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
+    grid = (min(len(z), count_programs(z.device, configuration.num_warps)),)
+    with use_device(z):
         _process_rows[grid](
             z,
             z.stride(0),
@@ -91,12 +88,12 @@ def process_rows(
             π,
             τ,
             *outputs,
-            SCALE_STRIDE=_get_row_stride(scale),
+            SCALE_STRIDE=get_row_stride(scale),
             T_STRIDE=0 if t is None or len(t) == 1 else 1,
             τ_STRIDE=0 if τ is None or len(τ) == 1 else 1,
-            γ_STRIDE=_get_row_stride(γ),
-            ω_STRIDE=_get_row_stride(ω),
-            η_STRIDE=_get_row_stride(η),
+            γ_STRIDE=get_row_stride(γ),
+            ω_STRIDE=get_row_stride(ω),
+            η_STRIDE=get_row_stride(η),
             HAS_ENTROPY=η is not None or outputs.ρ_h is not None,
             LANES=configuration.lanes,
             VECTOR=VECTOR,
@@ -122,7 +119,7 @@ def _load_direction(r, k, C, columns, σ, slope, IS_TAIL: tl.constexpr):
     """r = dv/dz ∘ (R + σ) of the classes k, 0 from class C on."""
     x = tl.load(r + k, mask=k < columns, other=0.0) if IS_TAIL else tl.load(r + k)
     if σ is not None:
-        x = x + _load_target(σ, k, C, IS_TAIL)
+        x = x + load_target(σ, k, C, IS_TAIL)
     x = x * slope
     if IS_TAIL:
         x = tl.where(k < C, x, 0.0)  # last, since the slope may be nan there
@@ -135,29 +132,29 @@ def _add_tile(
     HAS_ENTROPY: tl.constexpr, IS_TAIL: tl.constexpr
 ):  # fmt: skip
     """Adds a tile to the sums of each lane, which refer to the lane's maximum m."""
-    v, slope = _load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL)
+    v, slope = load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL)
     r_k = _load_direction(r, k, C, columns, σ, slope, IS_TAIL)
     largest = tl.max(v, 1)
     new_m = tl.where(largest > m, largest, m)
-    change = _shift(m, new_m)
-    factor = _exp(change)
+    change = shift(m, new_m)
+    factor = exp(change)
     shifted = v - new_m[:, None]
-    e = _exp(shifted)
+    e = exp(shifted)
     er = e * r_k
     if HAS_ENTROPY:
-        clamped_change = tl.maximum(change, _MIN_SHIFTED)
-        clamped = tl.maximum(shifted, _MIN_SHIFTED)
+        clamped_change = tl.maximum(change, MIN_SHIFTED)
+        clamped = tl.maximum(shifted, MIN_SHIFTED)
         ev = (ev + s * clamped_change) * factor - tl.sum(-e * clamped, 1)
         avr = (avr + ar * clamped_change) * factor - tl.sum(-er * clamped, 1)
     s = s * factor - tl.sum(-e, 1)
     ar = ar * factor - tl.sum(-er, 1)
     # a target of 0 adds 0, also where v or r is infinite
     if t is not None:
-        t_k = _load_target(t, k, C, IS_TAIL)
+        t_k = load_target(t, k, C, IS_TAIL)
         tr = tr - tl.sum(tl.where(t_k == 0, 0.0, -t_k * r_k), 1)
         st = st - tl.sum(-t_k, 1)
     if τ is not None:
-        τ_k = _load_target(τ, k, C, IS_TAIL)
+        τ_k = load_target(τ, k, C, IS_TAIL)
         τv = τv + sτ * change - tl.sum(tl.where(τ_k == 0, 0.0, -τ_k * shifted), 1)
         sτ = sτ - tl.sum(-τ_k, 1)
     return new_m, s, ar, ev, avr, tr, st, τv, sτ
@@ -172,21 +169,21 @@ def _write_tile(
 
     G = a ∘ B - γβ t, dG = a ∘ ((r - a·r) ∘ (B - ηβ) + D) - γβ τ, B = weight - ηβ (v - m).
     """
-    v, slope = _load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL)
+    v, slope = load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL)
     r_k = _load_direction(r, k, C, columns, σ, slope, IS_TAIL)
     shifted = v - m
-    a = _exp(shifted) * inverse_s
+    a = exp(shifted) * inverse_s
     if ηβ is None:
         G = a * weight
         dG = a * ((r_k - row_ar) * weight + D)
     else:
-        B = weight - ηβ * tl.maximum(shifted, _MIN_SHIFTED)
+        B = weight - ηβ * tl.maximum(shifted, MIN_SHIFTED)
         G = a * B
         dG = a * ((r_k - row_ar) * (B - ηβ) + D)
     if t is not None:
-        G = G - γβ * _load_target(t, k, C, IS_TAIL)
+        G = G - γβ * load_target(t, k, C, IS_TAIL)
     if τ is not None:
-        dG = dG - γβ * _load_target(τ, k, C, IS_TAIL)
+        dG = dG - γβ * load_target(τ, k, C, IS_TAIL)
     dG, G = _uncap(G, dG, v, r_k, slope, cap, cap_reciprocal)
     if HAS_CLASS:
         dG = tl.where(k == y, class_Q, dG)
@@ -282,7 +279,7 @@ def _process_rows(
                 scale_row = tl.load(scale + row * SCALE_STRIDE)
 
             # first read: the sums
-            m = tl.full((LANES,), _LOWEST, tl.float32)
+            m = tl.full((LANES,), LOWEST, tl.float32)
             s = tl.zeros((LANES,), tl.float32)
             ar = tl.zeros((LANES,), tl.float32)
             ev = tl.zeros((LANES,), tl.float32)
@@ -302,15 +299,15 @@ def _process_rows(
                     scale_row, b, cap, cap_reciprocal, σ, t_row, τ_row, HAS_ENTROPY, True
                 )  # fmt: skip
             row_m = tl.max(m, 0)
-            change = _shift(m, row_m)
-            factor = _exp(change)
+            change = shift(m, row_m)
+            factor = exp(change)
             row_s = tl.sum(s * factor, 0)
             inverse_s = 1 / row_s
             row_ar = tl.sum(ar * factor, 0) * inverse_s
             av = 0.0
             entropy_derivative = 0.0  # ln β dh = -(a ∘ (l - a·l))·r
             if HAS_ENTROPY:
-                clamped = tl.maximum(change, _MIN_SHIFTED)
+                clamped = tl.maximum(change, MIN_SHIFTED)
                 av = tl.sum((ev + s * clamped) * factor, 0) * inverse_s
                 row_avr = tl.sum((avr + ar * clamped) * factor, 0) * inverse_s
                 entropy_derivative = av * row_ar - row_avr
@@ -323,7 +320,7 @@ def _process_rows(
                 row_sτ = tl.sum(sτ, 0)
 
             # the results of the row
-            log_s = tl.log2(row_s) * _LN2
+            log_s = tl.log2(row_s) * LN_2
             row_lse = log_s + row_m
             dc_dp = row_lse
             shifted_y = 0.0
@@ -338,7 +335,7 @@ def _process_rows(
                     z_y = z_y * scale_row
                 if b is not None:
                     z_y = z_y + tl.load(b + row_y)
-                v_y, slope_y = _finish_logits(z_y, cap, cap_reciprocal)
+                v_y, slope_y = finish_logits(z_y, cap, cap_reciprocal)
                 r_y = tl.load(r_row + row_y)
                 if σ is not None:
                     r_y = r_y + tl.load(σ + row_y)
@@ -386,10 +383,10 @@ def _process_rows(
                 class_Q, class_Δ = 0.0, 0.0
                 if HAS_CLASS:
                     # a p - p is written p (e - s) / s, which is exact where e is nearly s
-                    e_y = _exp(shifted_y)
+                    e_y = exp(shifted_y)
                     a_y = e_y * inverse_s
                     others = γβ * (e_y - row_s) * inverse_s
-                    extra_B = extra_weight - class_ηβ * tl.maximum(shifted_y, _MIN_SHIFTED)
+                    extra_B = extra_weight - class_ηβ * tl.maximum(shifted_y, MIN_SHIFTED)
                     B_y = γβ * row_p + extra_B
                     G_y = row_p * others + a_y * extra_B
                     dG_y = a_y * ((r_y - row_ar) * (B_y - class_ηβ) + extra_D) + row_π * others
