@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from torch_nnmath._precision import HALF, wide_type
+from torch_nnmath._precision import wide_type
 
 SLAB_ROWS = 640  # the product that fills a slab fills whole waves of 128 x 256 tiles
 MIN_SLAB_ROWS = 128  # below, reading W takes longer than the product
@@ -60,16 +60,16 @@ class Plan(NamedTuple):
         return _split(block.start, block.stop, self.slab_rows)
 
 
-def make_plan(x: Tensor, W: Tensor, buffers: int = 1, needs_dW: bool = True) -> Plan:
+def make_plan(x: Tensor, W: Tensor, buffers: int = 1, is_dW_half: bool = False) -> Plan:
     """Chooses the largest blocks and slabs within the budget.
 
-    `buffers` is the number of slabs and of matrices Δ: 2 for the second order.
+    W is the operand of the products. `buffers` is the number of slabs and of matrices Δ: 2 for the
+    second order. A dW of a half type, if it is needed, accumulates over several blocks in float32.
     """
     N, (C, D) = len(x), W.shape
-    is_half = W.dtype in HALF
     slab_row = buffers * wide_type(W.dtype).itemsize * C
     block_row = buffers * W.dtype.itemsize * C
-    accumulator = 4 * C * D if is_half and needs_dW else 0
+    accumulator = 4 * C * D if is_dW_half else 0
     smallest = accumulator + MIN_SLAB_ROWS * (slab_row + block_row)
     # one block of this many rows needs no more memory than several and the accumulator
     largest = SINGLE_BLOCK_ROWS + (2 * D if accumulator else 0)
