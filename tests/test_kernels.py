@@ -102,7 +102,8 @@ OPERATORS["head_second_order"][2] = (*OPERATORS["head_second_order"][2][:-1], [T
 def test_opcheck_covers_every_operator():
     values = {name: getattr(kernels, name) for name in kernels.__all__}
     operators = {name for name, v in values.items() if isinstance(v, torch._ops.OpOverload)}
-    assert {*OPERATORS} == operators
+    # tests/gpu checks those of GPUs
+    assert {*OPERATORS} | dispatch.GPU_ONLY == operators
 
 
 @pytest.mark.parametrize(
