@@ -31,6 +31,15 @@ def _round_to_nearest(convert):
     return convert_float
 
 
+def _round_fma_once(builder, x, y, z):
+    """An fma of float32 or less. Triton's interpreter rounds the product too, up to Triton 3.8."""
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    exact = np.multiply(x.data, y.data, dtype=np.float64) + z.data
+    return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
 def round_in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the interpreter round like a GPU."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
@@ -39,6 +48,8 @@ def round_in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     convert = interpreter._convert_float
     monkeypatch.setattr(interpreter, "_convert_float", _round_to_nearest(convert))
+    if not hasattr(interpreter._interpreter, "fma_fp32"):
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", _round_fma_once)
 
 
 @pytest.fixture
