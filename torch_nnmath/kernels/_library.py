@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import disable_autocast
+from torch_nnmath.kernels._flops import count_nothing, register_flop_formula
 from torch_nnmath.kernels.dispatch import GPU_MODULES, GPU_ONLY, find_gpu_obstacle
 
 SLICE_SIZE = 2**18  # entries of a slice, which stays in the cache over several passes
@@ -22,13 +23,17 @@ LIBRARY = torch.library.Library("torch_nnmath", "DEF")
 
 
 def register_operator(
-    signature: str, fake: Callable[..., Any], gpu_module: str | None = None
+    signature: str,
+    fake: Callable[..., Any],
+    gpu_module: str | None = None,
+    count_flops: Callable[..., int] = count_nothing,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Registers the decorated function as `torch.ops.torch_nnmath.<name>`, for every device.
 
     `fake` gives the results' shapes and types. The operator runs below autograd and with autocast
     off, since autocast would round the products that are computed in float32. On a GPU the function
     of the same name in `kernels.gpu.<gpu_module>` runs instead, unless there is a GPU obstacle.
+    `count_flops` is the formula of `torch.utils.flop_counter`.
     """
     name = signature.split("(")[0]
 
@@ -46,6 +51,7 @@ def register_operator(
         if gpu_module is not None:
             _register_on_gpu(name, run_on_gpu, gpu_module)
         torch.library.register_fake(f"torch_nnmath::{name}", fake, lib=LIBRARY)
+        register_flop_formula(name, count_flops)
         return getattr(torch.ops.torch_nnmath, name).default
 
     return register
@@ -68,6 +74,7 @@ def register_gpu_operator(signature: str, fake: Callable[..., Any], gpu_module: 
     _register_on_gpu(name, run_on_gpu, gpu_module)
     GPU_ONLY.add(name)
     torch.library.register_fake(f"torch_nnmath::{name}", fake, lib=LIBRARY)
+    register_flop_formula(name, count_nothing)
     return getattr(torch.ops.torch_nnmath, name).default
 
 
