@@ -183,7 +183,12 @@ def _select(x: Any, dim: Any, i: int) -> Any:
 
 
 def save(ctx: Any, *tensors: Tensor | None, backward: Sequence[Tensor | None] = ()) -> None:
-    """Saves `tensors` for the tangent, and `backward`, by default the same, for the backward."""
+    """Saves `tensors` for the tangent, and `backward`, by default the same, for the backward.
+
+    A transform gets `tensors` for both: PyTorch's vmap keeps the batch axes of only one list.
+    """
+    if _torch.is_transformed():
+        backward = ()
     ctx.save_for_backward(*(backward or tensors))
     if not torch.compiler.is_compiling():  # Dynamo does not know `save_for_forward`
         ctx.save_for_forward(*tensors)
