@@ -1,14 +1,18 @@
 """Kernels: registered correctly, used where nothing can observe them, equal to the formulas."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import check_operator, limit_head_blocks, measure_peak_growth, needs_linux_maxrss
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from torch_nnmath import formulas, kernels, testing, verify
 from torch_nnmath import functional as G
+from torch_nnmath._records import HeadInputs, Target
 from torch_nnmath.catalog import CATALOG
 from torch_nnmath.kernels import _block, dispatch, elementwise
 
@@ -37,12 +41,17 @@ sums = torch.stack([draw(N, seed=3), draw(N, seed=4).abs() + 1, draw(N, seed=5)]
 x16, W16, p32, t32 = x.half(), W.half(), p.float(), t.float()
 one = p[0, 0]
 ROWS = (draw(N, 1, seed=2), z, y, p, None, keep, 1, 2.0)
-# x, W, b, y, p, t, keep, base, cap
-CLASS = (x, W, b, y, p, None, keep, 2.0, None)
-BOTH = (x, W, b, y, p, t, keep, 2.0, 0.5)
-SHARED = (x, W, None, y, p, t[:1], keep, 2.0, 0.5)
-DENSE = (x, W, b, None, None, t, keep, 2.0, None)
-HALF = (x16, W16, None, None, None, t32, None, 2.0, 1.0)
+CLASS = HeadInputs(x, W, b, Target(y, p, None), keep, 2.0).flatten()
+NO_BIAS = HeadInputs(x, W, None, Target(y, p, None), None, 2.0).flatten()
+BOTH = HeadInputs(x, W, b, Target(y, p, t), keep, 2.0, 0.5).flatten()
+SHARED = HeadInputs(x, W, None, Target(y, p, t[:1]), keep, 2.0, 0.5).flatten()
+DENSE = HeadInputs(x, W, b, Target(None, None, t), keep, 2.0).flatten()
+DENSE_BESIDE_CLASS = HeadInputs(x, W, b, Target(y, p, t), keep, 2.0).flatten()
+HALF = HeadInputs(x16, W16, None, Target(None, None, t32), None, 2.0, 1.0).flatten()
+AUTOCAST = HeadInputs(  # a float32 weight, and features that are scaled
+    2 * x16.float(), W.float(), None, Target(y, p32, None), keep, 2.0, None, torch.float16,
+    x16, torch.tensor(2.0),
+).flatten()  # fmt: skip
 OPERATORS = {
     "class_indices": [(draw_classes(), C, -100), (draw_classes(False), C, None)],
     "cross_entropy": [
@@ -59,14 +68,16 @@ OPERATORS = {
         (*SHARED, p, one, p, None, [True] * 2, ALL),
         (*DENSE, p, None, p, None, [False, True], ALL),
         (*HALF, p32, p32, None, None, [True, False], [*ALL[:2], False, False, True]),
-        (*CLASS[:2], None, *CLASS[3:6], None, 2.0, None, *[None] * 4, [False] * 2, NONE),
+        (*NO_BIAS, *[None] * 4, [False] * 2, NONE),
+        (*AUTOCAST, p32, None, None, None, [True] * 2, [*ALL[:2], False, True, False]),
         (*BOTH, p, p, p, sums, [False] * 2, [*ALL[:3], False, False]),
         (*CLASS, p, p, p, None, [True] * 2, NONE),
     ],
     "head_second_order": [
-        (*DENSE[:3], y, p, t, keep, 2.0, None, p, None, None, x, W, b, p, t, ALL),
+        (*DENSE_BESIDE_CLASS, p, None, None, x, W, b, p, t, ALL),
         (*BOTH, p, p, p, x, W, b, p, t, ALL),
-        (*CLASS[:2], None, *CLASS[3:6], None, 2.0, None, p, None, None, x, *[None] * 4, ALL),
+        (*NO_BIAS, p, None, None, x, *[None] * 4, ALL),
+        (*AUTOCAST, p32, None, None, x16, W.float(), *[None] * 3, [True, True, *NONE[2:]]),
         (*CLASS, p, p, p, x, W, b, p, None, NONE),
     ],
     "relu_product": [(z.relu(), t), (z.relu().half(), t.half()), (z.relu()[0, 0], t[0, 0])],
@@ -94,7 +105,8 @@ OPERATORS["head_second_order"][2] = (*OPERATORS["head_second_order"][2][:-1], [T
 def test_opcheck_covers_every_operator():
     values = {name: getattr(kernels, name) for name in kernels.__all__}
     operators = {name for name, v in values.items() if isinstance(v, torch._ops.OpOverload)}
-    assert {*OPERATORS} == operators
+    # tests/gpu checks those of GPUs
+    assert {*OPERATORS} | dispatch.GPU_ONLY == operators
 
 
 @pytest.mark.parametrize(
@@ -561,3 +573,41 @@ def test_many_rows_without_classes_give_zero():
     loss.backward(torch.ones_like(loss))
     assert not loss.any()
     assert empty.grad.shape == empty.shape
+
+
+# FLOP counts
+
+
+def count_flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_flops_of_the_head_are_those_of_its_products():
+    leaves, product = [v.clone().requires_grad_() for v in (x, W)], 2 * N * D * C
+    frozen = x, leaves[1]
+
+    def differentiate_twice():
+        gradients = torch.autograd.grad(head(*leaves), leaves, create_graph=True)
+        sum((g * g).sum() for g in gradients).backward()
+
+    assert count_flops(lambda: head(x, W)) == product
+    assert count_flops(lambda: head(*leaves).backward()) == 3 * product
+    assert count_flops(lambda: head(*frozen).backward()) == 2 * product
+    assert count_flops(differentiate_twice) == (3 + 7) * product
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_has_a_flop_formula(name):
+    assert getattr(torch.ops.torch_nnmath, name) in flop_registry
+
+
+def test_flop_counter_is_not_imported_with_the_package():
+    """It imports Triton."""
+    code = (
+        "import sys, torch, torch_nnmath; assert not {'triton', 'torch.utils.flop_counter'} &"
+        " {*sys.modules}; from torch.utils.flop_counter import flop_registry;"
+        " assert torch.ops.torch_nnmath.head in flop_registry"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

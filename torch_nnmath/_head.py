@@ -11,8 +11,10 @@ from torch import Tensor
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
 from torch_nnmath._precision import (
+    HALF,
     cast_for_loss,
     cast_for_product,
+    get_product_dtype,
     is_autocast,
     make_scalar,
     wide_type,
@@ -177,11 +179,14 @@ class Head(NamedTuple):
     def compute_class_logits(self) -> Tensor:
         """The logit of each row's class."""
         logits = []
-        for x, W, b, target, _, _, cap in self.inputs:
+        for inputs in self.inputs:
+            x, W, b, target, _, _, cap, weight_dtype, *_ = inputs
             assert target.y is not None
             y = target.y.squeeze(1)
             # widened first, since the gradients of many rows may be added to one class
-            z = (widen(x) * widen(W)[y]).sum(1)
+            w = widen(W)[y]
+            w = w if weight_dtype is None else w.to(weight_dtype)
+            z = (widen(x) * widen(w)).sum(1)
             z = z if b is None else z + widen(b)[y]
             logits.append(z if cap is None else formulas.SoftCap.evaluate(z, cap))
         return self._stack(logits).to(self.output_dtype)
@@ -234,7 +239,11 @@ def prepare_head(
     target_options = target_options._replace(weight=weight)
     if is_autocast(input):
         output_dtype = torch.float64 if output_dtype == torch.float64 else torch.float32
-    input, W, b = cast_for_product(input, linear_weight, linear_bias)
+    # the operator itself rounds the weight, and so computes dW in the weight's own type
+    W, weight_dtype = linear_weight, None
+    if get_product_dtype(W) != W.dtype:
+        weight_dtype = get_product_dtype(W)
+    input, b = cast_for_product(input, linear_bias)
     if changes.added_bias is not None:
         b = changes.added_bias if b is None else widen(b) + changes.added_bias
     C, *positions_shape = W.shape[:-1]
@@ -249,17 +258,14 @@ def prepare_head(
         input, target, (C, *positions_shape), target_options, logit_dtype, output_dtype
     )
     keep = head_target.keep
-    if changes.row_scale is not None:
-        x = widen(x) * changes.row_scale.reshape(N, 1)
-    if is_scaled(logit_scale):
-        if keep is not None:
-            x = formulas.mask_ignored(keep.any(1, keepdim=True), x)
-        x = scale_logits(x, logit_scale)
+    if is_scaled(logit_scale) and keep is not None:
+        x = formulas.mask_ignored(keep.any(1, keepdim=True), x)
+    x, features, scale = _scale_features(x, logit_scale, changes.row_scale)
     Ws, bs = _split_positions(W, positions, D), _split_positions(b, positions)
     keeps = [None if keep is None else keep[:, d : d + 1] for d in range(positions)]
     parts = zip(Ws, bs, head_target.targets, keeps, strict=True)
     return Head(
-        inputs=[HeadInputs(x, *part, base, cap) for part in parts],
+        inputs=[HeadInputs(x, *part, base, cap, weight_dtype, features, scale) for part in parts],
         output_dtype=head_target.output_dtype,
         compute_dtype=wide_type(input.dtype),
         shape=(*batch, *positions_shape),
@@ -267,6 +273,22 @@ def prepare_head(
         kept_rows=count_kept(keep, N * positions) if C else 0,
         labels=head_target.labels,
     )
+
+
+def _scale_features(
+    x: Tensor, logit_scale: Tensor | float, row_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x times the scales, and the `features` and `scale` of `HeadInputs`."""
+    scaled, factor = x, None
+    if row_scale is not None:
+        factor = row_scale.reshape(len(x), 1)
+        scaled = widen(x) * factor
+    if is_scaled(logit_scale):
+        scaled = scale_logits(scaled, logit_scale)
+        factor = make_scalar(logit_scale, scaled) if factor is None else factor * logit_scale
+    if factor is None or x.dtype not in HALF or scaled.dtype != torch.float32:
+        return scaled, None, None
+    return scaled, x.detach(), factor.detach().to(torch.float32)
 
 
 class _HeadTarget(NamedTuple):

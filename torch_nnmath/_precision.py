@@ -54,11 +54,14 @@ def cast_for_product(*tensors: Tensor | None) -> list[Any]:
     assert first is not None
     if not is_autocast(first):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return [
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    ]
+    return [x if x is None else x.to(get_product_dtype(x)) for x in tensors]
+
+
+def get_product_dtype(x: Tensor) -> torch.dtype:
+    """The type of x as operand of a product: autocast's where autocast is on; float64 stays."""
+    if not is_autocast(x) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def cast_for_loss(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:

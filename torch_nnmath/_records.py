@@ -62,6 +62,10 @@ class HeadInputs(NamedTuple):
     """What the head computes from: features, weight, bias and target of N rows and C classes.
 
     Where `keep` is False, the row is ignored: its loss and its part of every gradient are 0.
+
+    The last three fields have no derivative. `weight_dtype` is autocast's type, to which the weight
+    is rounded for the products; dW keeps the weight's type. Where x is `scale` times features of a
+    half type, these are given, too: a GPU multiplies them in half precision.
     """
 
     x: Tensor  # (N, D)
@@ -71,17 +75,28 @@ class HeadInputs(NamedTuple):
     keep: Tensor | None  # (N, 1)
     base: float = math.e  # of the logarithm
     cap: float | None = None  # of the logits (F19)
+    weight_dtype: torch.dtype | None = None
+    features: Tensor | None = None  # (N, D)
+    scale: Tensor | None = None  # () or (N, 1), in x's type
 
     def flatten(self) -> tuple[Any, ...]:
-        """x, W, b, y, p, t, keep, base, cap."""
+        """The tensors, with y, p, t in the target's place, and then base, cap, weight_dtype."""
         y, p, t, _ = self.target
-        return self.x, self.W, self.b, y, p, t, self.keep, self.base, self.cap
+        tensors = self.x, self.W, self.b, y, p, t, self.keep, self.features, self.scale
+        return *tensors, self.base, self.cap, self.weight_dtype
 
     @staticmethod
     def from_flat(flat: Any) -> HeadInputs:
         """The inverse of `flatten`."""
-        x, W, b, y, p, t, keep, base, cap = flat
-        return HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
+        x, W, b, y, p, t, keep, features, scale, base, cap, weight_dtype = flat
+        return HeadInputs(x, W, b, Target(y, p, t), keep, base, cap, weight_dtype, features, scale)
+
+    def round_weight(self) -> Tensor:
+        """The weight as operand of the products."""
+        return self.W if self.weight_dtype is None else self.W.to(self.weight_dtype)
+
+
+TENSOR_COUNT, FLAT_SIZE = 9, 12  # of `HeadInputs.flatten`
 
 
 class InputValues(NamedTuple):
@@ -104,7 +119,7 @@ class InputValues(NamedTuple):
 
     def flatten(self) -> tuple[Any, ...]:
         """In the order of `HeadInputs.flatten`, None for what has no derivative."""
-        return self.x, self.W, self.b, None, self.p, self.t, None, None, None
+        return self.x, self.W, self.b, None, self.p, self.t, *[None] * (FLAT_SIZE - 6)
 
     def to_target(self, y: Tensor | None) -> Target:
         """The target's direction; the class y is constant."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from torch_nnmath.kernels import _library, dispatch
 from torch_nnmath.kernels._library import GPU_IMPLEMENTATIONS
 
 needs_triton = pytest.mark.skipif(
@@ -63,6 +64,27 @@ def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     operators._destroy()
     emulation._destroy()
+
+
+def select_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Selects the kernels of `gpu_operators` for CPU tensors of every size, as for GPU tensors.
+
+    Returns a list to which each call of a kernel appends its name.
+    """
+    find_obstacle, load = dispatch.find_kernel_obstacle, _library._load_gpu_function
+    names: list[str] = []
+
+    def load_and_note(name):
+        names.append(name)
+        return load(name)
+
+    def find_obstacle_on_gpu(tensors, is_gpu_only=False):
+        return find_obstacle(tensors) or dispatch.find_triton_obstacle(tensors)
+
+    monkeypatch.setattr(dispatch, "MIN_KERNEL_SIZE", 0)
+    monkeypatch.setattr(dispatch, "find_kernel_obstacle", find_obstacle_on_gpu)
+    monkeypatch.setattr(_library, "_load_gpu_function", load_and_note)
+    return names
 
 
 def emulate_products(library: torch.library.Library) -> None:

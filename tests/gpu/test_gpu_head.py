@@ -16,8 +16,8 @@ from conftest import OperationRecorder
 from gpu_helpers import emulate_products, needs_triton, round_in_interpreter
 from torch import Tensor
 
-from torch_nnmath import kernels, testing, verify
-from torch_nnmath._records import InputValues
+from torch_nnmath import functional, kernels, testing, verify
+from torch_nnmath._records import HeadInputs, InputValues, Target
 from torch_nnmath.catalog import CATALOG
 from torch_nnmath.kernels._library import GPU_IMPLEMENTATIONS
 from torch_nnmath.kernels.gpu import head, plan
@@ -59,12 +59,15 @@ def draw_arguments(seed: int, dtype: torch.dtype) -> tuple[list[Any], list[Any]]
         return make() if choose.random() < 0.5 else None
 
     keep = maybe(lambda: torch.rand(N, 1, generator=generator) < 0.6)
-    # scaled features are wider than the weight
-    x = normal(N, D, type_=choose.choice([dtype, dtype, wide]))
+    # scaled features are wider than the weight, and may come with what was scaled
+    x, features, scale = normal(N, D, type_=choose.choice([dtype, dtype, wide])), None, None
     if x.dtype != dtype:
-        x = x * 1.1
+        factor = choose.choice([torch.tensor(1.1), normal(N, 1)])
+        features, scale = maybe(lambda: (x.to(dtype), factor)) or (None, None)
+        x = x * factor
     if keep is not None:
         x = x.masked_fill(~keep, float("nan"))
+        features = None if features is None else features.masked_fill(~keep, float("nan"))
     y = torch.randint(C, (N, 1), generator=generator)
     y = y if choose.random() < 0.9 else None
     p = normal(N, 1).abs() if choose.random() < 0.8 or y is None else None
@@ -75,7 +78,11 @@ def draw_arguments(seed: int, dtype: torch.dtype) -> tuple[list[Any], list[Any]]
     cap = choose.choice([None, 3.0])
     base = choose.choice([2.0, 2.718281828459045])
     W, b = normal(C, D, type_=dtype), maybe(lambda: normal(C, type_=dtype))
-    inputs = [x, W, b, y if p is not None else None, p, t, keep, base, cap]
+    weight_dtype = None
+    if dtype != wide and choose.random() < 0.3:  # as under autocast
+        W, weight_dtype = normal(C, D, type_=wide), dtype
+    target = [y if p is not None else None, p, t]
+    inputs = [x, W, b, *target, keep, features, scale, base, cap, weight_dtype]
     upstream = [normal(N, 1), maybe(lambda: normal(N, 1)), maybe(lambda: normal(N, 1))]
     return inputs, upstream
 
@@ -95,6 +102,8 @@ def draw_direction(seed: int, inputs: Any) -> list[Any]:
 
 def widen(arguments: Any) -> list[Any]:
     def to_double(v: Any) -> Any:
+        if isinstance(v, torch.dtype):  # a weight in float64 is not rounded
+            return None
         return v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
 
     return [to_double(v) for v in arguments]
@@ -191,7 +200,8 @@ def test_logits_far_apart_do_not_overflow():
     x, W = torch.tensor([[400.0], [-400.0]]), torch.tensor([[1.0], [0.5], [-1.0]])
     y, p = torch.tensor([[0], [1]]), torch.ones(2, 1)
     needs = [True, True, False, False, False]
-    arguments = [x, W, None, y, p, None, None, 2.0, None, p, None, None, None, [True] * 2, needs]
+    inputs = HeadInputs(x, W, None, Target(y, p, None), None, 2.0).flatten()
+    arguments = [*inputs, p, None, None, None, [True] * 2, needs]
     truth = kernels.head(*widen(arguments))
     with gpu_head():
         check(kernels.head(*arguments), truth, torch.float32)
@@ -202,10 +212,9 @@ def test_ignored_rows_get_no_gradient_from_an_infinite_weight():
     y, p = torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[1.0], [0.0]])
     keep = torch.tensor([[True], [False]])
     needs = [True, False, False, False, False]
+    inputs = HeadInputs(x, W, None, Target(y, p, None), keep, 2.0).flatten()
     with gpu_head():
-        dx = kernels.head(
-            x, W, None, y, p, None, keep, 2.0, None, p, None, None, None, [False] * 2, needs
-        )[6]
+        dx = kernels.head(*inputs, p, None, None, None, [False] * 2, needs)[6]
     assert dx[1] == 0
 
 
@@ -226,13 +235,50 @@ def test_frozen_features_and_weight_need_no_product(needs):
     needs_x, needs_W, _ = needs
     x, W, b = torch.randn(5, 3), torch.randn(7, 3), torch.randn(7)
     p, y = torch.ones(5, 1), torch.zeros(5, 1, dtype=torch.int64)
-    inputs = x, W, b, y, p, None, None, 2.0, None
+    inputs = HeadInputs(x, W, b, Target(y, p, None), None, 2.0).flatten()
     with gpu_head(), OperationRecorder() as recorder:
         GPU_IMPLEMENTATIONS["head"](
             *inputs, torch.ones(()), None, None, None, [False] * 2, [*needs, False, False]
         )
     assert recorder.names.count("mm") == 1 + needs_x + needs_W
     assert recorder.names.count("addmm") == 0
+
+
+@pytest.mark.parametrize("scale", [1.3, torch.tensor(0.7), torch.tensor(2.0, dtype=torch.float64)])
+def test_scaled_half_features_need_no_second_product(scale):
+    """The product takes the features before the scale, which the row kernel applies."""
+    x, W = torch.randn(70, 9).bfloat16(), torch.randn(33, 9).bfloat16()
+    y = torch.randint(33, (70,)).masked_fill(torch.arange(70) % 5 == 0, -100)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [v.to(dtype).requires_grad_() for v in (x, W)]
+        with gpu_head(), mock.patch.object(head, "multiply_split", side_effect=AssertionError):
+            loss = functional.linear_cross_entropy(*leaves, y, logit_scale=scale, reduction="none")
+            gradients = torch.autograd.grad(loss.sum(), leaves)
+        results.append([loss.detach(), *gradients])
+    for result, expected in zip(*results, strict=True):
+        atol = 2**-7 * expected.abs().max().item()
+        torch.testing.assert_close(result.double(), expected, rtol=2**-7, atol=atol)
+
+
+@pytest.mark.parametrize("N", [5, 70])
+def test_gradient_of_a_float32_weight_needs_no_accumulator_under_autocast(N):
+    x, W, y = torch.randn(N, 9).bfloat16(), torch.randn(33, 9), torch.randint(33, (N, 1))
+    inputs = HeadInputs(x, W, None, Target(y, torch.ones(N, 1), None), None)
+    needs = [True, True, False, False, False]
+    tail = torch.ones(()), None, None, None, [False] * 2, needs
+    exact = inputs._replace(x=x.double(), W=W.bfloat16().double()).flatten()
+    expected = kernels.head(*exact, *tail)[7]
+    with gpu_head(), OperationRecorder() as recorder:
+        arguments = inputs._replace(weight_dtype=torch.bfloat16).flatten()
+        dW = GPU_IMPLEMENTATIONS["head"](*arguments, *tail)[7]
+    assert dW.dtype == torch.float32
+    # Δ has one rounding, and no entry of dW another: each is a sum over N rows
+    error = (dW.double() - expected).abs().max() / expected.abs().max()
+    assert error < 2**-9
+    created = [op.name for op in recorder.operations if (33, 9) in op.shapes]
+    assert created.count("new_empty") == 1  # dW
+    assert created.count("_to_copy") == 1  # W in bfloat16
 
 
 def test_head_and_second_order_never_wait_for_the_device():
@@ -262,7 +308,8 @@ def test_plan_covers_every_row_once_within_the_budget(budget, dtype, buffers, mo
     )
     for N, C, D in sizes:
         x, W = (torch.empty(n, D, dtype=dtype, device="meta") for n in (N, C))
-        head_plan = plan.make_plan(x, W, buffers)
+        is_half = dtype == torch.bfloat16
+        head_plan = plan.make_plan(x, W, buffers, is_dW_half=is_half)
         blocks = [*head_plan.iterate_blocks()]
         slabs = [slab for block in blocks for slab in head_plan.iterate_slabs(block)]
         for parts in (blocks, slabs):
@@ -272,17 +319,17 @@ def test_plan_covers_every_row_once_within_the_budget(budget, dtype, buffers, mo
             assert (parts[0].start, parts[-1].stop) == (0, N)
         assert max(s.stop - s.start for s in blocks) <= head_plan.block_rows
         assert max(s.stop - s.start for s in slabs) <= head_plan.slab_rows
-        assert head_plan.has_accumulator == (dtype == torch.bfloat16 and len(blocks) > 1)
+        assert head_plan.has_accumulator == (is_half and len(blocks) > 1)
         rows = buffers * C * (4 * head_plan.slab_rows + dtype.itemsize * head_plan.block_rows)
         memory = rows + head_plan.has_accumulator * 4 * C * D
         smallest = buffers * C * (4 + dtype.itemsize) * plan.MIN_SLAB_ROWS
-        smallest += 4 * C * D if dtype == torch.bfloat16 else 0
+        smallest += 4 * C * D if is_half else 0
         assert memory <= max(budget, smallest), (N, C, D, memory)
 
 
 def test_plan_of_the_default_budget_is_one_block_at_4096_rows_of_128256_classes():
     x, W = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (4096, 128256))
-    head_plan = plan.make_plan(x, W)
+    head_plan = plan.make_plan(x, W, is_dW_half=True)
     assert not head_plan.has_accumulator
     assert head_plan.block_rows == 4096
     assert head_plan.slab_rows >= 512

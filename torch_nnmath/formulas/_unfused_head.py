@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torch_nnmath._precision import widen, zero_safe_product
 from torch_nnmath._records import (
+    FLAT_SIZE,
     HeadInputs,
     InputValues,
     Requests,
@@ -34,10 +35,10 @@ from torch_nnmath.formulas.z_loss import ZLoss
 
 def compute_rows(inputs: HeadInputs, requests: Requests) -> RowResults:
     """F14 and the other `RowResults`, as a composition of the formulas."""
-    x, W, b, target, keep, base, cap = inputs
+    x, _, b, target, keep, base, cap, *_ = inputs
     y, p, t, _ = target
     x, b = widen(mask_ignored(keep, x)), None if b is None else widen(b)
-    z = mask_ignored(keep, torch.nn.functional.linear(x, widen(W), b))
+    z = mask_ignored(keep, torch.nn.functional.linear(x, widen(inputs.round_weight()), b))
     v = z if cap is None else SoftCap.unfused(z, cap)
     loss = CrossEntropy.unfused(v, y, p, t, keep, 1, base)
     if y is None and p is not None:
@@ -51,6 +52,11 @@ def compute_rows(inputs: HeadInputs, requests: Requests) -> RowResults:
     if predicted is not None and keep is not None:
         predicted = predicted.masked_fill(~keep, -1)
     return RowResults(loss, lse, squared_lse, entropy, predicted)
+
+
+def split_second_order(flat: Any) -> tuple[Any, Any, Any]:
+    """`HeadInputs` (flat), `UpstreamGradients` and direction of the second order's arguments."""
+    return flat[:FLAT_SIZE], flat[FLAT_SIZE : FLAT_SIZE + 3], flat[FLAT_SIZE + 3 :]
 
 
 class _SoftmaxTerms(NamedTuple):
@@ -69,9 +75,12 @@ def compute_second_order(*flat: Any) -> tuple[Tensor | None, ...]:
 
     In the symbols of `LinearCrossEntropySecondOrder`.
     """
-    x, W, b, target, keep, base, cap = HeadInputs.from_flat(flat[:9])
-    upstream, direction = UpstreamGradients(*flat[9:12]), InputValues(*flat[12:])
+    flat_inputs, flat_upstream, flat_direction = split_second_order(flat)
+    inputs = HeadInputs.from_flat(flat_inputs)
+    x, W, b, target, keep, base, cap, *_ = inputs
+    upstream, direction = UpstreamGradients(*flat_upstream), InputValues(*flat_direction)
     x_dtype, W_dtype, b_dtype = x.dtype, W.dtype, (W if b is None else b).dtype
+    W = inputs.round_weight()
     u, V, σ, _, _ = direction
     u = torch.zeros_like(x) if u is None else u
     V = torch.zeros_like(W) if V is None else V

@@ -10,9 +10,21 @@ from torch.autograd import Function
 
 from torch_nnmath import _torch, kernels
 from torch_nnmath._precision import disable_autocast, widen
-from torch_nnmath._records import HeadInputs, InputValues, Requests, UpstreamGradients
+from torch_nnmath._records import (
+    FLAT_SIZE,
+    TENSOR_COUNT,
+    HeadInputs,
+    InputValues,
+    Requests,
+    UpstreamGradients,
+)
 from torch_nnmath.formulas._formula import KernelFormula, requires_grad, save
-from torch_nnmath.formulas._unfused_head import compute_rows, compute_second_order, restrict
+from torch_nnmath.formulas._unfused_head import (
+    compute_rows,
+    compute_second_order,
+    restrict,
+    split_second_order,
+)
 from torch_nnmath.kernels.scaling import may_scale, scale_gradient_
 
 vjp: Any = torch.func.vjp  # Any: its annotation is a union of two and of three results
@@ -44,11 +56,14 @@ class LinearCrossEntropy(KernelFormula):
         p: Any,
         t: Any,
         keep: Any,
+        features: Any,
+        scale: Any,
         base: float,
         cap: float | None,
+        weight_dtype: torch.dtype | None,
         requests: Requests,
     ) -> Any:
-        inputs = x, W, b, y, p, t, keep, base, cap
+        inputs = x, W, b, y, p, t, keep, features, scale, base, cap, weight_dtype
         outputs = kernels.head(*_pack_arguments(inputs, requests=requests))
         return _select_rows(outputs, requests)
 
@@ -69,7 +84,7 @@ class LinearCrossEntropy(KernelFormula):
     def backward(ctx: Any, γ: Any, _lse: None, ω: Any, η: Any, *_: None) -> Any:
         if γ is None:
             if ω is None and η is None:
-                return (None,) * 10
+                return (None,) * (FLAT_SIZE + 1)
             γ = torch.zeros_like(η if ω is None else ω)
         inputs, (sums,) = _restore(ctx)
         needs_gradient = InputValues.from_flat(ctx.needs_input_grad)
@@ -122,7 +137,7 @@ class LinearCrossEntropyCost(Function):
     @staticmethod
     def backward(ctx: Any, dC: Tensor | None, *_: None) -> Any:
         if dC is None:
-            return (None,) * 13
+            return (None,) * (FLAT_SIZE + 4)
         inputs, (n, ω) = _restore(ctx)
         needs_gradient = InputValues.from_flat(ctx.needs_input_grad[2:])
         if torch.compiler.is_compiling():  # compiled: dC has no value to check
@@ -195,8 +210,11 @@ class LinearCrossEntropyGradient(KernelFormula):
         p: Any,
         t: Any,
         keep: Any,
+        features: Any,
+        scale: Any,
         base: float,
         cap: float | None,
+        weight_dtype: torch.dtype | None,
         γ: Any,
         ω: Any,
         η: Any,
@@ -205,7 +223,7 @@ class LinearCrossEntropyGradient(KernelFormula):
         gradients: InputValues | None,
     ) -> Any:
         if gradients is None:
-            inputs = x, W, b, y, p, t, keep, base, cap
+            inputs = x, W, b, y, p, t, keep, features, scale, base, cap, weight_dtype
             outputs = kernels.head(
                 *_pack_arguments(inputs, (γ, ω, η), sums, needs_gradient=needs_gradient)
             )
@@ -231,7 +249,8 @@ class LinearCrossEntropyGradient(KernelFormula):
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> Any:
         inputs, upstream = _restore(ctx)
-        direction, (dγ, dω, dη) = InputValues.from_flat(tangents), tangents[9:12]
+        direction = InputValues.from_flat(tangents)
+        dγ, dω, dη = tangents[FLAT_SIZE : FLAT_SIZE + 3]
         results: Any = [None] * 5
         if any(d is not None for d in (dγ, dω, dη)):
             γ, _, _ = upstream
@@ -267,7 +286,7 @@ class LinearCrossEntropySecondOrder(KernelFormula):
     @staticmethod
     def forward(*inputs: Any) -> Any:
         *tensors, needs_gradient = inputs
-        _, (_, _, η), _ = _split_second_order(tensors)
+        _, (_, _, η), _ = split_second_order(tensors)
         ρ_c, ρ_q, ρ_h, *gradients = kernels.head_second_order(*tensors, list(needs_gradient))
         ρ_h = None if η is None else ρ_h
         return ρ_c, ρ_q, ρ_h, *InputValues(*gradients).select(needs_gradient)
@@ -275,7 +294,7 @@ class LinearCrossEntropySecondOrder(KernelFormula):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
         *tensors, ctx.needs_gradient = inputs
-        flat, upstream, direction = _split_second_order(tensors)
+        flat, upstream, direction = split_second_order(tensors)
         _save(ctx, flat, *upstream, *direction)
 
     @staticmethod
@@ -294,7 +313,7 @@ class LinearCrossEntropySecondOrder(KernelFormula):
     def tangent(ctx: Any, *tangents: Any) -> Any:
         """Third order: the pullback is linear, so its own pullback is the tangent map."""
         tensors = _flat_tensors(ctx)
-        _, (_, _, η), _ = _split_second_order(tensors)
+        _, (_, _, η), _ = split_second_order(tensors)
         has_output = True, True, η is not None, *ctx.needs_gradient
         places = [i for i, _ in enumerate(tensors) if isinstance(tangents[i], Tensor)]
         f = restrict(compute_second_order, tensors, places, has_output)
@@ -305,11 +324,6 @@ class LinearCrossEntropySecondOrder(KernelFormula):
             (changes,) = pushforward(tuple(tangents[i] for i in places))
         results = iter(changes)
         return tuple(next(results) if is_computed else None for is_computed in has_output)
-
-
-def _split_second_order(tensors: Any) -> tuple[Any, Any, Any]:
-    """`HeadInputs` (flat), `UpstreamGradients` and direction of the second order's arguments."""
-    return tensors[:9], tensors[9:12], tensors[12:]
 
 
 def _pack_arguments(
@@ -361,7 +375,7 @@ def _scale(dC: Tensor, gradients: InputValues, inputs: HeadInputs) -> InputValue
 
 def _save(ctx: Any, flat: Any, *others: Any) -> None:
     """Saves `HeadInputs` (flat) and other tensors."""
-    *tensors, ctx.base, ctx.cap = flat
+    tensors, ctx.options = flat[:TENSOR_COUNT], flat[TENSOR_COUNT:]
     ctx.set_materialize_grads(False)
     save(ctx, *tensors, *others)
 
@@ -369,7 +383,8 @@ def _save(ctx: Any, flat: Any, *others: Any) -> None:
 def _restore(ctx: Any) -> tuple[HeadInputs, tuple[Any, ...]]:
     """`HeadInputs` and the tuple of the other tensors that `_save` saved."""
     saved = ctx.saved_tensors  # read once: checkpointing cannot unpack them twice
-    return HeadInputs.from_flat((*saved[:7], ctx.base, ctx.cap)), saved[7:]
+    tensors, others = saved[:TENSOR_COUNT], saved[TENSOR_COUNT:]
+    return HeadInputs.from_flat((*tensors, *ctx.options)), others
 
 
 def _flat_tensors(ctx: Any) -> list[Any]:
@@ -381,7 +396,7 @@ def _flat_tensors(ctx: Any) -> list[Any]:
 def _save_for_export(ctx: Any, inputs: Any, output: Any) -> None:
     *flat, _γ, _ω, _η, _sums, requests, _needs_gradient = inputs
     ctx.has_entropy = Requests(*requests).entropy
-    *tensors, ctx.base, ctx.cap = flat
+    tensors, ctx.options = flat[:TENSOR_COUNT], flat[TENSOR_COUNT:]
     ctx.save_for_backward(*tensors)
 
 

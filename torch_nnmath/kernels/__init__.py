@@ -19,14 +19,18 @@ from torch_nnmath.kernels.elementwise import (
 )
 from torch_nnmath.kernels.gpu.plan import get_memory_budget, set_memory_budget
 from torch_nnmath.kernels.linear_cross_entropy import head, head_second_order
+from torch_nnmath.kernels.row_functions import entropy, log_softmax_product, log_sum_exp, z_loss
 
 __all__ = [
     "class_indices",
     "cross_entropy",
+    "entropy",
     "explain",
     "get_memory_budget",
     "head",
     "head_second_order",
+    "log_softmax_product",
+    "log_sum_exp",
     "relu_product",
     "set_memory_budget",
     "sigmoid_product",
@@ -34,4 +38,5 @@ __all__ = [
     "softmax_product",
     "squared_error",
     "tanh_product",
+    "z_loss",
 ]

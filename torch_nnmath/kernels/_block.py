@@ -42,9 +42,10 @@ class Workspace:
     """The head's inputs, widened, and the memory that the blocks of one call share."""
 
     def __init__(self, inputs: HeadInputs, needs_logits: bool):
-        dtype = wide_type(inputs.W.dtype)
+        W = inputs.round_weight()
+        dtype = wide_type(W.dtype)
         b = None if inputs.b is None else inputs.b.to(dtype)
-        self.inputs = inputs._replace(W=inputs.W.to(dtype), b=b)
+        self.inputs = inputs._replace(W=W.to(dtype), b=b)
         self.needs_logits = needs_logits
         self.groups = group_rows(inputs)
         self.logits = self.allocate_logits()
@@ -81,12 +82,13 @@ class Block:
     l_y: Tensor | None = None  # its log-probability
 
     def __init__(self, workspace: Workspace, rows: Any, is_first: bool):
-        x, W, _, target, keep, _, _ = workspace.inputs
+        inputs = workspace.inputs
+        keep = inputs.keep
         self.workspace, self.rows, self.is_first = workspace, rows, is_first
         self.ignored_mask = None if keep is None or may_gather_rows(keep) else ~keep[rows]
-        self.x = self.mask(x[rows].to(W.dtype))
+        self.x = self.mask(inputs.x[rows].to(inputs.W.dtype))
         self.z = workspace.logits[: len(self.x)]
-        self.target = select_target(target, rows)
+        self.target = select_target(inputs.target, rows)
         self.ev = torch.zeros_like(self.z[:, :1])
 
     # The softmax of the rows
@@ -124,7 +126,7 @@ class Block:
     def fill_logits_(self, classes: slice) -> Tensor:
         """Writes the logits of some classes: z = W x + b, or tanh(z/κ)."""
         workspace, z = self.workspace, self.z[:, classes]
-        _, W, b, target, _, _, cap = workspace.inputs
+        W, b, cap = workspace.inputs.W, workspace.inputs.b, workspace.inputs.cap
         # cuBLASLt may reject an addmm with one row, which it reads as a bias
         if b is None or len(z) == 1:
             torch.mm(self.x, W[classes].T, out=z)
@@ -140,7 +142,7 @@ class Block:
             # clamped where tanh rounds to ±1, since e may overflow and inf / inf is nan
             e = z.div_(cap / 2).clamp_(-50, 50).expm1_()
             e.div_(torch.add(e, 2, out=self._scratch(e)))
-        if target.y is not None and not workspace.needs_logits:
+        if self.target.y is not None and not workspace.needs_logits:
             self._pick_class_logit_(z, classes)
         return z
 

@@ -17,6 +17,7 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 MIN_KERNEL_SIZE = 2**15  # entries; up to this PyTorch uses one thread, and no kernel is faster
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 GPU_MODULES: dict[str, str] = {}  # module of `kernels.gpu` by the operator's name
+GPU_ONLY: set[str] = set()  # operators without a kernel for the CPU
 NO_TRITON = "Triton is not installed"
 
 
@@ -35,7 +36,9 @@ class LossKernel:
         self.gradient = lambda dc, *inputs: operator(dc, *inputs, False)[1]
 
 
-def accelerate_with(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def accelerate_with(
+    kernel: Callable[..., Any], is_gpu_only: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
     """Runs `kernel` in place of the decorated formula where that cannot be observed.
 
     A transform, a level of forward mode, a dispatch mode, a tracer, a compiler and a tensor
@@ -45,27 +48,27 @@ def accelerate_with(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]]
     def decorate(formula: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(formula)
         def kernel_or_formula(*args: Any) -> Any:
-            return (kernel if may_use_kernel(args) else formula)(*args)
+            return (kernel if may_use_kernel(args, is_gpu_only) else formula)(*args)
 
         return kernel_or_formula
 
     return decorate
 
 
-def may_use_kernel(args: Any) -> bool:
+def may_use_kernel(args: Any, is_gpu_only: bool = False) -> bool:
     """Whether nothing can differentiate, trace or batch through the operation on `args`.
 
     Disabled grad mode alone does not prove it: forward over reverse disables it, too.
     """
-    return not torch.is_grad_enabled() and are_large_plain_tensors(args)
+    return not torch.is_grad_enabled() and are_large_plain_tensors(args, is_gpu_only)
 
 
-def are_large_plain_tensors(args: Any) -> bool:
+def are_large_plain_tensors(args: Any, is_gpu_only: bool = False) -> bool:
     """Whether a kernel supports the tensors among `args`, and they are large enough for one."""
-    return find_kernel_obstacle([x for x in args if isinstance(x, Tensor)]) is None
+    return find_kernel_obstacle([x for x in args if isinstance(x, Tensor)], is_gpu_only) is None
 
 
-def find_kernel_obstacle(tensors: Sequence[Tensor]) -> str | None:
+def find_kernel_obstacle(tensors: Sequence[Tensor], is_gpu_only: bool = False) -> str | None:
     """Why the formula is computed as it is written, and not by a kernel; None for a kernel."""
     sizes = [x.numel() for x in tensors]
     if min(sizes) == 0 or max(sizes) <= MIN_KERNEL_SIZE:
@@ -75,7 +78,7 @@ def find_kernel_obstacle(tensors: Sequence[Tensor]) -> str | None:
         return watcher
     devices = {x.device.type for x in tensors}
     if devices == {"cpu"}:
-        return None
+        return "there is a kernel for GPUs only" if is_gpu_only else None
     if devices != {"cuda"}:
         return "there are kernels for the CPU and for GPUs only"
     return find_triton_obstacle(tensors)
@@ -141,7 +144,7 @@ def explain(name: str, *args: Any) -> str:
     """
     tensors = [x for x in args if isinstance(x, Tensor)]
     is_head = GPU_MODULES.get(name) == "head"
-    obstacle = None if is_head else find_kernel_obstacle(tensors)
+    obstacle = None if is_head else find_kernel_obstacle(tensors, name in GPU_ONLY)
     if obstacle is not None:
         return f"{name} is computed by the formula as it is written: {obstacle}."
     if tensors[0].device.type != "cuda":

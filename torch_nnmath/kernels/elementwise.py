@@ -78,7 +78,7 @@ def relu_product(a: Tensor, v: Tensor) -> Tensor:
 @register_operator(
     "softmax_product(Tensor a, Tensor v, int dim=-1) -> Tensor",
     _allocate_product,
-    gpu_module="triton_rows",
+    gpu_module="triton_softmax",
 )
 def softmax_product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:
     """F7: a (v - a·v), over dim."""

@@ -20,7 +20,6 @@ from torch_nnmath._records import (
     InputValues,
     Requests,
     RowResults,
-    Target,
     UpstreamGradients,
 )
 from torch_nnmath.kernels._block import (
@@ -34,8 +33,8 @@ from torch_nnmath.kernels._block import (
 from torch_nnmath.kernels._library import register_operator
 
 INPUTS = (
-    "Tensor x, Tensor W, Tensor? b, Tensor? y, Tensor? p, Tensor? t, Tensor? keep, float base,"
-    " float? cap"
+    "Tensor x, Tensor W, Tensor? b, Tensor? y, Tensor? p, Tensor? t, Tensor? keep,"
+    " Tensor? features, Tensor? scale, float base, float? cap, ScalarType? weight_dtype"
 )
 
 
@@ -45,40 +44,24 @@ INPUTS = (
     " Tensor, Tensor, Tensor)",
     lambda *args: _allocate_results(*args),
     gpu_module="head",
+    count_flops=lambda *args, out_shape: _count_flops(*args),
 )
-def head(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    y: Tensor | None,
-    p: Tensor | None,
-    t: Tensor | None,
-    keep: Tensor | None,
-    base: float,
-    cap: float | None,
-    gamma: Tensor | None,
-    omega: Tensor | None,
-    eta: Tensor | None,
-    sums: Tensor | None,
-    requests: Sequence[bool],
-    needs_gradient: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def head(*args: Any) -> tuple[Tensor, ...]:
     """Returns the fields of `RowResults`; sums; the gradients of Σ γ c + ω q + η h (`InputValues`).
 
     `sums` (N, 3) are m, Σ e^{v-m} and Σ e^{v-m} (v-m). Given back, they save passes over the
     logits, and only the gradients are computed, unless those of p or t are needed. For the types
     of the gradients see `round_gradients`.
     """
-    inputs = HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
+    *flat, gamma, omega, eta, sums, requests, needs_gradient = args
+    inputs = HeadInputs.from_flat(flat)
     upstream = None if gamma is None else UpstreamGradients(gamma, omega, eta)
     needs_gradient, requests = InputValues(*needs_gradient), Requests(*requests)
-    *rows, new_sums = allocate_rows(x, requests)
+    *rows, new_sums = allocate_rows(inputs.x, requests)
     block_requests = requests._replace(entropy=requests.entropy or eta is not None)
+    has_capped_t = inputs.cap is not None and inputs.target.t is not None
     workspace = Workspace(
-        inputs,
-        needs_logits=(
-            block_requests.entropy or needs_gradient.t or (cap is not None and t is not None)
-        ),
+        inputs, needs_logits=block_requests.entropy or needs_gradient.t or has_capped_t
     )
     gradients = _allocate_gradients(inputs, needs_gradient, bool(workspace.groups))
     for block in workspace.iterate_blocks():
@@ -88,7 +71,7 @@ def head(
         else:
             block.restore_softmax_(sums[block.rows])
         if upstream is not None:
-            coefficients = block.select_coefficients(upstream, base)
+            coefficients = block.select_coefficients(upstream, inputs.base)
             _add_gradients(block, coefficients, gradients, needs_gradient)
     return *rows, new_sums, *round_gradients(inputs, gamma, gradients)
 
@@ -142,34 +125,17 @@ def _add_gradients(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda *args: _allocate_second_order(*args),
     gpu_module="head",
+    count_flops=lambda *args, out_shape: _count_flops_of_second_order(*args),
 )
-def head_second_order(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    y: Tensor | None,
-    p: Tensor | None,
-    t: Tensor | None,
-    keep: Tensor | None,
-    base: float,
-    cap: float | None,
-    gamma: Tensor,
-    omega: Tensor | None,
-    eta: Tensor | None,
-    u: Tensor | None,
-    V: Tensor | None,
-    sigma: Tensor | None,
-    pi: Tensor | None,
-    tau: Tensor | None,
-    needs_gradient: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def head_second_order(*args: Any) -> tuple[Tensor, ...]:
     """Derivatives along the direction (u, V, σ, π, τ) of x, W, b, p, t, and their gradients.
 
     Returns ρ_c, ρ_q and, given η, ρ_h: the derivatives of each row's loss, squared log-sum-exp and
     entropy; then the gradients of Σ γ ρ_c + ω ρ_q + η ρ_h (`InputValues`). The formula is written
     out in `formulas.linear_cross_entropy.LinearCrossEntropySecondOrder`.
     """
-    inputs = HeadInputs(x, W, b, Target(y, p, t), keep, base, cap)
+    *flat, gamma, omega, eta, u, V, sigma, pi, tau, needs_gradient = args
+    inputs = HeadInputs.from_flat(flat)
     needs_gradient = InputValues(*needs_gradient)
     V, sigma = (None if v is None else v.to(gamma.dtype) for v in (V, sigma))
     direction = InputValues(u, V, sigma, pi, tau)
@@ -180,7 +146,7 @@ def head_second_order(
     R = workspace.allocate_logits()
     gradients = _allocate_gradients(inputs, needs_gradient, bool(workspace.groups))
     for block in workspace.iterate_blocks():
-        coefficients = block.select_coefficients(upstream, base)
+        coefficients = block.select_coefficients(upstream, inputs.base)
         second_order = _SecondOrder(block, direction, R, coefficients)
         second_order.write_derivatives(ρ_c, ρ_q, ρ_h)
         second_order.add_gradients(gradients, needs_gradient)
@@ -335,6 +301,26 @@ def _write_dt(dt: Tensor, rows: Any, classes: slice, value: Tensor) -> None:
         dt[rows, classes] = value
 
 
+def _count_flops(*args: Any) -> int:
+    """FLOP of `head`, of arguments with shapes in place of tensors: X Wᵀ, Δ W and Δᵀ X."""
+    *flat, gamma, _omega, _eta, _sums, _requests, needs_gradient = args
+    needs = InputValues(*needs_gradient)
+    return _count_flops_of_products(flat, 1 + (gamma is not None) * (needs.x + needs.W))
+
+
+def _count_flops_of_second_order(*args: Any) -> int:
+    """FLOP of `head_second_order`: X Wᵀ; U Wᵀ, X Vᵀ; Q W, Δ V; Qᵀ X, Δᵀ U."""
+    *flat, _gamma, _omega, _eta, u, V, _sigma, _pi, _tau, needs_gradient = args
+    needs, has_u, has_V = InputValues(*needs_gradient), u is not None, V is not None
+    products = 1 + has_u + has_V + needs.x * (1 + has_V) + needs.W * (1 + has_u)
+    return _count_flops_of_products(flat, products)
+
+
+def _count_flops_of_products(flat: Any, count: int) -> int:
+    (N, D), (C, _), *_ = flat
+    return 2 * N * D * C * count
+
+
 def allocate_rows(x: Tensor, requests: Sequence[bool]) -> tuple[Tensor, ...]:
     """Memory for `RowResults` and sums: 0, and -1 for the predicted class."""
     N, dtype, requests = x.shape[0], wide_type(x.dtype), Requests(*requests)
@@ -388,10 +374,11 @@ def _allocate_gradients(
 def round_gradients(
     inputs: HeadInputs, gamma: Tensor | None, gradients: InputValues
 ) -> InputValues:
-    """Rounds the gradients of x, W, b to the types of these, unless `is_rounded_later`."""
+    """Rounds the gradients of x, W, b to the types of these where `is_rounded_now`."""
 
     def round_once(gradient: Tensor, value: Tensor) -> Tensor:
-        return gradient if is_rounded_later(gamma, value) else gradient.to(value.dtype)
+        is_rounded = is_rounded_now(gamma, value.dtype, value.device)
+        return gradient.to(value.dtype) if is_rounded else gradient
 
     x, W, b = inputs.x, inputs.W, inputs.W if inputs.b is None else inputs.b
     return gradients._replace(
@@ -399,12 +386,12 @@ def round_gradients(
     )
 
 
-def is_rounded_later(gamma: Tensor | None, value: Tensor) -> bool:
-    """Whether the gradient of `value` stays in the type of computation.
+def is_rounded_now(gamma: Tensor | None, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the operator rounds the gradient of an input of type `dtype` to that type.
 
     A γ of shape () is that of a cost, whose gradients are still to be multiplied by dC. Rounded
     before, those of float16 may underflow. On a GPU those of bfloat16 are rounded twice, since the
     passes over a wider dW would take a tenth of the time; dC is mostly a power of two.
     """
-    is_cost = gamma is None or not gamma.dim()
-    return is_cost and (value.dtype == torch.float16 or value.device.type != "cuda")
+    is_of_cost = gamma is None or not gamma.dim()
+    return not is_of_cost or (dtype != torch.float16 and device.type == "cuda")

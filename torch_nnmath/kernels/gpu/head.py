@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath._precision import wide_type
+from torch_nnmath._precision import HALF, wide_type
 from torch_nnmath._records import HeadInputs, InputValues, Requests, UpstreamGradients
 from torch_nnmath.kernels.dispatch import has_triton
 from torch_nnmath.kernels.gpu import rows, rows_second_order
-from torch_nnmath.kernels.gpu.plan import Plan, make_plan, pad
+from torch_nnmath.kernels.gpu.plan import make_plan, pad
 from torch_nnmath.kernels.gpu.products import add_product, multiply, multiply_split
 from torch_nnmath.kernels.gpu.records import (
     RowDirection,
@@ -28,7 +28,7 @@ from torch_nnmath.kernels.gpu.records import (
 )
 from torch_nnmath.kernels.linear_cross_entropy import (
     allocate_rows,
-    is_rounded_later,
+    is_rounded_now,
     round_gradients,
 )
 
@@ -48,19 +48,29 @@ def choose_row_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callabl
 class _Operands:
     """The head's inputs as operands of the products, and the buffers that all blocks share."""
 
-    def __init__(self, inputs: HeadInputs, plan: Plan, needs_delta: bool):
-        x, W, b, target, keep, base, cap = inputs
+    def __init__(
+        self, inputs: HeadInputs, needs: InputValues, has_upstream: bool, buffers: int = 1
+    ):
+        x, _, b, target, keep, base, cap, _, features, scale = inputs
         y, p, t, _ = target
-        self.W, self.plan, self.keep = W, plan, keep
+        W = inputs.round_weight()
+        self.W, self.keep = W, keep
+        self.dW_dtype = inputs.W.dtype
+        self.plan = make_plan(x, W, buffers, is_dW_half=needs.W and self.dW_dtype in HALF)
         self.dtype = dtype = wide_type(W.dtype)  # of logits and sums
         x = x if keep is None else x.masked_fill(~keep, 0)  # 0 times nan would be nan
-        self.x = x.to(W.dtype)
-        # features of wider type than the weight, such as scaled ones
-        self.wide_x = x if x.dtype.itemsize > W.dtype.itemsize else None
+        self.x = self.features = x.to(W.dtype)
+        self.wide_x = None  # features of wider type than the weight
+        is_scaled = features is not None and features.dtype == W.dtype
+        if is_scaled:
+            assert features is not None
+            self.features = features if keep is None else features.masked_fill(~keep, 0)
+        elif x.dtype.itemsize > W.dtype.itemsize:
+            self.wide_x = x
         self.row_inputs = RowInputs(
             C=len(W),
             b=_cast(b, dtype),
-            scale=None,
+            scale=_cast(scale, dtype) if is_scaled else None,
             y=None if y is None else y.contiguous(),
             p=_cast(p, dtype),
             t=_cast(t, dtype),
@@ -68,7 +78,8 @@ class _Operands:
             base=base,
             cap=cap,
         )
-        self.slab = W.new_empty((plan.slab_rows, pad(len(W))), dtype=dtype)
+        self.slab = W.new_empty((self.plan.slab_rows, pad(len(W))), dtype=dtype)
+        needs_delta = has_upstream and any((needs.x, needs.W, needs.b))
         self.delta = self.allocate_delta() if needs_delta else None
 
     def allocate_delta(self) -> Tensor:
@@ -76,13 +87,13 @@ class _Operands:
         return self.W.new_empty((self.plan.block_rows, pad(len(self.W))))
 
     def compute_products(self, rows: slice) -> Tensor:
-        """X Wᵀ of some rows, in the slab."""
+        """X Wᵀ of some rows, in the slab; before the scale that `row_inputs` has."""
         z = self.slab[: rows.stop - rows.start]
         out = z[:, : len(self.W)]
         if self.wide_x is not None:
             multiply_split(self.wide_x[rows], self.W.t(), out)
         else:
-            multiply(self.x[rows], self.W.t(), out)
+            multiply(self.features[rows], self.W.t(), out)
         return z
 
     def compute_direction(
@@ -114,10 +125,11 @@ class _Gradients:
         self, operands: _Operands, needs: InputValues, gamma: Tensor | None, unit: Tensor | None
     ):
         self.operands, self.unit = operands, unit
-        x, W = operands.x, operands.W
+        x, W, dtype = operands.x, operands.W, operands.dW_dtype
         N, (C, D) = len(x), W.shape
-        is_wide = operands.plan.has_accumulator or unit is not None or is_rounded_later(gamma, W)
-        dtype = operands.dtype if is_wide else W.dtype
+        is_rounded = is_rounded_now(gamma, dtype, W.device)
+        if operands.plan.has_accumulator or unit is not None or not is_rounded:
+            dtype = operands.dtype
         self.dx = x.new_empty((N, D) if needs.x else 0, dtype=operands.dtype)
         self.dW = W.new_empty((C, D) if needs.W else 0, dtype=dtype)
         self.db = W.new_zeros(C if needs.b else 0, dtype=operands.dtype)
@@ -163,12 +175,10 @@ def head(*args: Any) -> tuple[Tensor, ...]:
     """First order; see `kernels.linear_cross_entropy.head`."""
     *flat, gamma, omega, eta, sums, requests, needs_gradient = args
     inputs, needs = HeadInputs.from_flat(flat), InputValues(*needs_gradient)
-    x, W = inputs.x, inputs.W
-    loss, lse, squared_lse, entropy, predicted, new_sums = allocate_rows(x, requests)
+    loss, lse, squared_lse, entropy, predicted, new_sums = allocate_rows(inputs.x, requests)
     is_requested = Requests(*requests)
-    needs_delta = gamma is not None and any((needs.x, needs.W, needs.b))
-    plan = make_plan(x, W, needs_dW=needs.W)
-    operands = _Operands(inputs, plan, needs_delta)
+    operands = _Operands(inputs, needs, has_upstream=gamma is not None)
+    plan = operands.plan
     dc_dp = torch.zeros_like(loss) if needs.p else None
     outputs = RowOutputs(None, None, None, None, None, None, dc_dp)
     if sums is None:
@@ -182,7 +192,7 @@ def head(*args: Any) -> tuple[Tensor, ...]:
             dc_dp,
         )
     upstream = None if gamma is None else UpstreamGradients(gamma, omega, eta)
-    upstream, unit = _normalise(upstream, W.dtype)
+    upstream, unit = _normalise(upstream, operands.W.dtype)
     process_rows, _ = choose_row_kernels(operands.dtype)
     gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():
@@ -204,22 +214,20 @@ def head_second_order(*args: Any) -> tuple[Tensor, ...]:
     """Second order; see `kernels.linear_cross_entropy.head_second_order`."""
     *flat, gamma, omega, eta, u, V, sigma, pi, tau, needs_gradient = args
     inputs, needs = HeadInputs.from_flat(flat), InputValues(*needs_gradient)
-    x, W, keep = inputs.x, inputs.W, inputs.keep
-    needs_deltas = any((needs.x, needs.W, needs.b))
-    plan = make_plan(x, W, buffers=2, needs_dW=needs.W)
-    operands = _Operands(inputs, plan, needs_deltas)
+    operands = _Operands(inputs, needs, has_upstream=True, buffers=2)
+    plan, dtype = operands.plan, operands.W.dtype
     U = None
     if u is not None:
-        U = (u if keep is None else u.masked_fill(~keep, 0)).to(W.dtype)
-    V = None if V is None else V.to(W.dtype)
+        U = (u if inputs.keep is None else u.masked_fill(~inputs.keep, 0)).to(dtype)
+    V = None if V is None else V.to(dtype)
     R = torch.empty_like(operands.slab)
-    Q = operands.allocate_delta() if needs_deltas else None
+    Q = None if operands.delta is None else operands.allocate_delta()
     direction = RowDirection(*(_cast(v, operands.dtype) for v in (sigma, pi, tau)))
     ρ_c, ρ_q = torch.zeros_like(gamma), torch.zeros_like(gamma)
     ρ_h = None if eta is None else torch.zeros_like(gamma)
     dp = torch.zeros_like(gamma) if needs.p else None
     outputs = SecondOrderOutputs(ρ_c, ρ_q, ρ_h, dp)
-    upstream, unit = _normalise(UpstreamGradients(gamma, omega, eta), W.dtype)
+    upstream, unit = _normalise(UpstreamGradients(gamma, omega, eta), dtype)
     _, process_rows = choose_row_kernels(operands.dtype)
     gradients = _Gradients(operands, needs, gamma, unit)
     for block in plan.iterate_blocks():

@@ -7,7 +7,8 @@ rows at a time. With C classes and D features, a call uses, beyond inputs and re
     slab rows x 4 C  +  block rows x 2 C  +  4 C D if there are several blocks
 
 The last term is dW in float32, which accumulates over the blocks; for float32 weights it is the
-result itself. With float32 weights Δ takes 4 C bytes a row.
+result itself. In products of float32, Δ takes 4 C bytes a row. Autocast's half copy of a float32
+weight, 2 C D bytes, is not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from torch_nnmath._precision import HALF, wide_type
+from torch_nnmath._precision import wide_type
 
 SLAB_ROWS = 640  # the product that fills a slab fills whole waves of 128 x 256 tiles
 MIN_SLAB_ROWS = 128  # below, reading W takes longer than the product
@@ -60,16 +61,16 @@ class Plan(NamedTuple):
         return _split(block.start, block.stop, self.slab_rows)
 
 
-def make_plan(x: Tensor, W: Tensor, buffers: int = 1, needs_dW: bool = True) -> Plan:
+def make_plan(x: Tensor, W: Tensor, buffers: int = 1, is_dW_half: bool = False) -> Plan:
     """Chooses the largest blocks and slabs within the budget.
 
-    `buffers` is the number of slabs and of matrices Δ: 2 for the second order.
+    W is the operand of the products. `buffers` is the number of slabs and of matrices Δ: 2 for the
+    second order. A dW of a half type, if it is needed, accumulates over several blocks in float32.
     """
     N, (C, D) = len(x), W.shape
-    is_half = W.dtype in HALF
     slab_row = buffers * wide_type(W.dtype).itemsize * C
     block_row = buffers * W.dtype.itemsize * C
-    accumulator = 4 * C * D if is_half and needs_dW else 0
+    accumulator = 4 * C * D if is_dW_half else 0
     smallest = accumulator + MIN_SLAB_ROWS * (slab_row + block_row)
     # one block of this many rows needs no more memory than several and the accumulator
     largest = SINGLE_BLOCK_ROWS + (2 * D if accumulator else 0)
