@@ -74,7 +74,7 @@ def main() -> int:
             )
             name = kernel.fn.__name__
             print(target, name, configuration, usage.registers, usage.spilled_bytes, flush=True)
-            failures += usage.spilled_bytes > 0
+            failures += usage.has_spills
     return int(failures > 0)
 
 

@@ -142,7 +142,7 @@ def main() -> int:
                 failures += 1
                 print(f"{label}: {type(error).__name__}: {error}")
                 continue
-            failures += usage.spilled_bytes > 0
+            failures += usage.has_spills
             print(f"{label} {plan.shape} warps={plan.num_warps}: {usage}", flush=True)
     print(f"{failures} failures")
     return int(failures > 0)

@@ -46,7 +46,7 @@ def compile_case(case: str, target: str) -> bool:
     options = {"num_warps": num_warps, "num_stages": num_stages}
     usage = compile_kernel(_process_rows, target, types, constants, divisible, **options)
     print(f"{target} _process_rows {case} {tuple(configuration)} {tuple(usage)}", flush=True)
-    return usage.spilled_bytes == 0
+    return not usage.has_spills
 
 
 if __name__ == "__main__":
