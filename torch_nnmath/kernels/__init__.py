@@ -6,15 +6,17 @@ call `class_indices`. `elementwise` has the kernels of several formulas, `_block
 head share.
 """
 
-from torch_nnmath.kernels.class_indices import class_indices
-from torch_nnmath.kernels.cross_entropy import cross_entropy
+from torch_nnmath.kernels.class_indices import class_indices, read_kept_indices
+from torch_nnmath.kernels.cross_entropy import cross_entropy, cross_entropy_cost
 from torch_nnmath.kernels.dispatch import explain
 from torch_nnmath.kernels.elementwise import (
     relu_product,
     sigmoid_product,
     sigmoid_squared_error,
+    sigmoid_squared_error_cost,
     softmax_product,
     squared_error,
+    squared_error_cost,
     tanh_product,
 )
 from torch_nnmath.kernels.gpu.plan import get_memory_budget, set_memory_budget
@@ -23,15 +25,19 @@ from torch_nnmath.kernels.linear_cross_entropy import head, head_second_order
 __all__ = [
     "class_indices",
     "cross_entropy",
+    "cross_entropy_cost",
     "explain",
     "get_memory_budget",
     "head",
     "head_second_order",
+    "read_kept_indices",
     "relu_product",
     "set_memory_budget",
     "sigmoid_product",
     "sigmoid_squared_error",
+    "sigmoid_squared_error_cost",
     "softmax_product",
     "squared_error",
+    "squared_error_cost",
     "tanh_product",
 ]

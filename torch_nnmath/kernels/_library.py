@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import disable_autocast
-from torch_nnmath.kernels.dispatch import GPU_MODULES, find_gpu_obstacle
+from torch_nnmath.kernels.dispatch import (
+    CPU_FUNCTIONS,
+    FAST_IF_SMALL,
+    GPU_MODULES,
+    find_gpu_obstacle,
+)
 
 SLICE_SIZE = 2**18  # entries of a slice, which stays in the cache over several passes
 SAFE_EXP = 1e20  # while Σ e^z < this and e^{z_y} > 1/this, float32 neither overflows nor underflows
@@ -22,13 +27,17 @@ LIBRARY = torch.library.Library("torch_nnmath", "DEF")
 
 
 def register_operator(
-    signature: str, fake: Callable[..., Any], gpu_module: str | None = None
+    signature: str,
+    fake: Callable[..., Any],
+    gpu_module: str | None = None,
+    is_fast_if_small: bool = False,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Registers the decorated function as `torch.ops.torch_nnmath.<name>`, for every device.
 
     `fake` gives the results' shapes and types. The operator runs below autograd and with autocast
     off, since autocast would round the products that are computed in float32. On a GPU the function
     of the same name in `kernels.gpu.<gpu_module>` runs instead, unless there is a GPU obstacle.
+    `is_fast_if_small` says whether the CPU is as fast with it as with the formula at any size.
     """
     name = signature.split("(")[0]
 
@@ -48,6 +57,9 @@ def register_operator(
             with torch.no_grad(), disable_autocast(tensor):
                 return getattr(module, name)(*args)
 
+        CPU_FUNCTIONS[name] = function
+        if is_fast_if_small:
+            FAST_IF_SMALL.add(name)
         LIBRARY.define(signature)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         if gpu_module is not None:
