@@ -392,9 +392,6 @@ def test_peak_in_a_process_that_fails_raises_the_last_line(monkeypatch, tmp_path
             measure.measure_contender_peak(measurement, "eager", problem)
 
 
-@pytest.mark.filterwarnings(  # raised while Inductor is imported
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)
 def test_command_prints_tables_and_writes_files(capsys, tmp_path):
     files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
     options = ["--sizes", "8x8", "--seconds", "0.1", "--targets"]

@@ -1,11 +1,14 @@
 """Kernels: registered correctly, used where nothing can observe them, equal to the formulas."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import check_operator, limit_head_blocks, measure_peak_growth, needs_linux_maxrss
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from torch_nnmath import formulas, kernels, testing, verify
 from torch_nnmath import functional as G
@@ -102,7 +105,8 @@ OPERATORS["head_second_order"][2] = (*OPERATORS["head_second_order"][2][:-1], [T
 def test_opcheck_covers_every_operator():
     values = {name: getattr(kernels, name) for name in kernels.__all__}
     operators = {name for name, v in values.items() if isinstance(v, torch._ops.OpOverload)}
-    assert {*OPERATORS} == operators
+    # tests/gpu checks those of GPUs
+    assert {*OPERATORS} | dispatch.GPU_ONLY == operators
 
 
 @pytest.mark.parametrize(
@@ -569,3 +573,41 @@ def test_many_rows_without_classes_give_zero():
     loss.backward(torch.ones_like(loss))
     assert not loss.any()
     assert empty.grad.shape == empty.shape
+
+
+# FLOP counts
+
+
+def count_flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_flops_of_the_head_are_those_of_its_products():
+    leaves, product = [v.clone().requires_grad_() for v in (x, W)], 2 * N * D * C
+    frozen = x, leaves[1]
+
+    def differentiate_twice():
+        gradients = torch.autograd.grad(head(*leaves), leaves, create_graph=True)
+        sum((g * g).sum() for g in gradients).backward()
+
+    assert count_flops(lambda: head(x, W)) == product
+    assert count_flops(lambda: head(*leaves).backward()) == 3 * product
+    assert count_flops(lambda: head(*frozen).backward()) == 2 * product
+    assert count_flops(differentiate_twice) == (3 + 7) * product
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_has_a_flop_formula(name):
+    assert getattr(torch.ops.torch_nnmath, name) in flop_registry
+
+
+def test_flop_counter_is_not_imported_with_the_package():
+    """It imports Triton."""
+    code = (
+        "import sys, torch, torch_nnmath; assert not {'triton', 'torch.utils.flop_counter'} &"
+        " {*sys.modules}; from torch.utils.flop_counter import flop_registry;"
+        " assert torch.ops.torch_nnmath.head in flop_registry"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

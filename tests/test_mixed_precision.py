@@ -177,6 +177,25 @@ def test_autocast_casts_products_and_gradients_keep_their_types(half):
         assert {d.dtype for d in torch.autograd.grad(out.sum(), [x, W, b])} == {torch.float32}
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 1.7}, {"z_loss": 0.1}], ids=str)
+@every_half_type
+def test_autocast_head_does_not_round_the_gradient_of_a_float32_weight(half, options, reduction):
+    """The products round the weight; its gradient is computed in float32 and stays so."""
+    x, W = torch.randn(9, D), torch.randn(C, D, requires_grad=True)
+    y, c = torch.randint(C, (9,)), torch.rand(9)
+    with torch.autocast("cpu", half):
+        loss = F.linear_cross_entropy(x, W, y, reduction=reduction, **options)
+    (dW,) = torch.autograd.grad(loss if reduction == "mean" else (c * loss).sum(), W)
+    exact = W.detach().to(half).double().requires_grad_()
+    rounded_x = x.to(half).double()
+    loss = F.linear_cross_entropy(rounded_x, exact, y, reduction=reduction, **options)
+    loss = loss if reduction == "mean" else (c.double() * loss).sum()
+    (expected,) = torch.autograd.grad(loss, exact)
+    assert dW.dtype == torch.float32
+    torch.testing.assert_close(dW.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 @every_half_type
 @pytest.mark.parametrize("f", [F.mse_loss, F.squared_error, F.sigmoid_squared_error])
 @pytest.mark.parametrize("has_half_target", [True, False])

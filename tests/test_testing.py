@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch_nnmath import testing
 from torch_nnmath.testing import Verdict, _check
 from torch_nnmath.testing._check import Sine
+from torch_nnmath.testing._report import SilentZero
+from torch_nnmath.testing._transforms import Transform
 
 torch_functional = torch.nn.functional
 BEYOND_PYTORCH = {"forward mode through compile", "second order through compile"}
@@ -565,6 +567,8 @@ def test_correct_function_is_right(name):
     if name == "Function":  # what PyTorch does not support for a Function with a jvp
         compilers = {"compile", "compile by Inductor", "compile, dynamic shapes"}
         allowed = {*allowed, *compilers, "forward over forward"}
+        if torch.__version__ >= "2.15":  # Dynamo refuses a jvp inside `torch.func`, too
+            allowed.add("torch.func inside compile")
     assert unsupported <= allowed
 
 
@@ -634,9 +638,25 @@ def test_check_in_other_precision(dtype):
     assert wrong["gradient"].verdict == WRONG
 
 
-def test_silent_zero_is_a_fault_if_pytorch_raises():
-    """The tangent of a compiled `torch.sin` raises; that of this function is zero."""
+def test_silent_zero_is_a_fault_if_pytorch_raises(monkeypatch):
+    """PyTorch's operations raise under the planted transform; the result of this function is 0."""
 
+    def double(x):
+        return 2 * x
+
+    def check(case):
+        raise SilentZero("planted") if case.function is double else NotImplementedError("planted")
+
+    monkeypatch.setitem(_check.REGISTRY, "planted", Transform("planted", check, is_quick=False))
+    for function, verdict in ((double, ZERO), (torch.sin, Verdict.CANNOT)):
+        report = testing.check(function, [X], transforms=["planted"])
+        assert report["planted"].verdict == verdict
+
+
+@pytest.mark.skipif(
+    torch.__version__ >= "2.14", reason="since PyTorch 2.14, Dynamo refuses inputs with a tangent"
+)
+def test_function_without_tangent_when_compiled_is_silent_zero():
     def detach_if_compiled(x):
         return x.detach() * 2 if torch.compiler.is_compiling() else x * 2
 

@@ -314,8 +314,8 @@ def test_get_node_function():
 
 def test_get_gradient_dtype():
     leaf = x.clone().double().requires_grad_()
-    node = Double.apply(leaf.float()).grad_fn
-    conversion, index = node.next_functions[0]
+    y = Double.apply(leaf.float())  # up to PyTorch 2.12, a node dies with its output
+    conversion, index = y.grad_fn.next_functions[0]
     assert _torch.get_gradient_dtype(conversion, index) == torch.float32
     accumulation, index = conversion.next_functions[0]
     assert _torch.get_gradient_dtype(accumulation, index) == torch.float64

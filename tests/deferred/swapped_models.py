@@ -28,7 +28,7 @@ IGNORED_WARNINGS = [
     for warning in (
         ".*is deprecated and will be removed in v6:FutureWarning",  # transformers, of its own
         ".*isinstance.treespec, LeafSpec.*:FutureWarning",  # Lightning calls what PyTorch renamed
-        ".*is deprecated. Please switch to `torch.compile`:DeprecationWarning",  # Inductor
+        ".*is deprecated. Please switch to `torch.compile`",  # Inductor
         "torch.ao.quantization is deprecated:DeprecationWarning",
         "torch.quantize_per_tensor:UserWarning",  # torch.ao
         "`torch.nn.utils.weight_norm` is deprecated:FutureWarning",

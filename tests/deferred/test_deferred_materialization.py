@@ -239,7 +239,7 @@ MATERIALIZED: dict[str, tuple[str, Any]] = {
     "mul_": ("mul_", edit_before_loss(lambda z, o: z.mul_(o.s))),
     "tanh_": ("tanh_", edit_before_loss(lambda z, o: z.tanh_())),
     "setitem": ("select|slice|fill_|copy_", edit_before_loss(set_first_class)),
-    "setitem, mask": ("index_put_", edit_before_loss(set_rows)),
+    "setitem, mask": ("index_put_|masked_fill_", edit_before_loss(set_rows)),
     "masked_fill_": (
         "masked_fill_",
         edit_before_loss(lambda z, o: z.masked_fill_(o.fixed_row > 1, -1e4)),

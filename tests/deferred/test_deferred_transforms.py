@@ -202,7 +202,7 @@ TRANSFORMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", make_params(TRANSFORMS))
 def test_transforms_agree(name):
     plain, swapped, _ = make_pair()

@@ -12,7 +12,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from ahead_of_time import TARGETS, compile_kernel
 
-from torch_nnmath.kernels.gpu import row_plans, triton_rows
+from torch_nnmath.kernels.gpu import row_plans, triton_rows, triton_softmax
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SHAPES = {  # (B, C, n), and whether the classes are next to each other in memory
@@ -35,7 +35,7 @@ def make_view(shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def choose_plan(target: str, view: torch.Tensor, pointers: dict[str, str | None]) -> row_plans.Plan:
-    """The plan on the target; the softmax product has no `t` but two operands too."""
+    """The plan on the target; a product has no `t` but two operands too."""
     with mock.patch.object(torch.version, "hip", "7" if target.startswith("gfx") else None):
         return row_plans.choose_plan(view, 1 if pointers.get("t", "") is None else 2, 132)
 
@@ -46,14 +46,16 @@ def compile_one(
     view: torch.Tensor,
     pointers: dict[str, str | None],
     plan: row_plans.Plan,
-    passes: Any,
+    options: dict[str, Any],
 ) -> Any:
     """Compiles the plan's kernel for rows like `view`; an absent pointer is None."""
     is_strided = view.stride(2) == 1
     constants: dict[str, Any] = {name: None for name, type_ in pointers.items() if not type_}
+    constants |= options
     constants["IS_ALIGNED"] = is_strided and view.shape[2] % 16 == 0
     if plan.is_tile:
         constants |= {"ROWS": plan.shape[0], "CLASSES": plan.shape[1]}
+        del constants["PASSES"]
     else:
         constants |= {
             "IS_SHARED": plan.steps[0] > 0,
@@ -61,7 +63,6 @@ def compile_one(
             "WIDTH": plan.shape[1],
             "LANE_STEP": plan.steps[0],
             "STEP": plan.steps[1],
-            "PASSES": passes.value,
             "SLICES": 1 << (plan.slices - 1).bit_length(),
             "STAGES": plan.num_stages,
         }
@@ -98,38 +99,45 @@ def compile_one(
     )
 
 
-def list_cases() -> list[tuple[str, str, torch.dtype, dict[str, str | None], Any]]:
-    """(kernel, shape, dtype of the logits, pointers, passes)."""
+def list_cases() -> list[tuple[Any, str, torch.dtype, dict[str, str | None], dict[str, Any]]]:
+    """(kernels, shape, dtype of the logits, pointers, constants)."""
+    row_functions = triton_rows.row_function_tile, triton_rows.row_function_loop
+    products = triton_softmax.product_tile, triton_softmax.product_loop
     cases = []
     for size in SHAPES:
-        is_split = size == "2^20"
+        kinds = (triton_rows.FIRST, triton_rows.SECOND) if size == "2^20" else (triton_rows.WHOLE,)
         for dtype in (torch.float32, torch.bfloat16):
             z = POINTERS[dtype]
             hard: dict[str, str | None] = {"y": "*i64", "p": "*fp32", "t": None, "keep": "*u8"}
             dense: dict[str, str | None] = {"y": "*i64", "p": z, "t": z, "keep": None}
-            for target in (hard, dense) if dtype == torch.float32 or size == "32000" else (hard,):
-                pointers = {"z": z, **target, "dc": "*fp32", "c": "*fp32", "dz": z}
-                kinds = (
-                    (triton_rows.FIRST, triton_rows.SECOND) if is_split else (triton_rows.WHOLE,)
-                )
-                cases += [("cross_entropy", size, dtype, pointers, kind) for kind in kinds]
-        pointers = {"a": z, "v": z, "out": z}
-        kinds = (triton_rows.FIRST, triton_rows.SECOND) if is_split else (triton_rows.WHOLE,)
-        cases += [("softmax_product", size, dtype, pointers, kind) for kind in kinds]
+            none: dict[str, str | None] = {"y": None, "p": None, "t": None, "keep": None}
+            targets = [(hard, triton_rows.CROSS_ENTROPY)]
+            if dtype == torch.float32 or size == "32000":
+                targets += [(dense, triton_rows.CROSS_ENTROPY), (none, triton_rows.ENTROPY)]
+            if size == "32000":  # as cross entropy without a target
+                targets.append((none, triton_rows.Z_LOSS))
+            for passes in kinds:
+                for target, function in targets:
+                    pointers = {"z": z, **target, "dc": "*fp32", "c": "*fp32", "dz": z}
+                    constants = {"FUNCTION": function.value, "PASSES": passes.value}
+                    cases.append((row_functions, size, dtype, pointers, constants))
+                for is_log in (False, True) if size in ("16384", "32000") else (False,):
+                    constants = {"IS_LOG": is_log, "PASSES": passes.value}
+                    cases.append((products, size, dtype, {"a": z, "v": z, "out": z}, constants))
     return cases
 
 
 def main() -> int:
     failures = 0
     for target in sys.argv[1:] or TARGETS:
-        for name, size, dtype, pointers, passes in list_cases():
+        for (tile, loop), size, dtype, pointers, constants in list_cases():
             view = make_view(SHAPES[size], dtype)
             plan = choose_plan(target, view, pointers)
-            kernel = getattr(triton_rows, f"{name}_{'tile' if plan.is_tile else 'loop'}")
+            kernel = tile if plan.is_tile else loop
             given = "".join(key[0] for key, type_ in pointers.items() if type_)
-            label = f"{target} {kernel.__name__} {size} {dtype} {given} passes={passes.value}"
+            label = f"{target} {kernel.__name__} {size} {dtype} {given} {constants}"
             try:
-                usage = compile_one(kernel, target, view, pointers, plan, passes)
+                usage = compile_one(kernel, target, view, pointers, plan, constants)
             except Exception as error:  # every failure is listed
                 failures += 1
                 print(f"{label}: {type(error).__name__}: {error}")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from torch_nnmath.kernels import _library, dispatch
 from torch_nnmath.kernels._library import GPU_IMPLEMENTATIONS
 
 needs_triton = pytest.mark.skipif(
@@ -30,6 +31,15 @@ def _round_to_nearest(convert):
     return convert_float
 
 
+def _round_fma_once(builder, x, y, z):
+    """An fma of float32 or less. Triton's interpreter rounds the product too, up to Triton 3.8."""
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    exact = np.multiply(x.data, y.data, dtype=np.float64) + z.data
+    return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
 def round_in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the interpreter round like a GPU."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
@@ -38,6 +48,8 @@ def round_in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     convert = interpreter._convert_float
     monkeypatch.setattr(interpreter, "_convert_float", _round_to_nearest(convert))
+    if not hasattr(interpreter._interpreter, "fma_fp32"):
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", _round_fma_once)
 
 
 @pytest.fixture
@@ -52,6 +64,27 @@ def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     operators._destroy()
     emulation._destroy()
+
+
+def select_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Selects the kernels of `gpu_operators` for CPU tensors of every size, as for GPU tensors.
+
+    Returns a list to which each call of a kernel appends its name.
+    """
+    find_obstacle, load = dispatch.find_kernel_obstacle, _library._load_gpu_function
+    names: list[str] = []
+
+    def load_and_note(name):
+        names.append(name)
+        return load(name)
+
+    def find_obstacle_on_gpu(tensors, is_gpu_only=False):
+        return find_obstacle(tensors) or dispatch.find_triton_obstacle(tensors)
+
+    monkeypatch.setattr(dispatch, "MIN_KERNEL_SIZE", 0)
+    monkeypatch.setattr(dispatch, "find_kernel_obstacle", find_obstacle_on_gpu)
+    monkeypatch.setattr(_library, "_load_gpu_function", load_and_note)
+    return names
 
 
 def emulate_products(library: torch.library.Library) -> None:

@@ -16,7 +16,7 @@ from conftest import OperationRecorder
 from gpu_helpers import emulate_products, needs_triton, round_in_interpreter
 from torch import Tensor
 
-from torch_nnmath import kernels, testing, verify
+from torch_nnmath import functional, kernels, testing, verify
 from torch_nnmath._records import HeadInputs, InputValues, Target
 from torch_nnmath.catalog import CATALOG
 from torch_nnmath.kernels._library import GPU_IMPLEMENTATIONS
@@ -242,6 +242,43 @@ def test_frozen_features_and_weight_need_no_product(needs):
         )
     assert recorder.names.count("mm") == 1 + needs_x + needs_W
     assert recorder.names.count("addmm") == 0
+
+
+@pytest.mark.parametrize("scale", [1.3, torch.tensor(0.7), torch.tensor(2.0, dtype=torch.float64)])
+def test_scaled_half_features_need_no_second_product(scale):
+    """The product takes the features before the scale, which the row kernel applies."""
+    x, W = torch.randn(70, 9).bfloat16(), torch.randn(33, 9).bfloat16()
+    y = torch.randint(33, (70,)).masked_fill(torch.arange(70) % 5 == 0, -100)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [v.to(dtype).requires_grad_() for v in (x, W)]
+        with gpu_head(), mock.patch.object(head, "multiply_split", side_effect=AssertionError):
+            loss = functional.linear_cross_entropy(*leaves, y, logit_scale=scale, reduction="none")
+            gradients = torch.autograd.grad(loss.sum(), leaves)
+        results.append([loss.detach(), *gradients])
+    for result, expected in zip(*results, strict=True):
+        atol = 2**-7 * expected.abs().max().item()
+        torch.testing.assert_close(result.double(), expected, rtol=2**-7, atol=atol)
+
+
+@pytest.mark.parametrize("N", [5, 70])
+def test_gradient_of_a_float32_weight_needs_no_accumulator_under_autocast(N):
+    x, W, y = torch.randn(N, 9).bfloat16(), torch.randn(33, 9), torch.randint(33, (N, 1))
+    inputs = HeadInputs(x, W, None, Target(y, torch.ones(N, 1), None), None)
+    needs = [True, True, False, False, False]
+    tail = torch.ones(()), None, None, None, [False] * 2, needs
+    exact = inputs._replace(x=x.double(), W=W.bfloat16().double()).flatten()
+    expected = kernels.head(*exact, *tail)[7]
+    with gpu_head(), OperationRecorder() as recorder:
+        arguments = inputs._replace(weight_dtype=torch.bfloat16).flatten()
+        dW = GPU_IMPLEMENTATIONS["head"](*arguments, *tail)[7]
+    assert dW.dtype == torch.float32
+    # Δ has one rounding, and no entry of dW another: each is a sum over N rows
+    error = (dW.double() - expected).abs().max() / expected.abs().max()
+    assert error < 2**-9
+    created = [op.name for op in recorder.operations if (33, 9) in op.shapes]
+    assert created.count("new_empty") == 1  # dW
+    assert created.count("_to_copy") == 1  # W in bfloat16
 
 
 def test_head_and_second_order_never_wait_for_the_device():

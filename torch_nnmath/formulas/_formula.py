@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from torch_nnmath import _torch
 from torch_nnmath._precision import HALF, widen
-from torch_nnmath.kernels.dispatch import LossKernel
+from torch_nnmath.kernels.dispatch import LossKernel, accelerate_with
 
 
 class _TangentRule:
@@ -128,18 +128,23 @@ class SymmetricJacobian(Formula):
 class RowFunction(Formula):
     """One number c for each row of z (*, n, *), n at `dim`: c = f(z, dim, *options).
 
-    Its derivative is `gradient(z, dim, *options)` = dc/dz; `gradient` gets z widened.
+    Its derivative is `gradient(z, dim, *options)` = dc/dz; `gradient` gets z widened. On a GPU
+    `gpu_kernel` computes both.
     """
 
     gradient: Callable[..., Tensor]
+    gpu_kernel: LossKernel
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
 
+        @accelerate_with(cls.gpu_kernel.gradient, is_gpu_only=True)
+        def scale_gradient(dc: Tensor, z: Tensor, *options: Any) -> Tensor:
+            return (dc * cls.gradient(widen(z), *options)).to(z.dtype)
+
         def backward(ctx: Any, dc: Tensor) -> Any:
             (z,) = ctx.saved_tensors
-            dz = dc * cls.gradient(widen(z), *ctx.options)
-            return dz.to(z.dtype), *[None] * len(ctx.options)
+            return scale_gradient(dc, z, *ctx.options), *[None] * len(ctx.options)
 
         def tangent(ctx: Any, dz: Tensor, *_: None) -> Tensor:
             (z,) = ctx.saved_tensors
@@ -180,7 +185,12 @@ def _select(x: Any, dim: Any, i: int) -> Any:
 
 
 def save(ctx: Any, *tensors: Tensor | None, backward: Sequence[Tensor | None] = ()) -> None:
-    """Saves `tensors` for the tangent, and `backward`, by default the same, for the backward."""
+    """Saves `tensors` for the tangent, and `backward`, by default the same, for the backward.
+
+    A transform gets `tensors` for both: PyTorch's vmap keeps the batch axes of only one list.
+    """
+    if _torch.is_transformed():
+        backward = ()
     ctx.save_for_backward(*(backward or tensors))
     # only a transform has a tangent; Dynamo does not know `save_for_forward`
     if _torch.is_transformed() and not torch.compiler.is_compiling():

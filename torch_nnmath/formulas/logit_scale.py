@@ -15,6 +15,7 @@ class LogitScale(Formula):
 
     x of any shape, s a number or () -> z, in float32 for a half x. The head scales its
     features and its bias, since s (W x + b) = W (s x) + s b, and never has all logits in memory.
+    A GPU computes s (W x), so that its product has half operands (`HeadInputs.features`).
     """
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import kernels
+from torch_nnmath._precision import widen
 from torch_nnmath.formulas._formula import (
     Formula,
     RowFunction,
@@ -15,7 +16,7 @@ from torch_nnmath.formulas._formula import (
     round_once,
     save,
 )
-from torch_nnmath.kernels.dispatch import accelerate_with
+from torch_nnmath.kernels.dispatch import LossKernel, accelerate_with
 
 
 class Softmax(SymmetricJacobian):
@@ -51,7 +52,14 @@ class LogSoftmax(Formula):
     @staticmethod
     def backward(ctx: Any, dl: Tensor) -> Any:
         (l,) = ctx.saved_tensors
-        return dl - l.exp() * dl.sum(ctx.dim, keepdim=True), None
+        return LogSoftmax.transposed_product(l, dl, ctx.dim), None
+
+    @staticmethod
+    @accelerate_with(kernels.log_softmax_product, is_gpu_only=True)
+    @round_once
+    def transposed_product(l: Tensor, v: Tensor, dim: int) -> Tensor:
+        """Jᵀ v = v - e^l Σ v."""
+        return v - l.exp() * v.sum(dim, keepdim=True)
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
@@ -65,9 +73,12 @@ class LogSumExp(RowFunction):
     z (*, n, *) -> (*, 1, *).
     """
 
+    gpu_kernel = LossKernel(kernels.log_sum_exp)
+
     @staticmethod
+    @accelerate_with(gpu_kernel.value, is_gpu_only=True)
     def forward(z: Tensor, dim: int) -> Tensor:
-        return torch.logsumexp(z, dim, keepdim=True)
+        return torch.logsumexp(widen(z), dim, keepdim=True)
 
     @staticmethod
     def gradient(z: Tensor, dim: int) -> Tensor:

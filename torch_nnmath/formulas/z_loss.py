@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_nnmath import kernels
 from torch_nnmath._precision import widen
 from torch_nnmath.formulas._formula import RowFunction
 from torch_nnmath.formulas.softmax import LogSoftmax, LogSumExp
+from torch_nnmath.kernels.dispatch import LossKernel, accelerate_with
 
 
 class ZLoss(RowFunction):
@@ -16,7 +18,10 @@ class ZLoss(RowFunction):
     z (*, n, *) with n at dim -> q, with size 1 at dim.
     """
 
+    gpu_kernel = LossKernel(kernels.z_loss)
+
     @staticmethod
+    @accelerate_with(gpu_kernel.value, is_gpu_only=True)
     def forward(z: Tensor, dim: int) -> Tensor:
         return torch.logsumexp(widen(z), dim, keepdim=True).square()
 

@@ -21,15 +21,19 @@ from torch_nnmath.kernels.elementwise import (
 )
 from torch_nnmath.kernels.gpu.plan import get_memory_budget, set_memory_budget
 from torch_nnmath.kernels.linear_cross_entropy import head, head_second_order
+from torch_nnmath.kernels.row_functions import entropy, log_softmax_product, log_sum_exp, z_loss
 
 __all__ = [
     "class_indices",
     "cross_entropy",
     "cross_entropy_cost",
+    "entropy",
     "explain",
     "get_memory_budget",
     "head",
     "head_second_order",
+    "log_softmax_product",
+    "log_sum_exp",
     "read_kept_indices",
     "relu_product",
     "set_memory_budget",
@@ -40,4 +44,5 @@ __all__ = [
     "squared_error",
     "squared_error_cost",
     "tanh_product",
+    "z_loss",
 ]

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import disable_autocast
+from torch_nnmath.kernels._flops import count_nothing, register_flop_formula
 from torch_nnmath.kernels.dispatch import (
     CPU_FUNCTIONS,
     FAST_IF_SMALL,
     GPU_MODULES,
+    GPU_ONLY,
     find_gpu_obstacle,
 )
 
@@ -30,6 +32,7 @@ def register_operator(
     signature: str,
     fake: Callable[..., Any],
     gpu_module: str | None = None,
+    count_flops: Callable[..., int] = count_nothing,
     is_fast_if_small: bool = False,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Registers the decorated function as `torch.ops.torch_nnmath.<name>`, for every device.
@@ -37,25 +40,19 @@ def register_operator(
     `fake` gives the results' shapes and types. The operator runs below autograd and with autocast
     off, since autocast would round the products that are computed in float32. On a GPU the function
     of the same name in `kernels.gpu.<gpu_module>` runs instead, unless there is a GPU obstacle.
+    `count_flops` is the formula of `torch.utils.flop_counter`.
     `is_fast_if_small` says whether the CPU is as fast with it as with the formula at any size.
     """
     name = signature.split("(")[0]
 
     def register(function: Callable[..., Any]) -> Any:
-        @functools.wraps(function)
-        def run(*args: Any) -> Any:
-            tensor = next(arg for arg in args if isinstance(arg, Tensor))
-            with torch.no_grad(), disable_autocast(tensor):
-                return function(*args)
+        run = _run_below_autograd(function)
 
         @functools.wraps(function)
         def run_on_gpu(*args: Any) -> Any:
             if find_gpu_obstacle(name, args):
                 return run(*args)
-            module = importlib.import_module(f"torch_nnmath.kernels.gpu.{gpu_module}")
-            tensor = next(arg for arg in args if isinstance(arg, Tensor))
-            with torch.no_grad(), disable_autocast(tensor):
-                return getattr(module, name)(*args)
+            return _load_gpu_function(name)(*args)
 
         CPU_FUNCTIONS[name] = function
         if is_fast_if_small:
@@ -63,12 +60,54 @@ def register_operator(
         LIBRARY.define(signature)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         if gpu_module is not None:
-            LIBRARY.impl(name, run_on_gpu, "CUDA")
-            GPU_IMPLEMENTATIONS[name], GPU_MODULES[name] = run_on_gpu, gpu_module
+            _register_on_gpu(name, run_on_gpu, gpu_module)
         torch.library.register_fake(f"torch_nnmath::{name}", fake, lib=LIBRARY)
+        register_flop_formula(name, count_flops)
         return getattr(torch.ops.torch_nnmath, name).default
 
     return register
+
+
+def register_gpu_operator(signature: str, fake: Callable[..., Any], gpu_module: str) -> Any:
+    """Registers an operator that only GPUs have, since other devices compute the formula.
+
+    As `register_operator`. Raises NotImplementedError if there is a GPU obstacle.
+    """
+    name = signature.split("(")[0]
+
+    def run_on_gpu(*args: Any) -> Any:
+        obstacle = find_gpu_obstacle(name, args)
+        if obstacle is not None:
+            raise NotImplementedError(f"{name} has no kernel here: {obstacle}")
+        return _load_gpu_function(name)(*args)
+
+    LIBRARY.define(signature)
+    _register_on_gpu(name, run_on_gpu, gpu_module)
+    GPU_ONLY.add(name)
+    torch.library.register_fake(f"torch_nnmath::{name}", fake, lib=LIBRARY)
+    register_flop_formula(name, count_nothing)
+    return getattr(torch.ops.torch_nnmath, name).default
+
+
+def _register_on_gpu(name: str, function: Callable[..., Any], gpu_module: str) -> None:
+    LIBRARY.impl(name, function, "CUDA")
+    GPU_IMPLEMENTATIONS[name], GPU_MODULES[name] = function, gpu_module
+
+
+def _load_gpu_function(name: str) -> Callable[..., Any]:
+    """The operator's function in its Triton module, which is imported at the first call."""
+    module = importlib.import_module(f"torch_nnmath.kernels.gpu.{GPU_MODULES[name]}")
+    return _run_below_autograd(getattr(module, name))
+
+
+def _run_below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.no_grad(), disable_autocast(tensor):
+            return function(*args)
+
+    return run
 
 
 def compute_log_probability(e_y: Tensor, s: Tensor) -> Tensor | None:

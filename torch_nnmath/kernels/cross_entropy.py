@@ -18,7 +18,9 @@ from torch_nnmath.kernels._library import SLICE_SIZE, compute_log_probability, r
 @register_operator(
     "cross_entropy(Tensor? dc, Tensor z, Tensor? y, Tensor? p, Tensor? t, Tensor? keep, int dim,"
     " float base, bool needs_c) -> (Tensor, Tensor)",
-    lambda dc, z, y, p, t, keep, dim, base, needs_c: _allocate(dc, z, dim, needs_c),
+    lambda dc, z, y, p, t, keep, dim, base, needs_c: allocate_value_and_gradient(
+        dc, z, dim, needs_c
+    ),
     gpu_module="triton_rows",
 )
 def cross_entropy(
@@ -37,7 +39,7 @@ def cross_entropy(
     c is computed if `needs_c`, dz if dc is given; dc has one value for each row, or shape (). Both
     are 0 where keep is False.
     """
-    c, dz = _allocate(dc, z, dim, needs_c)
+    c, dz = allocate_value_and_gradient(dc, z, dim, needs_c)
     p = None if p is None else p.expand(_row_shape(z, dim))
     t = None if t is None else t.expand_as(z)
     dc = None if dc is None else dc.expand(_row_shape(z, dim)) / math.log(base)
@@ -102,7 +104,9 @@ def cross_entropy_cost(
     return cost, dz
 
 
-def _allocate(dc: Tensor | None, z: Tensor, dim: int, needs_c: bool) -> tuple[Tensor, Tensor]:
+def allocate_value_and_gradient(
+    dc: Tensor | None, z: Tensor, dim: int, needs_c: bool
+) -> tuple[Tensor, Tensor]:
     """Memory for c and dz; an empty tensor for a result that is not needed."""
     c = z.new_empty(_row_shape(z, dim) if needs_c else (0,), dtype=wide_type(z.dtype))
     return c, z.new_empty(0) if dc is None else torch.empty_like(z)

@@ -19,6 +19,7 @@ TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_FUNCTIONS: dict[Any, Callable[..., Any]] = {}  # what an operator runs on the CPU
 FAST_IF_SMALL: set[str] = set()  # operators that the CPU uses for tensors of any size
 GPU_MODULES: dict[str, str] = {}  # module of `kernels.gpu` by the operator's name
+GPU_ONLY: set[str] = set()  # operators without a kernel for the CPU
 NO_TRITON = "Triton is not installed"
 
 
@@ -26,14 +27,14 @@ class LossKernel:
     """The operator of a loss: `operator(dc, *inputs, needs_c)` gives c and dc times the gradient.
 
     The gradient is that of the first input. If `dc` is None, there is no gradient. The input at
-    `keep_index`, if any, is False for ignored rows. `small_cost(n, *inputs)` gives the cost Σ c / n
-    and its gradient for small inputs on the CPU, or None for others.
+    `keep_index`, if any, is False for ignored rows. `small_cost(n, *inputs)`, if any, gives the
+    cost Σ c / n and its gradient for small inputs on the CPU, or None for others.
     """
 
     def __init__(
         self,
         operator: Callable[..., Any],
-        small_cost: Callable[..., Any],
+        small_cost: Callable[..., Any] | None = None,
         keep_index: int | None = None,
     ):
         self.value_and_gradient = bypass_operator_on_cpu(operator)
@@ -46,7 +47,7 @@ class LossKernel:
     def cost_and_gradient(self, n: Tensor | float, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Σ c / n, and its gradient with respect to the first input."""
         x = inputs[0]
-        if x.is_cpu and not isinstance(n, Tensor):
+        if self.small_cost is not None and x.is_cpu and not isinstance(n, Tensor):
             result = self.small_cost(n, *inputs)
             if result is not None:
                 return result
@@ -55,7 +56,9 @@ class LossKernel:
         return c.sum() / n, dx
 
 
-def accelerate_with(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def accelerate_with(
+    kernel: Callable[..., Any], is_gpu_only: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
     """Runs `kernel` in place of the decorated formula where that cannot be observed.
 
     A transform, a level of forward mode, a dispatch mode, a tracer, a compiler and a tensor
@@ -66,7 +69,8 @@ def accelerate_with(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]]
     def decorate(formula: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(formula)
         def kernel_or_formula(*args: Any) -> Any:
-            return (run if may_use_kernel(args, is_fast_if_small) else formula)(*args)
+            may_run = may_use_kernel(args, is_gpu_only, is_fast_if_small)
+            return (run if may_run else formula)(*args)
 
         return kernel_or_formula
 
@@ -95,21 +99,20 @@ def _get_name(kernel: Any) -> str | None:
     return kernel.name().split("::")[1] if isinstance(kernel, torch._ops.OpOverload) else None
 
 
-def may_use_kernel(args: Any, is_fast_if_small: bool = False) -> bool:
+def may_use_kernel(args: Any, is_gpu_only: bool = False, is_fast_if_small: bool = False) -> bool:
     """Whether nothing can differentiate, trace or batch through the operation on `args`.
 
     Disabled grad mode alone does not prove it: forward over reverse disables it, too.
     """
-    return not torch.is_grad_enabled() and has_kernel(args, is_fast_if_small)
-
-
-def has_kernel(args: Any, is_fast_if_small: bool = False) -> bool:
-    """Whether a kernel supports the tensors among `args`, and is faster than the formula."""
+    if torch.is_grad_enabled():
+        return False
     tensors = [x for x in args if isinstance(x, Tensor)]
-    return find_kernel_obstacle(tensors, is_fast_if_small) is None
+    return find_kernel_obstacle(tensors, is_gpu_only, is_fast_if_small) is None
 
 
-def find_kernel_obstacle(tensors: Sequence[Tensor], is_fast_if_small: bool = False) -> str | None:
+def find_kernel_obstacle(
+    tensors: Sequence[Tensor], is_gpu_only: bool = False, is_fast_if_small: bool = False
+) -> str | None:
     """Why the formula is computed as it is written, and not by a kernel; None for a kernel."""
     watcher = find_watcher(*tensors)
     if watcher is not None:
@@ -123,7 +126,7 @@ def find_kernel_obstacle(tensors: Sequence[Tensor], is_fast_if_small: bool = Fal
     if min(sizes) == 0 or max(sizes) <= MIN_KERNEL_SIZE:
         return f"no tensor has more than {MIN_KERNEL_SIZE} entries, or one has none"
     if is_on_cpu:
-        return None
+        return "there is a kernel for GPUs only" if is_gpu_only else None
     if {x.device.type for x in tensors} != {"cuda"}:
         return "there are kernels for the CPU and for GPUs only"
     return find_triton_obstacle(tensors)
@@ -195,7 +198,8 @@ def explain(name: str, *args: Any) -> str:
     """
     tensors = [x for x in args if isinstance(x, Tensor)]
     is_head = GPU_MODULES.get(name) == "head"
-    obstacle = None if is_head else find_kernel_obstacle(tensors, name in FAST_IF_SMALL)
+    sizes = name in GPU_ONLY, name in FAST_IF_SMALL
+    obstacle = None if is_head else find_kernel_obstacle(tensors, *sizes)
     if obstacle is not None:
         return f"{name} is computed by the formula as it is written: {obstacle}."
     if tensors[0].device.type != "cuda":

@@ -87,7 +87,7 @@ def _write_relu_product(out: Tensor, a: Tensor, v: Tensor) -> None:
 @register_operator(
     "softmax_product(Tensor a, Tensor v, int dim=-1) -> Tensor",
     _allocate_product,
-    gpu_module="triton_rows",
+    gpu_module="triton_softmax",
     is_fast_if_small=True,
 )
 def softmax_product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:

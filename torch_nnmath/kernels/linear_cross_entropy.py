@@ -44,6 +44,7 @@ INPUTS = (
     " Tensor, Tensor, Tensor)",
     lambda *args: _allocate_results(*args),
     gpu_module="head",
+    count_flops=lambda *args, out_shape: _count_flops(*args),
 )
 def head(*args: Any) -> tuple[Tensor, ...]:
     """Returns the fields of `RowResults`; sums; the gradients of Σ γ c + ω q + η h (`InputValues`).
@@ -124,6 +125,7 @@ def _add_gradients(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda *args: _allocate_second_order(*args),
     gpu_module="head",
+    count_flops=lambda *args, out_shape: _count_flops_of_second_order(*args),
 )
 def head_second_order(*args: Any) -> tuple[Tensor, ...]:
     """Derivatives along the direction (u, V, σ, π, τ) of x, W, b, p, t, and their gradients.
@@ -297,6 +299,26 @@ def _write_dt(dt: Tensor, rows: Any, classes: slice, value: Tensor) -> None:
         dt[:, classes] += value.sum(0, keepdim=True)
     else:
         dt[rows, classes] = value
+
+
+def _count_flops(*args: Any) -> int:
+    """FLOP of `head`, of arguments with shapes in place of tensors: X Wᵀ, Δ W and Δᵀ X."""
+    *flat, gamma, _omega, _eta, _sums, _requests, needs_gradient = args
+    needs = InputValues(*needs_gradient)
+    return _count_flops_of_products(flat, 1 + (gamma is not None) * (needs.x + needs.W))
+
+
+def _count_flops_of_second_order(*args: Any) -> int:
+    """FLOP of `head_second_order`: X Wᵀ; U Wᵀ, X Vᵀ; Q W, Δ V; Qᵀ X, Δᵀ U."""
+    *flat, _gamma, _omega, _eta, u, V, _sigma, _pi, _tau, needs_gradient = args
+    needs, has_u, has_V = InputValues(*needs_gradient), u is not None, V is not None
+    products = 1 + has_u + has_V + needs.x * (1 + has_V) + needs.W * (1 + has_u)
+    return _count_flops_of_products(flat, products)
+
+
+def _count_flops_of_products(flat: Any, count: int) -> int:
+    (N, D), (C, _), *_ = flat
+    return 2 * N * D * C * count
 
 
 def allocate_rows(x: Tensor, requests: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -7,7 +7,8 @@ rows at a time. With C classes and D features, a call uses, beyond inputs and re
     slab rows x 4 C  +  block rows x 2 C  +  4 C D if there are several blocks
 
 The last term is dW in float32, which accumulates over the blocks; for float32 weights it is the
-result itself. With float32 weights Δ takes 4 C bytes a row.
+result itself. In products of float32, Δ takes 4 C bytes a row. Autocast's half copy of a float32
+weight, 2 C D bytes, is not counted.
 """
 
 from __future__ import annotations
