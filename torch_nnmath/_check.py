@@ -18,6 +18,7 @@ from torch_nnmath._precision import is_autocast
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_SEQUENCES = (list, tuple)
 
 
 def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
@@ -28,11 +29,12 @@ def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def public_function(*args: P.args, **kwargs: P.kwargs) -> R:
-        flat: list[Any] = []
-        for arg in (*args, *kwargs.values()):
-            flat.extend(arg if isinstance(arg, list | tuple) else (arg,))
-        if has_torch_function(tuple(flat)):
-            return handle_torch_function(public_function, tuple(flat), *args, **kwargs)
+        flat: tuple[Any, ...] = (*args, *kwargs.values())
+        for arg in flat:
+            if isinstance(arg, _SEQUENCES):
+                flat += (*arg,)
+        if has_torch_function(flat):
+            return handle_torch_function(public_function, flat, *args, **kwargs)
         return function(*args, **kwargs)
 
     return public_function
@@ -99,7 +101,7 @@ def logits(scale: Any, cap: Any, z_loss: Any) -> None:
 
 
 def _finite(name: str, number: Any) -> None:
-    if not isinstance(number, Real):
+    if type(number) is not float and not isinstance(number, Real):  # the first test is fast
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     value: Any = number  # since Real has no typed comparison
     if not -math.inf < value < math.inf:  # Dynamo cannot trace `isfinite` of a symbol
@@ -199,22 +201,26 @@ def probabilities(target: Tensor, ignore_index: int) -> None:
 
 def indices(logits: Sequence[int], target: Tensor) -> None:
     """Checks shape and dtype of class indices for logits (C) or (N, C, d_1, ...)."""
-    got = f"got logits {tuple(logits)} and target {tuple(target.shape)}"
+    shape = tuple(target.shape)
+    has_index_type = target.dtype in (torch.int64, torch.uint8)
+    if has_index_type and len(logits) > 1 and shape == (logits[0], *logits[2:]):
+        return
+    got = f"got logits {tuple(logits)} and target {shape}"
     if len(logits) > 1:
-        if target.shape[:1] != tuple(logits[:1]):
+        if shape[:1] != tuple(logits[:1]):
             raise ValueError(f"Expected input batch_size to match target batch_size, {got}")
-        if target.shape[1:] != tuple(logits[2:]):
+        if shape[1:] != tuple(logits[2:]):
             raise RuntimeError(
                 f"Expected target size {(logits[0], *logits[2:])} for class indices, or that of "
                 f"the logits for probabilities, {got}"
             )
     elif target.dim() > 1:
         raise RuntimeError(f"for logits (C) the target must be one class index, {got}")
-    if target.dtype not in (torch.int64, torch.uint8):
+    if not has_index_type:
         raise RuntimeError(
             f"expected target dtype to be Long or Byte, but got {target.dtype}; {got}"
         )
-    if len(logits) == 1 and target.shape not in ((), (1,)):
+    if len(logits) == 1 and shape not in ((), (1,)):
         raise ValueError(f"for logits (C) the target must be one class index, {got}")
 
 

@@ -322,7 +322,7 @@ def _read_target(
         return _HeadTarget(targets, None, N * positions if C else 0, labels, output_dtype)
     target = check.flatten_head_indices(input, target, C, positions_shape)
     indices = read_indices(target.reshape(N, positions), C, options, logit_dtype)
-    y, p = indices.y, indices.p
+    y, p = indices.y, indices.p.expand(N, positions)
     targets = [
         indices.make_target(y[:, d : d + 1], p[:, d : d + 1], 1, 2) for d in range(positions)
     ]

@@ -22,7 +22,7 @@ class Target(NamedTuple):
     """
 
     y: Tensor | None  # class index, (*, 1, *)
-    p: Tensor | None  # weight of that class, (*, 1, *)
+    p: Tensor | None  # weight of that class, (*, 1, *) or ()
     t: Tensor | None  # dense part, which broadcasts to v
     dim: int = 1
 
@@ -49,7 +49,7 @@ class Target(NamedTuple):
                 classes = torch.arange(v.shape[self.dim], device=v.device).view(sizes)
                 v = v - torch.where(classes == self.y, self.p, 0)
             else:
-                v = v.scatter_add(self.dim, self.y, -self.p)
+                v = v.scatter_add(self.dim, self.y, -self.p.expand_as(self.y))
         return v if self.t is None else v - self.t
 
     def scale(self, factor: Tensor) -> Target:

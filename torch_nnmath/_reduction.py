@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
-from torch_nnmath._precision import cast_for_loss, wide_type
+from torch_nnmath._precision import cast, cast_for_loss, wide_type
 
 
 def reduce_formula(
@@ -26,7 +26,7 @@ def reduce_formula(
         return c if axes == () else c.squeeze(axes)
     divisor = choose_divisor(reduction, n, inputs[0])
     if formulas.CostWithGradient.may_replace(formula, divisor, inputs):
-        return formulas.CostWithGradient.apply(formula, divisor, *inputs)
+        return formulas.CostWithGradient.evaluate(formula, divisor, *inputs)
     return formulas.Cost.evaluate(formula.evaluate(*inputs), divisor)
 
 
@@ -50,12 +50,13 @@ def reduce_examples(
     dtype = torch.promote_types(input.dtype, target.dtype)
     dtype, input, target = cast_for_loss(dtype, input, target)
     n = count_examples(input, *axes)
-    if reduction != "none":  # a total does not depend on which axes form an example
-        axes = tuple(range(input.dim()))
-    last = tuple(range(-len(axes), 0))
-    input, target = input.movedim(axes, last), target.movedim(axes, last)
-    inputs = input, target, len(axes), *options
-    return reduce_formula(reduction, n, formula, *inputs, axes=last).to(dtype)
+    last: tuple[int, ...] = ()
+    if reduction == "none":
+        last = tuple(range(-len(axes), 0))
+        input, target = input.movedim(axes, last), target.movedim(axes, last)
+    # a total does not depend on which axes form an example
+    inputs = input, target, len(last) if reduction == "none" else input.dim(), *options
+    return cast(reduce_formula(reduction, n, formula, *inputs, axes=last), dtype)
 
 
 def choose_divisor(reduction: str, n: Tensor | int, x: Tensor) -> Tensor | float:

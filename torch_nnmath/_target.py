@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
-from torch_nnmath._precision import is_autocast, wide_type, widen
+from torch_nnmath._precision import get_one, is_autocast, wide_type, widen
 from torch_nnmath._records import Target
 from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors
 
@@ -27,9 +27,9 @@ class IndexTarget(NamedTuple):
 
     y: Tensor  # 0 in ignored rows
     keep: Tensor | None  # None if it is known that no row is ignored
-    p: Tensor  # weight of the class
+    p: Tensor  # weight of the class; () if it is known that all rows have the same
     smoothing: Tensor | None  # weight of each class from label smoothing, (C); None without
-    total_weight: Tensor  # the divisor of a mean
+    total_weight: Tensor | int  # the divisor of a mean
 
     def make_target(self, y: Tensor, p: Tensor, dim: int, rank: int) -> Target:
         """Returns the `Target` of y and p, which have `rank` axes, with the classes at `dim`."""
@@ -45,17 +45,29 @@ def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dt
     check.class_weight(weight, C)
     if weight is not None and weight.dtype != dtype and not is_autocast(target):
         raise RuntimeError(f"weight must have input's dtype {dtype}, got {weight.dtype}")
-    y, keep = kernels.class_indices(target, C, -100 if ignore_index is None else ignore_index)
-    dtype = wide_type(dtype)
-    w = None if weight is None else weight.to(dtype)
-    p = keep.to(dtype) if w is None else w[y].masked_fill(~keep, 0)
-    total_weight, smoothing = p.sum(), None
+    ignore_index = -100 if ignore_index is None else ignore_index
+    dtype, keep = wide_type(dtype), None
+    y = kernels.read_kept_indices(target, C, ignore_index)
+    if y is None:
+        y, keep = kernels.class_indices(target, C, ignore_index)
+        # only on the CPU: reading the value would synchronise a GPU
+        if are_plain_cpu_tensors(keep) and bool(keep.all()):
+            keep = None
+    total_weight: Any = y.numel()
+    if weight is not None:
+        w = weight.to(dtype)
+        p = w[y] if keep is None else w[y].masked_fill(~keep, 0)
+        total_weight = p.sum()
+    elif keep is not None:
+        p = keep.to(dtype)
+        total_weight = p.sum()
+    else:
+        p = get_one(dtype)
+    smoothing = None
     if label_smoothing:
-        w = torch.ones((C,), dtype=dtype, device=target.device) if w is None else w
+        w = torch.ones((C,), dtype=dtype, device=target.device) if weight is None else w
         p, smoothing = (1 - label_smoothing) * p, label_smoothing / max(C, 1) * w
-    # only on the CPU: reading the value would synchronise a GPU
-    is_all_kept = are_plain_cpu_tensors(keep) and bool(keep.all())
-    return IndexTarget(y, None if is_all_kept else keep, p, smoothing, total_weight)
+    return IndexTarget(y, keep, p, smoothing, total_weight)
 
 
 def read_probabilities(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function, forward_ad
@@ -30,6 +30,19 @@ def is_transformed() -> bool:
     `Function.apply` asks the first question itself; no public function answers either.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_observed() -> bool:
+    """`is_transformed()`, `has_dispatch_mode()` or `is_jit_tracing()`, in one call.
+
+    It is asked several times a step, and each call in Python counts.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+    )
 
 
 def is_dynamo_tracing() -> bool:
@@ -53,7 +66,7 @@ def is_jit_tracing() -> bool:
 
     `torch.jit.is_tracing` is documented, but torch does not export it, so type checkers refuse it.
     """
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+    return torch._C._is_tracing()
 
 
 def is_fx_tracing() -> bool:
@@ -68,7 +81,7 @@ def has_dispatch_mode() -> bool:
 
 def is_legacy_batch(x: Tensor) -> bool:
     """Whether autograd's `is_grads_batched` or `vectorize` batches x. No public function tells."""
-    return bool(torch._C._functorch.is_legacy_batchedtensor(x))
+    return is_legacy_batchedtensor(x)
 
 
 # autograd.Function and forward mode
@@ -77,10 +90,11 @@ def is_legacy_batch(x: Tensor) -> bool:
 def apply_without_signature(function: type[Function], inputs: Any) -> Any:
     """`function.apply(*inputs)` outside of transforms.
 
-    `Function.apply` itself calls `inspect.signature` each time, which takes 10 µs.
+    `Function.apply` itself calls `inspect.signature` each time, which takes 10 µs. A wrapper that a
+    transform left behind is unwrapped, as there.
     """
     apply: Any = super(Function, function).apply  # type: ignore[misc]  # untyped
-    return apply(*unwrap_dead_wrappers(inputs))
+    return apply(*[unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs])
 
 
 def enable_forward_mode() -> AbstractContextManager[Any]:
@@ -169,6 +183,17 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 # Modules
+
+
+def get_attribute(module: torch.nn.Module, name: str, default: Any) -> Any:
+    """An instance's own attribute, parameter or buffer.
+
+    For one that is missing, the public `getattr` with a default writes an error message first.
+    """
+    for owner in (module.__dict__, module._parameters, module._buffers):
+        if name in owner:
+            return owner[name]
+    return default
 
 
 def get_buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:

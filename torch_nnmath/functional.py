@@ -17,7 +17,14 @@ from torch import Tensor
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
 from torch_nnmath._head import LogitOptions, is_scaled, measure_logits, prepare_head, scale_logits
-from torch_nnmath._precision import bool_to_int, cast_for_loss, cast_for_product, is_autocast, widen
+from torch_nnmath._precision import (
+    bool_to_int,
+    cast,
+    cast_for_loss,
+    cast_for_product,
+    is_autocast,
+    widen,
+)
 from torch_nnmath._records import Target
 from torch_nnmath._reduction import (
     choose_divisor,
@@ -236,7 +243,7 @@ def mse_loss(
         return loss if is_integer_mean else loss.to(dtype)  # an integer mean stays float
     axis_count = 0 if reduction == "none" else input.dim()
     inputs = input, target, axis_count, scale
-    return reduce_formula(reduction, input.numel(), formulas.SquaredError, *inputs).to(dtype)
+    return cast(reduce_formula(reduction, input.numel(), formulas.SquaredError, *inputs), dtype)
 
 
 @check.support_torch_function
@@ -382,7 +389,9 @@ def cross_entropy(
     >>> cross_entropy(torch.tensor([[0., 0.]]), torch.tensor([1]), base=2)
     tensor(1.)
     """
-    check.real(input=input, target=target, **check.drop_none(weight=weight))
+    check.real(input=input, target=target)
+    if weight is not None:
+        check.real(weight=weight)
     check.base(base)
     check.logits(logit_scale, softcap, z_loss)
     reduction = check.resolve_reduction(reduction, size_average, reduce)
@@ -390,14 +399,15 @@ def cross_entropy(
     dtype, input, target, weight = cast_for_loss(input.dtype, input, target, weight)
     options = TargetOptions(weight, ignore_index, label_smoothing)
     dim = 0 if input.dim() == 1 else 1
-    if input.shape == target.shape:
+    is_distribution = input.shape == target.shape
+    if is_distribution:
         check.probabilities(target, ignore_index)
     C = input.size(dim)  # an IndexError if there is no axis
     if not input.is_floating_point():
         raise NotImplementedError(f"cross_entropy does not support {input.dtype}: cast the logits")
     keep: Any = None
     label: Any = None
-    if input.shape == target.shape:
+    if is_distribution:
         t, dtype = read_probabilities(target, options, dim, C, dtype)
         read_target = Target(None, None, t, dim)
         total_weight: Any = count_examples(input, dim) if C else 0
@@ -407,13 +417,13 @@ def cross_entropy(
         target = target.reshape(()) if input.dim() == 1 else target
         indices = read_indices(target, C, options, input.dtype)
         label, total_weight = indices.y, indices.total_weight
-        y, p = label.unsqueeze(dim), indices.p.unsqueeze(dim)
+        y, p = label.unsqueeze(dim), indices.p
+        p = p.unsqueeze(dim) if p.dim() else p
         read_target = indices.make_target(y, p, dim, input.dim())
         keep = None if indices.keep is None else indices.keep.unsqueeze(dim)
-    if softcap is not None or is_scaled(logit_scale) or z_loss:
-        input = formulas.mask_ignored(keep, input)
-    input = scale_logits(input, logit_scale)
-    input = input if softcap is None else formulas.SoftCap.evaluate(input, softcap)
+    if softcap is not None or z_loss or is_scaled(logit_scale):
+        input = scale_logits(formulas.mask_ignored(keep, input), logit_scale)
+        input = input if softcap is None else formulas.SoftCap.evaluate(input, softcap)
     inputs = input, *read_target[:3], keep, dim, base
     loss = reduce_formula(reduction, total_weight, formulas.CrossEntropy, *inputs, axes=dim)
     if z_loss:
@@ -424,9 +434,10 @@ def cross_entropy(
             kept_count = count_kept(keep, count_examples(input, dim)) if C else 0
             divisor = choose_divisor(reduction, kept_count, input)
             loss = loss + z_loss * formulas.Cost.evaluate(z_losses, divisor)
+    loss = cast(loss, dtype)
     if not return_stats:
-        return loss.to(dtype)
-    return loss.to(dtype), measure_logits(input, keep, dim, LogitOptions(base), label, z_loss)
+        return loss
+    return loss, measure_logits(input, keep, dim, LogitOptions(base), label, z_loss)
 
 
 @check.support_torch_function

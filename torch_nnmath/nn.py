@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath import deferred
+from torch_nnmath import _torch, deferred
 from torch_nnmath import functional as F
 
 __all__ = [
@@ -111,9 +111,14 @@ class _CrossEntropyOptions:
 
     def get_own_options(self) -> dict[str, Any]:
         """Returns the options that PyTorch's module lacks."""
-        scale = getattr(self, "logit_scale", 1.0)  # a class-level default would hide a Parameter
-        names = "base", "softcap", "z_loss", "return_stats"
-        return {"logit_scale": scale} | {name: getattr(self, name) for name in names}
+        # a class-level default would hide a Parameter
+        return {
+            "logit_scale": _torch.get_attribute(self, "logit_scale", 1.0),  # type: ignore[arg-type]
+            "base": self.base,
+            "softcap": self.softcap,
+            "z_loss": self.z_loss,
+            "return_stats": self.return_stats,
+        }
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]  # type: ignore[misc]

@@ -122,7 +122,9 @@ def swap(
         head: the Linear that computes logits: its name or the module itself; None for no head.
             "auto" keeps the heads that the model has. If it has none, the heads are the output
             embeddings that submodules declare by a method `get_output_embeddings()`; if none does,
-            the last Linear of `model.modules()`.
+            the last Linear of `model.modules()`. Logits of a head that "auto" chose are plain where
+            deferring them would make the model slower: below 16 MiB, or with fewer than two classes
+            for each feature. A named head defers logits of any size.
 
     Returns:
         the changes, the logs of the heads, and the modules left unchanged, each with the reason.
@@ -167,6 +169,8 @@ def swap(
             set_mark(module, True)
         is_head = any(module is m for m in heads)  # not `in`: a module may override ==
         _set_head(module, name, is_head and name not in left)
+        if is_head and head != "auto" and (log := get_head_log(module)) is not None:
+            log.is_named = True
     logs = {}
     for module, names in names_by_module.items():
         if (log := get_head_log(module)) is not None:

@@ -23,12 +23,13 @@ class HeadLog:
     Attributes:
         name: the head's name in the model; "" is the model itself.
         is_swapped: whether `swap` changed the head's class; False if it was this library's before.
+        is_named: whether the user named the head, so that its logits are deferred at any size.
         fused: how many losses were computed without logits.
         materialized: how often logits were computed, by operation and line of code.
     """
 
-    def __init__(self, name: str, *, is_swapped: bool = True):
-        self.name, self.is_swapped, self.fused = name, is_swapped, 0
+    def __init__(self, name: str, *, is_swapped: bool = True, is_named: bool = False):
+        self.name, self.is_swapped, self.is_named, self.fused = name, is_swapped, is_named, 0
         self.materialized: Counter[str] = Counter()
         self.has_warned = False
 

@@ -108,6 +108,8 @@ class SymmetricJacobian(Formula):
 
         def backward(ctx: Any, da: Tensor) -> Any:
             (a,) = ctx.saved_tensors
+            if not ctx.options:
+                return cls.product(a, da)
             return cls.product(a, da, *ctx.options), *[None] * len(ctx.options)
 
         def tangent(ctx: Any, dz: Tensor, *_: None) -> Tensor:
@@ -190,7 +192,8 @@ def save(ctx: Any, *tensors: Tensor | None, backward: Sequence[Tensor | None] = 
     if _torch.is_transformed():
         backward = ()
     ctx.save_for_backward(*(backward or tensors))
-    if not torch.compiler.is_compiling():  # Dynamo does not know `save_for_forward`
+    # only a transform has a tangent; Dynamo does not know `save_for_forward`
+    if _torch.is_transformed() and not torch.compiler.is_compiling():
         ctx.save_for_forward(*tensors)
 
 

@@ -44,19 +44,23 @@ class Affine(Formula):
 def apply_affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """F1, without a view mark: a view that a Function returns cannot be modified in place."""
     z = torch.nn.functional.linear(x, W, b)
-    return _torch.drop_view_mark(z)
+    return z if x.dim() == 2 else _torch.drop_view_mark(z)  # the product of matrices is no view
 
 
 def compute_affine_gradients(
     dz: Tensor, x: Any, W: Any, b_shape: Any, needs_gradient: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """F8: (Δ W, Δᵀ X, Σ_rows Δ), None for those that are not needed."""
-    rows = tuple(range(dz.dim() - 1))
-    dx = dz @ W if needs_gradient[0] else None
-    dW = None
-    if needs_gradient[1]:
-        dW = dz.T @ x if len(rows) == 1 else torch.tensordot(dz, x, dims=(rows, rows))
-    db = dz.sum_to_size(b_shape) if needs_gradient[2] else None
+    dx = dW = db = None
+    if dz.dim() == 2:
+        dx = dz.mm(W) if needs_gradient[0] else None
+        dW = dz.t().mm(x) if needs_gradient[1] else None
+    else:
+        rows = tuple(range(dz.dim() - 1))
+        dx = dz @ W if needs_gradient[0] else None
+        dW = torch.tensordot(dz, x, dims=(rows, rows)) if needs_gradient[1] else None
+    if needs_gradient[2]:
+        db = dz.sum(0) if dz.dim() == 2 and dz.shape[1:] == b_shape else dz.sum_to_size(b_shape)
     return dx, dW, db
 
 

@@ -24,7 +24,7 @@ class CrossEntropy(Formula):
     keep, shaped as c, is False, c and its derivatives of every order are 0, whatever z is.
     """
 
-    kernel = LossKernel(kernels.cross_entropy, keep_index=4)
+    kernel = LossKernel(kernels.cross_entropy, kernels.cross_entropy_cost, keep_index=4)
 
     @staticmethod
     @accelerate_with(kernel.value)

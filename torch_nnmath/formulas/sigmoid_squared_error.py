@@ -19,7 +19,7 @@ class SigmoidSquaredError(Formula):
     z, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
-    kernel = LossKernel(kernels.sigmoid_squared_error)
+    kernel = LossKernel(kernels.sigmoid_squared_error, kernels.sigmoid_squared_error_cost)
 
     @staticmethod
     @accelerate_with(kernel.value)

@@ -18,7 +18,7 @@ class SquaredError(Formula):
     a, t of one shape -> c, in which the last `axes` axes, those of the sum, have size 1.
     """
 
-    kernel = LossKernel(kernels.squared_error)
+    kernel = LossKernel(kernels.squared_error, kernels.squared_error_cost)
 
     @staticmethod
     @accelerate_with(kernel.value)

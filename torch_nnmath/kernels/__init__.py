@@ -6,15 +6,17 @@ call `class_indices`. `elementwise` has the kernels of several formulas, `_block
 head share.
 """
 
-from torch_nnmath.kernels.class_indices import class_indices
-from torch_nnmath.kernels.cross_entropy import cross_entropy
+from torch_nnmath.kernels.class_indices import class_indices, read_kept_indices
+from torch_nnmath.kernels.cross_entropy import cross_entropy, cross_entropy_cost
 from torch_nnmath.kernels.dispatch import explain
 from torch_nnmath.kernels.elementwise import (
     relu_product,
     sigmoid_product,
     sigmoid_squared_error,
+    sigmoid_squared_error_cost,
     softmax_product,
     squared_error,
+    squared_error_cost,
     tanh_product,
 )
 from torch_nnmath.kernels.gpu.plan import get_memory_budget, set_memory_budget
@@ -24,6 +26,7 @@ from torch_nnmath.kernels.row_functions import entropy, log_softmax_product, log
 __all__ = [
     "class_indices",
     "cross_entropy",
+    "cross_entropy_cost",
     "entropy",
     "explain",
     "get_memory_budget",
@@ -31,12 +34,15 @@ __all__ = [
     "head_second_order",
     "log_softmax_product",
     "log_sum_exp",
+    "read_kept_indices",
     "relu_product",
     "set_memory_budget",
     "sigmoid_product",
     "sigmoid_squared_error",
+    "sigmoid_squared_error_cost",
     "softmax_product",
     "squared_error",
+    "squared_error_cost",
     "tanh_product",
     "z_loss",
 ]

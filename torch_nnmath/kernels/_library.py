@@ -12,7 +12,13 @@ from torch import Tensor
 
 from torch_nnmath._precision import disable_autocast
 from torch_nnmath.kernels._flops import count_nothing, register_flop_formula
-from torch_nnmath.kernels.dispatch import GPU_MODULES, GPU_ONLY, find_gpu_obstacle
+from torch_nnmath.kernels.dispatch import (
+    CPU_FUNCTIONS,
+    FAST_IF_SMALL,
+    GPU_MODULES,
+    GPU_ONLY,
+    find_gpu_obstacle,
+)
 
 SLICE_SIZE = 2**18  # entries of a slice, which stays in the cache over several passes
 SAFE_EXP = 1e20  # while Σ e^z < this and e^{z_y} > 1/this, float32 neither overflows nor underflows
@@ -27,6 +33,7 @@ def register_operator(
     fake: Callable[..., Any],
     gpu_module: str | None = None,
     count_flops: Callable[..., int] = count_nothing,
+    is_fast_if_small: bool = False,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Registers the decorated function as `torch.ops.torch_nnmath.<name>`, for every device.
 
@@ -34,6 +41,7 @@ def register_operator(
     off, since autocast would round the products that are computed in float32. On a GPU the function
     of the same name in `kernels.gpu.<gpu_module>` runs instead, unless there is a GPU obstacle.
     `count_flops` is the formula of `torch.utils.flop_counter`.
+    `is_fast_if_small` says whether the CPU is as fast with it as with the formula at any size.
     """
     name = signature.split("(")[0]
 
@@ -46,6 +54,9 @@ def register_operator(
                 return run(*args)
             return _load_gpu_function(name)(*args)
 
+        CPU_FUNCTIONS[name] = function
+        if is_fast_if_small:
+            FAST_IF_SMALL.add(name)
         LIBRARY.define(signature)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         if gpu_module is not None:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import _torch
+from torch_nnmath._precision import cast
 from torch_nnmath.kernels._library import LIBRARY, register_operator
+from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors
 
 
 def _fake(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
@@ -41,6 +43,21 @@ def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tup
             f"{exception}"
         )
     return y, keep
+
+
+def read_kept_indices(target: Tensor, classes: int, ignore_index: int) -> Tensor | None:
+    """The class indices as int64 if all are in [0, classes) and none is ignored.
+
+    None if one is not, or if they cannot be read. One pass over the values takes the place of the
+    operator's several.
+    """
+    if not target.numel() or not are_plain_cpu_tensors(target):
+        return None
+    low, high = target.aminmax()
+    low, high = low.item(), high.item()
+    if low < 0 or high >= classes or low <= ignore_index <= high:
+        return None
+    return target.clone() if target.is_inference() else cast(target, torch.int64)
 
 
 def _vmap(info: Any, in_dims: Any, target: Tensor, classes: int, ignore_index: int | None) -> Any:

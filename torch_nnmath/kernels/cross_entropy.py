@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torch_nnmath._precision import wide_type, zero_safe_product
+from torch_nnmath._precision import cast, wide_type, zero_safe_product
 from torch_nnmath.kernels._library import SLICE_SIZE, compute_log_probability, register_operator
 
 
@@ -40,6 +40,7 @@ def cross_entropy(
     are 0 where keep is False.
     """
     c, dz = allocate_value_and_gradient(dc, z, dim, needs_c)
+    p = None if p is None else p.expand(_row_shape(z, dim))
     t = None if t is None else t.expand_as(z)
     dc = None if dc is None else dc.expand(_row_shape(z, dim)) / math.log(base)
     may_write_dz = dc is not None and dz.dtype == wide_type(z.dtype)
@@ -83,6 +84,24 @@ def cross_entropy(
         if workspace is not None:
             dz[rows] = e
     return c.div_(math.log(base)), dz
+
+
+def cross_entropy_cost(
+    n: float, z: Tensor, y: Any, p: Any, t: Any, keep: Any, dim: int, base: float
+) -> Any:
+    """As `cross_entropy` with dc = 1/n, and the cost Σ c / n; None for others than the following.
+
+    One block of rows, whose targets are classes of weight 1, none of them ignored.
+    """
+    if y is None or t is not None or keep is not None or z.numel() > 4 * SLICE_SIZE:
+        return None
+    if p.dim() or p.item() != 1:
+        return None
+    k = 1 / (n * math.log(base))
+    l = cast(z, wide_type(z.dtype)).log_softmax(dim)
+    cost = l.gather(dim, y).sum().mul_(-k)
+    dz = l.exp_().scatter_add_(dim, y, l.new_full(y.shape, -1)).mul_(k)
+    return cost, dz
 
 
 def allocate_value_and_gradient(

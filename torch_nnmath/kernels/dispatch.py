@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import _torch
-from torch_nnmath._precision import wide_type
+from torch_nnmath._precision import make_scalar, wide_type
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-MIN_KERNEL_SIZE = 2**15  # entries; up to this PyTorch uses one thread, and no kernel is faster
+MIN_KERNEL_SIZE = 2**15  # entries; up to this PyTorch uses one thread, and few kernels are faster
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU_FUNCTIONS: dict[Any, Callable[..., Any]] = {}  # what an operator runs on the CPU
+FAST_IF_SMALL: set[str] = set()  # operators that the CPU uses for tensors of any size
 GPU_MODULES: dict[str, str] = {}  # module of `kernels.gpu` by the operator's name
 GPU_ONLY: set[str] = set()  # operators without a kernel for the CPU
 NO_TRITON = "Triton is not installed"
@@ -25,15 +27,33 @@ class LossKernel:
     """The operator of a loss: `operator(dc, *inputs, needs_c)` gives c and dc times the gradient.
 
     The gradient is that of the first input. If `dc` is None, there is no gradient. The input at
-    `keep_index`, if any, is False for ignored rows.
+    `keep_index`, if any, is False for ignored rows. `small_cost(n, *inputs)`, if any, gives the
+    cost Σ c / n and its gradient for small inputs on the CPU, or None for others.
     """
 
-    def __init__(self, operator: Callable[..., Any], keep_index: int | None = None):
-        self.value_and_gradient = operator
+    def __init__(
+        self,
+        operator: Callable[..., Any],
+        small_cost: Callable[..., Any] | None = None,
+        keep_index: int | None = None,
+    ):
+        self.value_and_gradient = bypass_operator_on_cpu(operator)
+        self.small_cost = small_cost
         self.keep_index = keep_index
         # lambdas, since Dynamo does not trace bound methods here
-        self.value = lambda *inputs: operator(None, *inputs, True)[0]
-        self.gradient = lambda dc, *inputs: operator(dc, *inputs, False)[1]
+        self.value = lambda *inputs: self.value_and_gradient(None, *inputs, True)[0]
+        self.gradient = lambda dc, *inputs: self.value_and_gradient(dc, *inputs, False)[1]
+
+    def cost_and_gradient(self, n: Tensor | float, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Σ c / n, and its gradient with respect to the first input."""
+        x = inputs[0]
+        if self.small_cost is not None and x.is_cpu and not isinstance(n, Tensor):
+            result = self.small_cost(n, *inputs)
+            if result is not None:
+                return result
+        dc = 1 / make_scalar(n, x.new_empty((), dtype=wide_type(x.dtype)))
+        c, dx = self.value_and_gradient(dc, *inputs, True)
+        return c.sum() / n, dx
 
 
 def accelerate_with(
@@ -44,42 +64,70 @@ def accelerate_with(
     A transform, a level of forward mode, a dispatch mode, a tracer, a compiler and a tensor
     subclass get the formula as it is written.
     """
+    run, is_fast_if_small = bypass_operator_on_cpu(kernel), _get_name(kernel) in FAST_IF_SMALL
 
     def decorate(formula: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(formula)
         def kernel_or_formula(*args: Any) -> Any:
-            return (kernel if may_use_kernel(args, is_gpu_only) else formula)(*args)
+            may_run = may_use_kernel(args, is_gpu_only, is_fast_if_small)
+            return (run if may_run else formula)(*args)
 
         return kernel_or_formula
 
     return decorate
 
 
-def may_use_kernel(args: Any, is_gpu_only: bool = False) -> bool:
+def bypass_operator_on_cpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel for plain tensors; if it is an operator, the CPU runs its function alone.
+
+    The Python layer of an operator takes 10 µs a call. Autocast is left to the operator.
+    """
+    function = CPU_FUNCTIONS.get(_get_name(kernel))
+    if function is None:
+        return kernel
+
+    def run(first: Tensor | None, x: Tensor, *args: Any) -> Any:
+        if x.is_cpu and not torch.is_autocast_enabled("cpu"):
+            return function(first, x, *args)
+        return kernel(first, x, *args)
+
+    return run
+
+
+def _get_name(kernel: Any) -> str | None:
+    """An operator's name; None for a function."""
+    return kernel.name().split("::")[1] if isinstance(kernel, torch._ops.OpOverload) else None
+
+
+def may_use_kernel(args: Any, is_gpu_only: bool = False, is_fast_if_small: bool = False) -> bool:
     """Whether nothing can differentiate, trace or batch through the operation on `args`.
 
     Disabled grad mode alone does not prove it: forward over reverse disables it, too.
     """
-    return not torch.is_grad_enabled() and are_large_plain_tensors(args, is_gpu_only)
+    if torch.is_grad_enabled():
+        return False
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    return find_kernel_obstacle(tensors, is_gpu_only, is_fast_if_small) is None
 
 
-def are_large_plain_tensors(args: Any, is_gpu_only: bool = False) -> bool:
-    """Whether a kernel supports the tensors among `args`, and they are large enough for one."""
-    return find_kernel_obstacle([x for x in args if isinstance(x, Tensor)], is_gpu_only) is None
-
-
-def find_kernel_obstacle(tensors: Sequence[Tensor], is_gpu_only: bool = False) -> str | None:
+def find_kernel_obstacle(
+    tensors: Sequence[Tensor], is_gpu_only: bool = False, is_fast_if_small: bool = False
+) -> str | None:
     """Why the formula is computed as it is written, and not by a kernel; None for a kernel."""
-    sizes = [x.numel() for x in tensors]
-    if min(sizes) == 0 or max(sizes) <= MIN_KERNEL_SIZE:
-        return f"no tensor has more than {MIN_KERNEL_SIZE} entries, or one has none"
     watcher = find_watcher(*tensors)
     if watcher is not None:
         return watcher
-    devices = {x.device.type for x in tensors}
-    if devices == {"cpu"}:
+    is_on_cpu = True
+    for x in tensors:
+        is_on_cpu = is_on_cpu and x.is_cpu
+    if is_on_cpu and is_fast_if_small:
+        return None
+    sizes = [x.numel() for x in tensors]
+    if min(sizes) == 0 or max(sizes) <= MIN_KERNEL_SIZE:
+        return f"no tensor has more than {MIN_KERNEL_SIZE} entries, or one has none"
+    if is_on_cpu:
         return "there is a kernel for GPUs only" if is_gpu_only else None
-    if devices != {"cuda"}:
+    if {x.device.type for x in tensors} != {"cuda"}:
         return "there are kernels for the CPU and for GPUs only"
     return find_triton_obstacle(tensors)
 
@@ -116,14 +164,17 @@ def find_watcher(*tensors: Tensor) -> str | None:
     """What traces, batches or transforms the call, or else observes it; None if nothing does."""
     if torch.compiler.is_compiling():
         return "a compiler traces the call"
-    if _torch.is_transformed() or any(map(_torch.is_legacy_batch, tensors)):
+    if _torch.is_observed():
+        if _torch.has_dispatch_mode():
+            return "a dispatch mode observes the call"
+        if _torch.is_jit_tracing():
+            return "torch.jit traces the call"
         return "a transform or forward mode is active"
-    if _torch.has_dispatch_mode():
-        return "a dispatch mode observes the call"
-    if _torch.is_jit_tracing():
-        return "torch.jit traces the call"
-    if any(type(x) not in PLAIN_TYPES for x in tensors):
-        return "an argument is a tensor subclass"
+    for x in tensors:
+        if type(x) not in PLAIN_TYPES:
+            return "an argument is a tensor subclass"
+        if _torch.is_legacy_batch(x):
+            return "a transform or forward mode is active"
     return None
 
 
@@ -134,7 +185,10 @@ def are_plain_tensors(*tensors: Tensor) -> bool:
 
 def are_plain_cpu_tensors(*tensors: Tensor) -> bool:
     """Whether the tensors are plain, and reading their values does not wait for a device."""
-    return are_plain_tensors(*tensors) and all(x.device.type == "cpu" for x in tensors)
+    for x in tensors:
+        if not x.is_cpu:
+            return False
+    return are_plain_tensors(*tensors)
 
 
 def explain(name: str, *args: Any) -> str:
@@ -144,7 +198,8 @@ def explain(name: str, *args: Any) -> str:
     """
     tensors = [x for x in args if isinstance(x, Tensor)]
     is_head = GPU_MODULES.get(name) == "head"
-    obstacle = None if is_head else find_kernel_obstacle(tensors, name in GPU_ONLY)
+    sizes = name in GPU_ONLY, name in FAST_IF_SMALL
+    obstacle = None if is_head else find_kernel_obstacle(tensors, *sizes)
     if obstacle is not None:
         return f"{name} is computed by the formula as it is written: {obstacle}."
     if tensors[0].device.type != "cuda":

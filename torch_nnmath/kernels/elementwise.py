@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath._precision import wide_type, widen
+from torch_nnmath._precision import cast, wide_type, widen
 from torch_nnmath.kernels._library import SLICE_SIZE, register_operator
 
 INTEGER_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -28,36 +28,46 @@ def _allocate_product(a: Tensor, v: Tensor, *_: Any) -> Tensor:
     "sigmoid_product(Tensor a, Tensor v) -> Tensor",
     _allocate_product,
     gpu_module="triton_elementwise",
+    is_fast_if_small=True,
 )
 def sigmoid_product(a: Tensor, v: Tensor) -> Tensor:
     """F6: a (1 - a) v."""
 
-    def write(out: Tensor, a: Tensor, v: Tensor) -> None:
-        if _has_fused_addcmul():
-            torch.addcmul(a, a, a, value=-1, out=out).mul_(v)
-        else:
-            torch.sub(a.new_ones(()), a, out=out).mul_(a).mul_(v)
+    return _write_tiles(_write_sigmoid_product, widen(a), widen(v), v.dtype)
 
-    return _write_tiles(write, widen(a), widen(v), v.dtype)
+
+def _write_sigmoid_product(out: Tensor, a: Tensor, v: Tensor) -> None:
+    if _has_fused_addcmul():
+        torch.addcmul(a, a, a, value=-1, out=out).mul_(v)
+    else:
+        torch.sub(a.new_ones(()), a, out=out).mul_(a).mul_(v)
 
 
 @register_operator(
-    "tanh_product(Tensor a, Tensor v) -> Tensor", _allocate_product, gpu_module="triton_elementwise"
+    "tanh_product(Tensor a, Tensor v) -> Tensor",
+    _allocate_product,
+    gpu_module="triton_elementwise",
+    is_fast_if_small=True,
 )
 def tanh_product(a: Tensor, v: Tensor) -> Tensor:
     """F2: (1 - a²) v."""
 
-    def write(out: Tensor, a: Tensor, v: Tensor) -> None:
-        if _has_fused_addcmul():
-            torch.addcmul(a.new_ones(()), a, a, value=-1, out=out).mul_(v)
-        else:
-            torch.sub(a.new_ones(()), a, out=out).mul_(1 + a).mul_(v)
+    return _write_tiles(_write_tanh_product, widen(a), widen(v), v.dtype)
 
-    return _write_tiles(write, widen(a), widen(v), v.dtype)
+
+def _write_tanh_product(out: Tensor, a: Tensor, v: Tensor) -> None:
+    if _has_fused_addcmul():  # of w = (1 - a) v and (1 + a) w
+        torch.addcmul(v, a, v, value=-1, out=out)
+        out.addcmul_(a, out)
+    else:
+        torch.sub(a.new_ones(()), a, out=out).mul_(1 + a).mul_(v)
 
 
 @register_operator(
-    "relu_product(Tensor a, Tensor v) -> Tensor", _allocate_product, gpu_module="triton_elementwise"
+    "relu_product(Tensor a, Tensor v) -> Tensor",
+    _allocate_product,
+    gpu_module="triton_elementwise",
+    is_fast_if_small=True,
 )
 def relu_product(a: Tensor, v: Tensor) -> Tensor:
     """F2: v where a > 0 or nan, else 0.
@@ -65,20 +75,20 @@ def relu_product(a: Tensor, v: Tensor) -> Tensor:
     Shifts v's bits left by the bit pattern of `a <= 0` as a float: 0.0 shifts by nothing; 1.0
     exceeds the width and clears v.
     """
-    integers, zero = INTEGER_TYPES[v.element_size()], a.new_zeros(())
+    return _write_tiles(_write_relu_product, a, v, v.dtype)
 
-    def write(out: Tensor, a: Tensor, v: Tensor) -> None:
-        torch.le(a, zero, out=out)  # 0.0 or 1.0
-        bits = out.view(integers)
-        torch.bitwise_left_shift(v.view(integers), bits, out=bits)
 
-    return _write_tiles(write, a, v, v.dtype)
+def _write_relu_product(out: Tensor, a: Tensor, v: Tensor) -> None:
+    integers = INTEGER_TYPES[v.element_size()]
+    bits = torch.le(a, a.new_zeros(()), out=out).view(integers)  # those of 0.0 or 1.0
+    torch.bitwise_left_shift(v.view(integers), bits, out=bits)
 
 
 @register_operator(
     "softmax_product(Tensor a, Tensor v, int dim=-1) -> Tensor",
     _allocate_product,
     gpu_module="triton_softmax",
+    is_fast_if_small=True,
 )
 def softmax_product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:
     """F7: a (v - a·v), over dim."""
@@ -106,6 +116,9 @@ def _write_tiles(
 ) -> Tensor:
     """Calls `write(result, a, v)` for each tile; a tile holds all of the axis `dim`."""
     result = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if v.numel() <= SLICE_SIZE:  # one tile
+        write(result, a, v)
+        return cast(result, dtype)
     tensors = [x.contiguous() for x in (result, a, v)]
     if dim is None:
         tensors, size = [x.view(-1) for x in tensors], SLICE_SIZE
@@ -191,15 +204,49 @@ def _compute_squared_error(
     return c.mul_(scale / 2), da
 
 
+def squared_error_cost(n: float, a: Tensor, t: Tensor, axes: int, scale: float) -> Any:
+    """As `squared_error` of one example and dc = 1/n, with the cost c/n; None for larger inputs."""
+    if axes < a.dim() or a.numel() > SLICE_SIZE:
+        return None
+    error = _subtract(a, t)
+    cost = _sum_squares(error).mul_(scale / (2 * n))
+    return cost, error.mul_(scale / n)
+
+
+def sigmoid_squared_error_cost(n: float, z: Tensor, t: Tensor, axes: int) -> Any:
+    """As `sigmoid_squared_error` and dc = 1/n, with the cost c/n; None for larger inputs."""
+    if axes < z.dim() or z.numel() > SLICE_SIZE:
+        return None
+    z = widen(z)
+    a = z.sigmoid()
+    error = _subtract(a, t)
+    cost = _sum_squares(error).mul_(1 / (2 * n))
+    return cost, error.mul_(a).mul_(z.neg().sigmoid_()).mul_(1 / n)
+
+
+def _subtract(a: Tensor, t: Tensor) -> Tensor:
+    """a - t in the type of the loss and in contiguous memory."""
+    return cast(a, _find_loss_type(a, t)).contiguous() - t.contiguous()
+
+
+def _sum_squares(x: Tensor) -> Tensor:
+    entries = x.view(-1)
+    return entries.dot(entries)
+
+
 def allocate_loss(
     dc: Tensor | None, a: Tensor, t: Tensor, axes: int, needs_c: bool
 ) -> tuple[Tensor, Tensor]:
     """Memory for c and da; an empty tensor for a result that is not needed."""
-    dtype = torch.promote_types(wide_type(a.dtype), wide_type(t.dtype))
-    dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+    dtype = _find_loss_type(a, t)
     shape = (*a.shape[: a.dim() - axes], *[1] * axes)
     c = a.new_empty(shape if needs_c else (0,), dtype=dtype)
     return c, a.new_empty((0,) if dc is None else a.shape, dtype=dtype)
+
+
+def _find_loss_type(a: Tensor, t: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(wide_type(a.dtype), wide_type(t.dtype))
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
 
 def _split_tiles(examples: int, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:

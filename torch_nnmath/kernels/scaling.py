@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,15 @@ def may_scale(dC: Tensor) -> bool:
     be multiplied.
     """
     if are_plain_cpu_tensors(dC):
-        return bool(dC.isfinite())
+        return math.isfinite(dC.item())
     return not (_torch.is_transformed() or _torch.is_legacy_batch(dC))
+
+
+def may_scale_in_place(dC: Tensor, keep: Tensor | None) -> bool:
+    """As `may_scale`, for a gradient that is to be overwritten, and whose rows `keep` masks."""
+    if not are_plain_tensors(dC):
+        return False
+    return keep is None or not dC.is_cpu or math.isfinite(dC.item())
 
 
 def scale_gradient_(gradient: Tensor, dC: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -31,10 +40,15 @@ def scale_gradient_(gradient: Tensor, dC: Tensor, keep: Tensor | None = None) ->
     Overwrites the gradient, unless something traces or observes dC. A dC of 1 costs no pass over
     the gradient, on a GPU if Triton is installed.
     """
-    if not are_plain_tensors(dC):
-        return gradient * dC if keep is None else torch.where(keep, gradient * dC, 0)
-    if dC.device.type == "cpu":
-        return gradient if dC == 1 else gradient.mul_(dC)
+    if are_plain_tensors(dC):
+        return scale_plain_gradient_(gradient, dC, keep)
+    return gradient * dC if keep is None else torch.where(keep, gradient * dC, 0)
+
+
+def scale_plain_gradient_(gradient: Tensor, dC: Tensor, keep: Tensor | None) -> Tensor:
+    """As `scale_gradient_`, where dC is plain."""
+    if dC.is_cpu:
+        return gradient if dC.item() == 1 else gradient.mul_(dC)
     is_per_row = keep is None or keep.numel() == 1 or keep.shape == (*gradient.shape[:-1], 1)
     is_rows = is_per_row and gradient.is_contiguous()
     if is_rows and find_triton_obstacle([gradient]) is None:
