@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,11 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+
+def get_targets() -> list[str]:
+    """The targets that the script's arguments name; all if there are none."""
+    return sys.argv[1:] or list(TARGETS)
 
 
 class Usage(NamedTuple):

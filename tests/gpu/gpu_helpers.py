@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator
 
@@ -52,8 +53,8 @@ def round_in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", _round_fma_once)
 
 
-@pytest.fixture
-def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@contextlib.contextmanager
+def route_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs the GPU's implementation of every operator on CPU tensors."""
     round_in_interpreter(monkeypatch)
     emulation = torch.library.Library("aten", "IMPL")
@@ -61,9 +62,17 @@ def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     operators = torch.library.Library("torch_nnmath", "IMPL")
     for name, implementation in GPU_IMPLEMENTATIONS.items():
         operators.impl(name, implementation, "CPU")
-    yield
-    operators._destroy()
-    emulation._destroy()
+    try:
+        yield
+    finally:
+        operators._destroy()
+        emulation._destroy()
+
+
+@pytest.fixture
+def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with route_operators(monkeypatch):
+        yield
 
 
 def select_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:

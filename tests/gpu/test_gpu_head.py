@@ -189,6 +189,31 @@ def test_second_order_with_triton_equals_that_on_the_cpu(dtype, monkeypatch):
         check(results, truth, dtype)
 
 
+@pytest.mark.triton
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("stride", [0, 2])
+def test_upstream_gradients_of_any_stride_reach_triton(stride):
+    """The loss of unreduced rows may be summed: its upstream gradient is one number, expanded."""
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 3, generator=generator) for n in (5, 7))
+    y, p = torch.arange(5).view(5, 1), torch.ones(5, 1)
+    flat = torch.randn(3, 10, generator=generator)
+    upstream = [v.as_strided((5, 1), (stride, 1), v.storage_offset()) for v in flat]
+    needs = [True, True, False, True, False]
+    inputs = [x, W, None, y, p, None, None, 2.0, None]
+    first = [*inputs, *upstream, None, [True, True], needs]
+    second = [*inputs, *upstream, x.flip(0), W.flip(0), None, None, None, needs]
+    for operator, arguments in ((kernels.head, first), (kernels.head_second_order, second)):
+        truth = operator(*widen(arguments))
+        with gpu_head(has_triton=True):
+            results = operator(*arguments)
+        places = [*range(len(truth))]
+        if operator is kernels.head:
+            places.remove(5)  # the sums' shift may differ
+        check([results[i] for i in places], [truth[i] for i in places], torch.float32)
+
+
 def test_rows_of_several_blocks_and_slabs_have_their_own_offsets():
     with gpu_head():
         head_plan = plan.make_plan(torch.empty(70, 9), torch.empty(33, 9))

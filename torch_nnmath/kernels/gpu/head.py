@@ -251,11 +251,16 @@ def head_second_order(*args: Any) -> tuple[Tensor, ...]:
 def _normalise(
     upstream: UpstreamGradients | None, dtype: torch.dtype
 ) -> tuple[UpstreamGradients | None, Tensor | None]:
-    """The upstream gradients; for float16 times a power of two that makes the largest about 1.
+    """The upstream gradients, contiguous; for float16 times a power of two: the largest is about 1.
 
     Also returns that factor, which stays on the device. Δ of float16 would underflow at 1/N.
     """
-    if upstream is None or dtype != torch.float16:
+    if upstream is None:
+        return None, None
+    γ, ω, η = (None if v is None else v.contiguous() for v in upstream)  # may be expanded
+    assert γ is not None
+    upstream = UpstreamGradients(γ, ω, η)
+    if dtype != torch.float16:
         return upstream, None
     largest = torch.stack([v.abs().amax() for v in upstream if v is not None]).amax()
     exponent = torch.frexp(largest).exponent
