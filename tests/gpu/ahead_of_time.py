@@ -40,7 +40,7 @@ class Usage(NamedTuple):
     def has_spills(self) -> bool:
         """Whether registers are spilled; two may be by Triton 3.7.
 
-        It keeps a kernel to 64 registers for which other releases take 100.
+        It gives some kernels fewer registers than other releases do.
         """
         return self.spilled_bytes > (8 if triton.__version__.startswith("3.7.") else 0)
 

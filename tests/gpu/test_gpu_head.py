@@ -306,6 +306,15 @@ def test_gradient_of_a_float32_weight_needs_no_accumulator_under_autocast(N):
     assert created.count("_to_copy") == 1  # W in bfloat16
 
 
+@pytest.fixture
+def products_on_meta_device():
+    products = torch.library.Library("aten", "IMPL")
+    emulate_products(products, "Meta")
+    yield
+    products._destroy()
+
+
+@pytest.mark.usefixtures("products_on_meta_device")
 def test_head_and_second_order_never_wait_for_the_device():
     """Tensors without values raise an error where the host reads one."""
     for seed, dtype in itertools.product(range(30), EPSILON):
