@@ -26,6 +26,7 @@ from torch_nnmath.kernels.gpu.records import (
     RowOutputs,
     SecondOrderOutputs,
 )
+from torch_nnmath.kernels.gpu.single_read import SingleRead, may_read_once
 from torch_nnmath.kernels.linear_cross_entropy import (
     allocate_rows,
     is_rounded_later,
@@ -111,9 +112,14 @@ class _Gradients:
     """
 
     def __init__(
-        self, operands: _Operands, needs: InputValues, gamma: Tensor | None, unit: Tensor | None
+        self,
+        operands: _Operands,
+        needs: InputValues,
+        gamma: Tensor | None,
+        unit: Tensor | None,
+        single_read: SingleRead | None = None,
     ):
-        self.operands, self.unit = operands, unit
+        self.operands, self.unit, self.single_read = operands, unit, single_read
         x, W = operands.x, operands.W
         N, (C, D) = len(x), W.shape
         is_wide = operands.plan.has_accumulator or unit is not None or is_rounded_later(gamma, W)
@@ -127,9 +133,9 @@ class _Gradients:
         """dX = Δ W,  dW += Δᵀ X,  db += Σ_rows Δ.
 
         With a direction (Q, V, U), the second order: Q takes the place of Δ, and Δ V and Δᵀ U are
-        added.
+        added. With a single read, E takes the place of Δ.
         """
-        x, W = self.operands.x[block], self.operands.W
+        x, W, single_read = self.operands.x[block], self.operands.W, self.single_read
         Δ = delta[: block.stop - block.start, : len(W)]
         Q, V, U = (Δ, None, None) if direction is None else direction
         Q = Q[: block.stop - block.start, : len(W)]
@@ -137,16 +143,22 @@ class _Gradients:
             dx = multiply(Q, W, self.dx[block])
             if V is not None:
                 add_product(dx, Δ, V)
+            if single_read is not None:
+                single_read.finish_dx_(dx, block)
             if self.operands.keep is not None:  # 0 times inf is nan
                 dx.masked_fill_(~self.operands.keep[block], 0)
         if self.needs.W:
+            if single_read is not None:
+                x = single_read.scale_features(x, block)
             if self.is_first:
                 multiply(Q.t(), x, self.dW)
             else:
                 add_product(self.dW, Q.t(), x)
             if U is not None:
                 add_product(self.dW, Δ.t(), U[block])
-        if self.needs.b:
+        if self.needs.b and single_read is not None:
+            self.db += single_read.sum_rows(Q, block)
+        elif self.needs.b:
             self.db += Q.sum(0, dtype=self.db.dtype)
         self.is_first = False
 
@@ -167,7 +179,11 @@ def head(*args: Any) -> tuple[Tensor, ...]:
     loss, lse, squared_lse, entropy, predicted, new_sums = allocate_rows(x, requests)
     is_requested = Requests(*requests)
     needs_delta = gamma is not None and any((needs.x, needs.W, needs.b))
-    plan = make_plan(x, W, needs_dW=needs.W)
+    upstream = None if gamma is None else UpstreamGradients(gamma, omega, eta)
+    reads_once = False
+    if needs_delta and has_triton():
+        reads_once = may_read_once(inputs, upstream, sums, is_requested)
+    plan = make_plan(x, W, needs_dW=needs.W, scales_features=reads_once)
     operands = _Operands(inputs, plan, needs_delta)
     dc_dp = torch.zeros_like(loss) if needs.p else None
     outputs = RowOutputs(None, None, None, None, None, None, dc_dp)
@@ -181,16 +197,19 @@ def head(*args: Any) -> tuple[Tensor, ...]:
             new_sums,
             dc_dp,
         )
-    upstream = None if gamma is None else UpstreamGradients(gamma, omega, eta)
     upstream, unit = _normalise(upstream, W.dtype)
     process_rows, _ = choose_row_kernels(operands.dtype)
-    gradients = _Gradients(operands, needs, gamma, unit)
+    single_read = SingleRead(inputs, plan.block_rows) if reads_once else None
+    gradients = _Gradients(operands, needs, gamma, unit, single_read)
     for block in plan.iterate_blocks():
         for slab in plan.iterate_slabs(block):
             z = operands.compute_products(slab)
             place = slice(slab.start - block.start, slab.stop - block.start)
             delta = None if operands.delta is None else operands.delta[place]
-            process_rows(z, delta, slab, operands.row_inputs, upstream, sums, outputs)
+            if single_read is None or delta is None or upstream is None:
+                process_rows(z, delta, slab, operands.row_inputs, upstream, sums, outputs)
+            else:
+                single_read.process_rows(z, delta, slab, operands.row_inputs, upstream, outputs)
         if operands.delta is not None:
             gradients.add_block(block, operands.delta)
     results = gradients.finish()

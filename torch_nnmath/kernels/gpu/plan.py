@@ -7,7 +7,8 @@ rows at a time. With C classes and D features, a call uses, beyond inputs and re
     slab rows x 4 C  +  block rows x 2 C  +  4 C D if there are several blocks
 
 The last term is dW in float32, which accumulates over the blocks; for float32 weights it is the
-result itself. With float32 weights Δ takes 4 C bytes a row.
+result itself. With float32 weights Δ takes 4 C bytes a row. A row kernel that reads once needs
+scaled features of a block: 2 D bytes a row.
 """
 
 from __future__ import annotations
@@ -60,7 +61,13 @@ class Plan(NamedTuple):
         return _split(block.start, block.stop, self.slab_rows)
 
 
-def make_plan(x: Tensor, W: Tensor, buffers: int = 1, needs_dW: bool = True) -> Plan:
+def make_plan(
+    x: Tensor,
+    W: Tensor,
+    buffers: int = 1,
+    needs_dW: bool = True,
+    scales_features: bool = False,
+) -> Plan:
     """Chooses the largest blocks and slabs within the budget.
 
     `buffers` is the number of slabs and of matrices Δ: 2 for the second order.
@@ -68,7 +75,7 @@ def make_plan(x: Tensor, W: Tensor, buffers: int = 1, needs_dW: bool = True) -> 
     N, (C, D) = len(x), W.shape
     is_half = W.dtype in HALF
     slab_row = buffers * wide_type(W.dtype).itemsize * C
-    block_row = buffers * W.dtype.itemsize * C
+    block_row = W.dtype.itemsize * (buffers * C + (D if scales_features else 0))
     accumulator = 4 * C * D if is_half and needs_dW else 0
     smallest = accumulator + MIN_SLAB_ROWS * (slab_row + block_row)
     # one block of this many rows needs no more memory than several and the accumulator
