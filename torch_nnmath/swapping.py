@@ -84,7 +84,7 @@ class Report(tuple[Change, ...]):
             lines.append(f"left as it was: {', '.join(names)}: {reason}")
         changed_names = {change.name for change in self}
         for name, log in self.heads.items():
-            if log.fused or log.materialized or name not in changed_names:
+            if log.fused or log.reduced or log.materialized or name not in changed_names:
                 lines.append(repr(log))
         return "\n".join(lines)
 
