@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import weakref
 from collections.abc import Callable
@@ -329,6 +328,13 @@ def call_with_plain_tensors(func: Any, *args: Any, **kwargs: Any) -> Any:
 
     args, kwargs = _torch.tree_map(materialize, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def materialize(tree: Any, reason: str) -> None:
+    """Computes the logits in nested lists, tuples and dicts."""
+    for leaf in _torch.tree_leaves(tree):
+        if isinstance(leaf, DeferredLogits):
+            leaf.recipe.call.materialize(reason)
 
 
 # Operations that read only the dtype and the device of their tensor.
