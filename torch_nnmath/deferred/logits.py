@@ -19,7 +19,7 @@ from torch_nnmath._precision import cast_for_product, disable_autocast
 from torch_nnmath.deferred.log import HeadLog, find_user_frame
 from torch_nnmath.deferred.mark import get_head_log
 from torch_nnmath.deferred.optimizers import LIVE_CALLS, track_optimizers
-from torch_nnmath.deferred.reductions import REDUCTIONS, LogitBlocks
+from torch_nnmath.deferred.reductions import REDUCTIONS, SELECTIONS, LogitBlocks
 from torch_nnmath.deferred.steps import (
     INDEXING,
     STEPS,
@@ -190,11 +190,14 @@ class HeadCall:
         self.log.count_materialization(reason, is_training=is_training)
         features, weight, bias = self.operands
         with torch.no_grad(), disable_autocast(features):
-            for reference in self.recipes:
-                recipe = reference()
-                if recipe is not None and recipe.tensor is None:
-                    with torch.inference_mode(recipe.is_inference):
-                        recipe.materialize(features, weight, bias)
+            recipes = [r for reference in self.recipes if (r := reference()) is not None]
+            selected = [(r, r.make_blocks()) for r in recipes if r.has_selection]
+            for recipe in recipes:
+                with torch.inference_mode(recipe.is_inference):
+                    recipe.materialize(features, weight, bias)
+            for recipe, blocks in selected:
+                with torch.inference_mode(recipe.is_inference):
+                    recipe.overwrite_by(blocks)
         self.is_materialized = True
         self.operands, self.recipes, self.versions = (), [], []
 
@@ -207,6 +210,7 @@ class Recipe:
     """
 
     is_inference = False
+    has_selection = False  # whether a reduction returned some of these logits
     has_left_graph = False  # by `detach`: its user may read it after the weights have changed
 
     def __init__(
@@ -229,6 +233,28 @@ class Recipe:
         tensor = self.operation.apply(self.parent.tensor)
         self.tensor = tensor.contiguous() if self.operation.func in INDEXING else tensor
         self.parent = self.operation = None
+
+    def make_blocks(self) -> LogitBlocks | None:
+        """Returns these logits as blocks; None if a step treats rows differently."""
+        steps = [step.result for step in self.list_steps()]
+        if any(step.apply_to_rows is None and step.apply_to_values is None for step in steps):
+            return None
+        features, weight, bias = self.call.operands
+        for step in steps:
+            features = features if step.apply_to_rows is None else step.apply_to_rows(features)
+        features = features.movedim(self.form.axis, -1).reshape(-1, weight.shape[1])
+        value_steps = [step.apply_to_values for step in steps if step.apply_to_values is not None]
+        return LogitBlocks(features, weight, bias, value_steps)
+
+    def overwrite_by(self, blocks: LogitBlocks | None) -> None:
+        """Overwrites the logits by those of the blocks, of which a reduction returned some.
+
+        A product of other rows may be rounded differently.
+        """
+        assert self.tensor is not None
+        assert blocks is not None
+        logits = self.tensor.movedim(self.form.axis, -1)
+        logits.copy_(torch.cat([values for _, values in blocks.iterate()]).view(logits.shape))
 
     def list_steps(self) -> list[Recipe]:
         """Returns the recipes from the first one after the head to this one."""
@@ -437,10 +463,8 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     ):
         return None
     recipe = logits.recipe
-    call, steps = recipe.call, [step.result for step in recipe.list_steps()]
+    call = recipe.call
     if call.is_materialized or is_traced():
-        return None
-    if any(step.apply_to_rows is None and step.apply_to_values is None for step in steps):
         return None
     try:
         operation = Operation(func, (None, *others), kwargs, 0)
@@ -450,14 +474,13 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     if compute is None:
         return None
     call.check_operands()
-    features, weight, bias = call.operands
-    with torch.no_grad(), disable_autocast(features):
-        for step in steps:
-            features = features if step.apply_to_rows is None else step.apply_to_rows(features)
-        features = features.movedim(recipe.form.axis, -1).reshape(-1, weight.shape[1])
-        value_steps = [step.apply_to_values for step in steps if step.apply_to_values is not None]
-        result = compute(LogitBlocks(features, weight, bias, value_steps))
+    with torch.no_grad(), disable_autocast(call.operands[0]):
+        blocks = recipe.make_blocks()
+        if blocks is None:
+            return None
+        result = compute(blocks)
     call.log.reduced += 1
+    recipe.has_selection |= func in SELECTIONS
     return result
 
 

@@ -41,6 +41,8 @@ class LogitBlocks(NamedTuple):
 
 Rule: TypeAlias = Callable[[Form, Layout, Operation], Callable[[LogitBlocks], Any] | None]
 REDUCTIONS: dict[Any, Rule] = {}
+# Reductions whose results are some of the logits: users compare them with the other logits.
+SELECTIONS = (aten.max.dim, aten.min.dim, aten.topk.default, aten.gather.default)
 MIN_REDUCTION = 8  # a result with more than an eighth of the classes would save little memory
 
 
@@ -122,9 +124,9 @@ def gather_classes(form: Form, layout: Layout, operation: Operation) -> Any:
     )
 
 
-@register_reduction(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default)
+@register_reduction(aten.sum.dim_IntList, aten.mean.dim)
 def aggregate_classes(form: Form, layout: Layout, operation: Operation) -> Any:
-    """The sum, mean or extremum of each row, or the sum or mean of all logits."""
+    """The sum or mean of each row, or of all logits."""
     dims = operation.args[1] if len(operation.args) > 1 else None
     axes = {d % layout.dim() for d in dims or range(layout.dim())}
     func, kwargs = operation.func, operation.kwargs
@@ -132,9 +134,7 @@ def aggregate_classes(form: Form, layout: Layout, operation: Operation) -> Any:
         return _reduce_each_row(
             form, layout, operation, lambda _, logits: func(logits, [1], True, **kwargs)
         )
-    is_sum = func in (aten.sum.dim_IntList, aten.mean.dim)
-    is_total = is_sum and len(axes) == layout.dim()
-    return aggregate_all(form, layout, operation) if is_total else None
+    return aggregate_all(form, layout, operation) if len(axes) == layout.dim() else None
 
 
 @register_reduction(aten.sum.default, aten.mean.default)

@@ -355,9 +355,13 @@ def take_log_softmax(form: Form, layout: Layout, operation: Operation) -> StepRe
     """F7: log-probabilities over the classes."""
     if form.log_sign or operation.args[1] % layout.dim() != form.axis:
         return None
-    half_to_float = operation.args[2]
-    return StepResult(
-        form._replace(log_sign=1),
-        operation.infer_layout(layout),
-        apply_to_values=lambda logits: operation.func(logits, 1, half_to_float),
-    )
+    half_to_float, is_last_axis = operation.args[2], form.axis == layout.dim() - 1
+
+    def apply_to_values(logits: Tensor) -> Tensor:
+        # PyTorch rounds half types differently over another axis than the last
+        if is_last_axis:
+            return operation.func(logits, 1, half_to_float)
+        return operation.func(logits.T, 0, half_to_float).T
+
+    out = operation.infer_layout(layout)
+    return StepResult(form._replace(log_sign=1), out, apply_to_values=apply_to_values)
