@@ -156,6 +156,11 @@ def make_wrapper(cls: type[Tensor], shape: torch.Size, **options: Any) -> Any:
     return Tensor._make_wrapper_subclass(cls, shape, **options)
 
 
+def forbid_memory_access(x: Tensor) -> None:
+    """Makes C functions that read x's memory raise instead of crash. No public function does."""
+    torch._C._set_throw_on_mutable_data_ptr(x)
+
+
 # Torch functions and dispatch
 
 

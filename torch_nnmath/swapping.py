@@ -16,7 +16,7 @@ import torch
 from torch.nn import Module
 
 from torch_nnmath import nn
-from torch_nnmath.deferred import HeadLog, get_head_log, get_mark, set_mark
+from torch_nnmath.deferred import HeadLog, get_head_log, get_mark, set_mark, track_optimizers
 
 __all__ = ["Change", "Report", "swap", "unswap"]
 
@@ -84,7 +84,7 @@ class Report(tuple[Change, ...]):
             lines.append(f"left as it was: {', '.join(names)}: {reason}")
         changed_names = {change.name for change in self}
         for name, log in self.heads.items():
-            if log.fused or log.materialized or name not in changed_names:
+            if log.fused or log.reduced or log.materialized or name not in changed_names:
                 lines.append(repr(log))
         return "\n".join(lines)
 
@@ -293,6 +293,7 @@ def _set_head(module: Module, name: str, is_head: bool) -> None:
     """Makes a Linear of this library a head or an ordinary layer; it stays marked if swapped."""
     log = get_head_log(module)
     if is_head and log is None:
+        track_optimizers()
         set_mark(module, HeadLog(name, is_swapped=bool(get_mark(module))))
     elif log is not None and not is_head:
         set_mark(module, log.is_swapped)
