@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -18,6 +19,9 @@ from torch_nnmath._precision import is_autocast
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+NUMBERS = (Real, torch.SymInt, torch.SymFloat)
+MAX_FLOAT = sys.float_info.max  # Dynamo guards `< inf` of a symbol no more, once it was finite
 
 
 def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
@@ -78,7 +82,7 @@ def floating(**tensors: Tensor) -> None:
 
 def base(base: float) -> None:
     """Checks the base of a logarithm."""
-    if not (0 < base < math.inf and base != 1):
+    if not (0 < base <= MAX_FLOAT and base != 1):
         raise ValueError(f"base must be positive, finite and not 1, got {base}")
 
 
@@ -99,10 +103,10 @@ def logits(scale: Any, cap: Any, z_loss: Any) -> None:
 
 
 def _finite(name: str, number: Any) -> None:
-    if not isinstance(number, Real):
+    if not isinstance(number, NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     value: Any = number  # since Real has no typed comparison
-    if not -math.inf < value < math.inf:  # Dynamo cannot trace `isfinite` of a symbol
+    if not -MAX_FLOAT <= value <= MAX_FLOAT:  # Dynamo cannot trace `isfinite` of a symbol
         raise ValueError(f"{name} must be finite, got {number}")
 
 
