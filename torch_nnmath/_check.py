@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -21,7 +20,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NUMBERS = (Real, torch.SymInt, torch.SymFloat)
-MAX_FLOAT = sys.float_info.max  # Dynamo guards `< inf` of a symbol no more, once it was finite
 
 
 def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
@@ -82,7 +80,7 @@ def floating(**tensors: Tensor) -> None:
 
 def base(base: float) -> None:
     """Checks the base of a logarithm."""
-    if not (0 < base <= MAX_FLOAT and base != 1):
+    if not (0 < base and _is_finite(base) and base != 1):
         raise ValueError(f"base must be positive, finite and not 1, got {base}")
 
 
@@ -105,9 +103,17 @@ def logits(scale: Any, cap: Any, z_loss: Any) -> None:
 def _finite(name: str, number: Any) -> None:
     if not isinstance(number, NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    value: Any = number  # since Real has no typed comparison
-    if not -MAX_FLOAT <= value <= MAX_FLOAT:  # Dynamo cannot trace `isfinite` of a symbol
+    if not _is_finite(number):
         raise ValueError(f"{name} must be finite, got {number}")
+
+
+def _is_finite(number: Any) -> bool:
+    """`math.isfinite`, which Dynamo cannot trace with a symbol.
+
+    The bound is the largest float as a literal: Dynamo drops the guard `symbol < inf`, and a global
+    number would be a symbol itself.
+    """
+    return bool(abs(number) <= 1.7976931348623157e308)
 
 
 def smoothing(label_smoothing: float) -> None:
