@@ -273,7 +273,14 @@ COMPILED |= {
         m(o.x)
     ),
 }
-COMPILED_AND_FUSED = ["loss", "body"]
+COMPILED_AND_FUSED = [
+    "loss",
+    "body",
+    "break",
+    "breaks around the head",
+    "disabled head",
+    "in place",
+]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

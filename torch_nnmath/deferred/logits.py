@@ -38,8 +38,15 @@ from torch_nnmath.kernels.dispatch import PLAIN_TYPES
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -> Tensor:
     """F1 with deferred logits where they can be deferred; otherwise `functional.linear`.
 
-    `module` is the head; its mark is a `HeadLog`.
+    `module` is the head; its mark is a `HeadLog`. Where Dynamo may break its graph, it compiles what
+    comes before this call and what comes after it.
     """
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        from torch_nnmath.deferred.compiled import linear_between_graphs, log_unbroken_graph
+
+        if _torch.may_break_graph():
+            return linear_between_graphs(input, weight, bias, module)
+        log_unbroken_graph(module)
     if torch.compiler.is_compiling() or not _are_plain_and_untraced(input, weight, bias):
         return F.linear(input, weight, bias)
     log = get_head_log(module)
