@@ -210,6 +210,20 @@ def test_head_with_one_read_equals_the_head_on_the_cpu(is_cost, monkeypatch):
             assert not results[6][~keep.squeeze(1)].count_nonzero()
 
 
+def test_sum_over_rows_has_factors_of_float32():
+    generator = torch.Generator().manual_seed(0)
+    x, W, p = torch.empty(40, 3), torch.empty(33, 3, dtype=torch.bfloat16), torch.ones(40, 1)
+    inputs = HeadInputs(x, W, None, Target(p.long(), p, None), None, math.e, None)
+    rows = single_read.SingleRead(inputs, 40)
+    rows.factors.exact.copy_(torch.randn(40, 1, generator=generator) * 1e-6)
+    E = torch.randn(16, 33, generator=generator).exp().bfloat16()
+    with gpu_head():
+        db = rows.sum_rows(E, slice(8, 24))
+    terms = E.double() * rows.factors.exact[8:24]
+    # products are exact, sums are not
+    assert ((db - terms.sum(0)).abs() <= 2.0**-21 * terms.abs().sum(0)).all()
+
+
 def compute_relative_error(result: Tensor, truth: Tensor) -> float:
     return ((result.bfloat16().double() - truth).norm() / truth.norm()).item()
 
@@ -219,7 +233,7 @@ def compute_relative_error(result: Tensor, truth: Tensor) -> float:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("mean", [0.0, 3.0])
 @pytest.mark.parametrize("deviation", [1.0, 4.0])
-@pytest.mark.parametrize("N", [48, 64])
+@pytest.mark.parametrize("N", [27, 32])
 def test_one_read_is_as_exact_as_the_plain_expression(N, deviation, mean, monkeypatch):
     """At most 1.5 times the error of the expression that rounds only Δ, of float32 logits.
 

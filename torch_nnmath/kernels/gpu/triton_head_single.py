@@ -203,9 +203,9 @@ def _process_rows(
             if scale is not None:
                 scale_row = tl.load(scale + row * SCALE_STRIDE)
 
-            # one read, and a second one if the reference is far below the maximum
+            # one read, and a second one if the reference is far below the maximum, or -inf
             v, _ = load_logits(z_row, k, C, columns, scale_row, b, cap, cap_reciprocal, True)
-            r = tl.maximum(tl.max(tl.max(v, 1), 0), LOWEST)
+            r = tl.max(tl.max(v, 1), 0)
             row_m, row_s = r, 0.0
             m = tl.full((LANES,), LOWEST, tl.float32)
             best = tl.zeros((LANES,), tl.int32)
@@ -213,7 +213,6 @@ def _process_rows(
             while is_far:
                 m = tl.full((LANES,), LOWEST, tl.float32)
                 s = tl.zeros((LANES,), tl.float32)
-                best = tl.zeros((LANES,), tl.int32)
                 for j in tl.range(0, tile_count, num_stages=STAGES):
                     m, s, best = _add_tile(
                         r, m, s, best, j, E_row, z_row, j * TILE + k, C, columns,
