@@ -262,6 +262,40 @@ def test_operator_table_has_every_variant_of_pytorch():
     assert entries <= variants
 
 
+# `options` of PyTorch's head: the size of its blocks, and in which type it accumulates.
+CHUNKED_OPTIONS = [
+    {"batch_chunk_size": 2},
+    {"chunking_method": "aspect_ratio:2"},
+    *({"acc_policy": policy} for policy in ("accurate", "compact", "auto")),
+]
+
+
+@needs_head
+@pytest.mark.parametrize("dtype", DTYPES, ids=format_id)
+@pytest.mark.parametrize("has_probabilities", [False, True])
+@pytest.mark.parametrize("options", CHUNKED_OPTIONS, ids=str)
+def test_head_equals_pytorch_with_each_of_its_options(options, has_probabilities, dtype):
+    """PyTorch's head takes probabilities in chunks since 2.14; unreduced since 2.15."""
+    torch.manual_seed(5)
+    x, W, b = (torch.randn(shape).to(dtype) for shape in ((7, 4), (5, 4), (5,)))
+    target = torch.randint(5, (7,))
+    if has_probabilities:
+        target = torch.randn(7, 5).softmax(-1).to(dtype)
+    for reduction in ("mean", "sum", "none"):
+        chunks = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True, **options)
+        keywords = {"linear_bias": b, "reduction": reduction, "options": chunks}
+        functions = F.linear_cross_entropy, PYTORCH_HEAD, drop_options(PYTORCH_HEAD)
+        tree = ((x, W, target), keywords)
+        lines = find_faults(*map(take_tree, functions), tree, frozen=("[0][2]",))
+        assert not lines, lines
+        with warnings.catch_warnings(record=True) as records:
+            warnings.simplefilter("always")
+            PYTORCH_HEAD(x, W, target, **keywords)
+        is_chunked = not any("``options`` ignored" in str(w.message) for w in records)
+        first = "2.15" if reduction == "none" else "2.14"
+        assert is_chunked == (not has_probabilities or torch.__version__ >= first)
+
+
 @needs_head
 def test_head_errors_have_the_type_of_pytorch_and_name_the_shapes():
     samples = list(find_operator(HEAD, "").error_inputs("cpu"))

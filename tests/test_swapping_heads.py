@@ -296,3 +296,20 @@ def test_half_logits_count_with_their_own_bytes(logits_plain_by_rule):
     features = torch.zeros(1024, 4, dtype=torch.bfloat16)
     assert not isinstance(model(features), DeferredLogits)
     assert isinstance(model(features.repeat(2, 1)), DeferredLogits)
+
+
+@pytest.mark.parametrize("head", ["auto", "1"])
+def test_compiled_model_with_a_small_head_is_one_graph_unless_it_is_named(
+    logits_plain_by_rule, head
+):
+    model = make_head(4, 10)
+    report = swap(model, head=head)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="eager")
+    logits, _ = run_step(compiled, 3)
+    assert isinstance(logits, DeferredLogits) is (head == "1")
+    assert bool(torch._dynamo.utils.counters["graph_break"]) is (head == "1")
+    if head == "auto":
+        (reason,) = report.heads["1"].materialized
+        assert reason.endswith("by rule: they take less than 16 MiB")

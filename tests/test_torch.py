@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from torch_nnmath import _torch
 
@@ -63,6 +64,7 @@ def test_is_transformed():
     assert answers == [False, True, True, True, True, False]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_is_observed():
     answers = []
 
@@ -105,6 +107,35 @@ def test_is_dynamo_loaded():
     )
     printed = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert printed.split() == ["False", "True"]
+
+
+def test_may_break_graph():
+    """False where a break raises an error."""
+
+    def f(x):
+        if _torch.may_break_graph():
+            torch._dynamo.graph_break()
+            return x + 1
+        return x + 2
+
+    @torch._dynamo.error_on_graph_break(True)
+    def forbid_break(x):
+        return f(x)
+
+    def inside_checkpoint(x):
+        return checkpoint(f, x, use_reentrant=False)
+
+    for function, options, change in (
+        (f, {}, 1),
+        (lambda x: f(x), {}, 1),
+        (f, {"fullgraph": True}, 2),
+        (forbid_break, {}, 2),
+        (inside_checkpoint, {"fullgraph": True}, 2),
+        (inside_checkpoint, {}, 2),
+    ):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="eager", **options)
+        torch.testing.assert_close(compiled(x), x + change)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")

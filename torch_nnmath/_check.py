@@ -20,6 +20,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _SEQUENCES = (list, tuple)
 
+NUMBERS = (Real, torch.SymInt, torch.SymFloat)
+
 
 def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a public function so that it honours `__torch_function__` of every argument.
@@ -80,7 +82,7 @@ def floating(**tensors: Tensor) -> None:
 
 def base(base: float) -> None:
     """Checks the base of a logarithm."""
-    if not (0 < base < math.inf and base != 1):
+    if not (0 < base and _is_finite(base) and base != 1):
         raise ValueError(f"base must be positive, finite and not 1, got {base}")
 
 
@@ -101,11 +103,19 @@ def logits(scale: Any, cap: Any, z_loss: Any) -> None:
 
 
 def _finite(name: str, number: Any) -> None:
-    if type(number) is not float and not isinstance(number, Real):  # the first test is fast
+    if type(number) is not float and not isinstance(number, NUMBERS):  # the first test is fast
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    value: Any = number  # since Real has no typed comparison
-    if not -math.inf < value < math.inf:  # Dynamo cannot trace `isfinite` of a symbol
+    if not _is_finite(number):
         raise ValueError(f"{name} must be finite, got {number}")
+
+
+def _is_finite(number: Any) -> bool:
+    """`math.isfinite`, which Dynamo cannot trace with a symbol.
+
+    The bound is the largest float as a literal: Dynamo drops the guard `symbol < inf`, and a global
+    number would be a symbol itself.
+    """
+    return bool(abs(number) <= 1.7976931348623157e308)
 
 
 def smoothing(label_smoothing: float) -> None:

@@ -61,6 +61,22 @@ def is_dynamo_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def may_break_graph() -> bool:
+    """Whether Dynamo, which traces the caller, may end its graph there and resume after it.
+
+    `fullgraph=True`, a strict export and a checkpoint's body forbid this. No public function tells.
+    The result is a constant of the graph. The mark for that is private; the public
+    `torch.compiler.assume_constant_result` would import Dynamo, which takes seconds.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator, _get_error_on_graph_break
+
+    translator = InstructionTranslator.current_tx()
+    return translator.should_compile_partial_graph() and not _get_error_on_graph_break()
+
+
+may_break_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_jit_tracing() -> bool:
     """Whether `torch.jit.trace` records.
 
@@ -154,6 +170,11 @@ def has_forward_hooks(module: torch.nn.Module) -> bool:
 def make_wrapper(cls: type[Tensor], shape: torch.Size, **options: Any) -> Any:
     """An instance of a tensor subclass without memory. No public constructor makes one."""
     return Tensor._make_wrapper_subclass(cls, shape, **options)
+
+
+def forbid_memory_access(x: Tensor) -> None:
+    """Makes C functions that read x's memory raise instead of crash. No public function does."""
+    torch._C._set_throw_on_mutable_data_ptr(x)
 
 
 # Torch functions and dispatch

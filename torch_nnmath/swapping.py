@@ -16,7 +16,7 @@ import torch
 from torch.nn import Module
 
 from torch_nnmath import nn
-from torch_nnmath.deferred import HeadLog, get_head_log, get_mark, set_mark
+from torch_nnmath.deferred import HeadLog, get_head_log, get_mark, set_mark, track_optimizers
 
 __all__ = ["Change", "Report", "swap", "unswap"]
 
@@ -84,7 +84,7 @@ class Report(tuple[Change, ...]):
             lines.append(f"left as it was: {', '.join(names)}: {reason}")
         changed_names = {change.name for change in self}
         for name, log in self.heads.items():
-            if log.fused or log.materialized or name not in changed_names:
+            if log.fused or log.reduced or log.materialized or name not in changed_names:
                 lines.append(repr(log))
         return "\n".join(lines)
 
@@ -109,8 +109,8 @@ def swap(
     The head is the Linear that computes logits. It returns deferred logits, a tensor whose values
     are computed only if an operation needs them. A cross entropy, in the model or outside of it,
     needs no values: it calls the fused head, `functional.linear_cross_entropy`, on the features.
-    See `docs/swapping.md`. Under `torch.compile` of the whole model logits are computed as usual:
-    compile the body alone to keep the fused head.
+    See `docs/swapping.md`. `torch.compile` breaks its graph at the head and keeps the fused head;
+    with `fullgraph=True` logits are computed as usual.
 
     Args:
         model: any module. A module under several names is replaced and reported once.
@@ -293,6 +293,7 @@ def _set_head(module: Module, name: str, is_head: bool) -> None:
     """Makes a Linear of this library a head or an ordinary layer; it stays marked if swapped."""
     log = get_head_log(module)
     if is_head and log is None:
+        track_optimizers()
         set_mark(module, HeadLog(name, is_swapped=bool(get_mark(module))))
     elif log is not None and not is_head:
         set_mark(module, log.is_swapped)

@@ -1,5 +1,6 @@
 """Deferred logits under checkpoints, `torch.func`, forward mode, tracers and compilers."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -272,7 +273,14 @@ COMPILED |= {
         m(o.x)
     ),
 }
-COMPILED_AND_FUSED = ["loss", "body"]
+COMPILED_AND_FUSED = [
+    "loss",
+    "body",
+    "break",
+    "breaks around the head",
+    "disabled head",
+    "in place",
+]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -286,7 +294,9 @@ def test_compiled_code_agrees(name):
     plain, swapped, log = make_pair()
     torch.compiler.reset()
     results = run(swapped)
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        # PyTorch 2.12 says so of its own stance
+        warnings.filterwarnings("ignore", ".*fullgraph=True found no compiled frames")
         assert_agree(results, run(plain))
     if name in COMPILED_AND_FUSED:
         assert_fused(log, 1)

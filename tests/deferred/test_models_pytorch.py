@@ -46,17 +46,6 @@ def test_comparison_fails_if_swap_does_nothing(monkeypatch):
 # torch.compile
 
 
-def test_model_compiled_as_a_whole_has_plain_logits():
-    torch.compiler.reset()
-    pair = Pair(
-        make_causal("llama", num_hidden_layers=1),
-        lambda model: torch.compile(model, backend="aot_eager"),
-    )
-    pair.plain = pair.plain._orig_mod
-    pair.assert_trains_alike(loss_in_model, fused=0)
-    pair.assert_same_logits(lambda model: model(input_ids=IDS).logits)
-
-
 @SWAP_BEFORE_OR_AFTER
 def test_compiled_body_keeps_the_fused_head(when):
     torch.compiler.reset()
@@ -75,14 +64,6 @@ def test_body_compiled_by_inductor_keeps_the_fused_head():
     pair = Pair(make_lm())
     pair.swapped.body = torch.compile(pair.swapped.body)
     pair.assert_trains_alike(loss_of_lm)
-
-
-def test_swap_of_a_compiled_model_changes_the_module_inside():
-    torch.compiler.reset()
-    pair = Pair(make_lm(), lambda m: torch.compile(m, backend="aot_eager"))
-    pair.plain = pair.plain._orig_mod
-    assert [*pair.report.heads] == ["_orig_mod.lm_head"]
-    pair.assert_trains_alike(loss_of_lm, fused=0)
 
 
 # Lightning

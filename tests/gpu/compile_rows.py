@@ -10,7 +10,7 @@ from unittest import mock
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-from ahead_of_time import TARGETS, compile_kernel
+from ahead_of_time import compile_kernel, get_targets
 
 from torch_nnmath.kernels.gpu import row_plans, triton_rows, triton_softmax
 
@@ -121,7 +121,10 @@ def list_cases() -> list[tuple[Any, str, torch.dtype, dict[str, str | None], dic
                     pointers = {"z": z, **target, "dc": "*fp32", "c": "*fp32", "dz": z}
                     constants = {"FUNCTION": function.value, "PASSES": passes.value}
                     cases.append((row_functions, size, dtype, pointers, constants))
-                for is_log in (False, True) if size in ("16384", "32000") else (False,):
+                is_long = size in ("16384", "32000")
+                if dtype == torch.bfloat16 and not is_long:
+                    continue
+                for is_log in (False, True) if is_long and dtype == torch.float32 else (False,):
                     constants = {"IS_LOG": is_log, "PASSES": passes.value}
                     cases.append((products, size, dtype, {"a": z, "v": z, "out": z}, constants))
     return cases
@@ -129,7 +132,7 @@ def list_cases() -> list[tuple[Any, str, torch.dtype, dict[str, str | None], dic
 
 def main() -> int:
     failures = 0
-    for target in sys.argv[1:] or TARGETS:
+    for target in get_targets():
         for (tile, loop), size, dtype, pointers, constants in list_cases():
             view = make_view(SHAPES[size], dtype)
             plan = choose_plan(target, view, pointers)
@@ -142,7 +145,7 @@ def main() -> int:
                 failures += 1
                 print(f"{label}: {type(error).__name__}: {error}")
                 continue
-            failures += usage.spilled_bytes > 0
+            failures += usage.has_spills
             print(f"{label} {plan.shape} warps={plan.num_warps}: {usage}", flush=True)
     print(f"{failures} failures")
     return int(failures > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator
 
@@ -52,8 +53,8 @@ def round_in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", _round_fma_once)
 
 
-@pytest.fixture
-def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@contextlib.contextmanager
+def route_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs the GPU's implementation of every operator on CPU tensors."""
     round_in_interpreter(monkeypatch)
     emulation = torch.library.Library("aten", "IMPL")
@@ -61,9 +62,17 @@ def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     operators = torch.library.Library("torch_nnmath", "IMPL")
     for name, implementation in GPU_IMPLEMENTATIONS.items():
         operators.impl(name, implementation, "CPU")
-    yield
-    operators._destroy()
-    emulation._destroy()
+    try:
+        yield
+    finally:
+        operators._destroy()
+        emulation._destroy()
+
+
+@pytest.fixture
+def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with route_operators(monkeypatch):
+        yield
 
 
 def select_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -87,8 +96,11 @@ def select_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def emulate_products(library: torch.library.Library) -> None:
-    """Products of half types with a float32 result, which PyTorch has on GPUs only."""
+def emulate_products(library: torch.library.Library, device: str = "CPU") -> None:
+    """Products of half types with a float32 result, which PyTorch has on GPUs only.
+
+    On the meta device, PyTorch 2.11 and 2.12 take the type of the result for `beta`.
+    """
 
     def mm(a, b, out_dtype):
         return a.to(out_dtype) @ b.to(out_dtype)
@@ -103,7 +115,7 @@ def emulate_products(library: torch.library.Library) -> None:
     def addmm_out(c, a, b, out_dtype, *, beta=1, alpha=1, out):
         return out.copy_(addmm(c, a, b, out_dtype, beta=beta, alpha=alpha))
 
-    library.impl("mm.dtype", mm, "CPU")
-    library.impl("mm.dtype_out", mm_out, "CPU")
-    library.impl("addmm.dtype", addmm, "CPU")
-    library.impl("addmm.dtype_out", addmm_out, "CPU")
+    emulations = {"mm.dtype": mm, "mm.dtype_out": mm_out}
+    emulations |= {"addmm.dtype": addmm, "addmm.dtype_out": addmm_out}
+    for name, emulation in emulations.items():
+        library.impl(name, emulation, device, allow_override=True)

@@ -56,6 +56,17 @@ def test_explain_names_the_path_on_a_gpu_and_the_reason(
         assert dispatch.may_use_kernel([a, a]) == sentence.endswith("Triton kernel.")
 
 
+def test_explain_of_an_operator_that_only_gpus_have(tensors_on_gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    cpu, gpu = torch.rand(2, LARGE), OnGpu(torch.float32)
+    sentences = [kernels.explain("entropy", None, z, 1, 2.0, True) for z in (cpu, gpu)]
+    assert sentences[0].endswith("as it is written: there is a kernel for GPUs only.")
+    assert sentences[1] == "entropy is computed by a Triton kernel."
+    with torch.no_grad():
+        assert not dispatch.may_use_kernel([cpu], is_gpu_only=True)
+        assert dispatch.may_use_kernel([gpu], is_gpu_only=True)
+
+
 def test_explain_names_who_watches_a_call():
     a = torch.rand(LARGE)
     assert kernels.explain("tanh_product", a, a).endswith("by PyTorch operations, block by block.")

@@ -164,7 +164,7 @@ def make_training_step(
 
     The step returns the loss and the gradients. `change_classes` gets the network and its loss.
     """
-    W1, b1, W2, b2 = problem.leaves
+    W1, _, W2, _ = problem.leaves
     x, y = problem.constants
     network = torch.nn.Sequential(
         torch.nn.Linear(*W1.T.shape), torch.nn.ReLU(), torch.nn.Linear(*W2.T.shape)

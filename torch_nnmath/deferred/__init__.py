@@ -9,23 +9,29 @@ affine map's Function (F1), whose backward (F8) runs only if the logits are mate
   They do so only if the graph between head and loss consists of exactly these steps. Otherwise
   they materialise the logits, so that a hook, a checkpoint or a Function in the graph still runs.
 - `observers`: the functions that observe the gradient of logits or read their memory.
+- `reductions`: the operations, such as `argmax`, that are computed from blocks of logits.
+- `optimizers`: hooks of optimizers, whose steps change the operands of deferred logits.
 - `logits`: the tensor. Any other operation materialises the logits, once for every tensor that
   came from the same call of the head; from then on they behave as plain tensors.
 """
 
 from torch_nnmath.deferred import losses, observers
 from torch_nnmath.deferred.log import HeadLog, MaterializedLogits
-from torch_nnmath.deferred.logits import DeferredLogits, linear
+from torch_nnmath.deferred.logits import DeferredLogits, linear, materialize
 from torch_nnmath.deferred.mark import get_head_log, get_mark, set_mark
+from torch_nnmath.deferred.optimizers import compute_logits_before_update, track_optimizers
 
 __all__ = [
     "DeferredLogits",
     "HeadLog",
     "MaterializedLogits",
+    "compute_logits_before_update",
     "get_head_log",
     "get_mark",
     "linear",
     "losses",
+    "materialize",
     "observers",
     "set_mark",
+    "track_optimizers",
 ]

@@ -25,17 +25,21 @@ class HeadLog:
         is_swapped: whether `swap` changed the head's class; False if it was this library's before.
         is_named: whether the user named the head, so that its logits are deferred at any size.
         fused: how many losses were computed without logits.
+        reduced: how many other results, such as `argmax`, were computed from blocks of logits.
         materialized: how often logits were computed, by operation and line of code.
     """
 
     def __init__(self, name: str, *, is_swapped: bool = True, is_named: bool = False):
-        self.name, self.is_swapped, self.is_named, self.fused = name, is_swapped, is_named, 0
+        self.name, self.is_swapped, self.is_named = name, is_swapped, is_named
+        self.fused = self.reduced = 0
         self.materialized: Counter[str] = Counter()
         self.has_warned = False
 
     def __repr__(self) -> str:
         losses = f"{self.fused or 'no'} loss{'es' * (self.fused != 1)} without logits"
         lines = [f"head {self.name or '(root)'}: {losses} so far"]
+        if self.reduced:
+            lines.append(f"  computed {self.reduced} x from blocks of logits: argmax and the like")
         for reason, count in self.materialized.most_common():
             lines.append(f"  logits computed {count} x: {reason}")
         return "\n".join(lines)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torch_nnmath import _torch, formulas
 from torch_nnmath import functional as F
 from torch_nnmath._precision import cast_for_product, disable_autocast
 from torch_nnmath.deferred.log import HeadLog, find_user_frame
 from torch_nnmath.deferred.mark import get_head_log
+from torch_nnmath.deferred.optimizers import LIVE_CALLS, track_optimizers
+from torch_nnmath.deferred.reductions import REDUCTIONS, SELECTIONS, LogitBlocks
 from torch_nnmath.deferred.steps import (
     INDEXING,
     STEPS,
@@ -36,8 +38,24 @@ from torch_nnmath.kernels.dispatch import PLAIN_TYPES
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -> Tensor:
     """F1 with deferred logits where they can be deferred; otherwise `functional.linear`.
 
-    `module` is the head; its mark is a `HeadLog`.
+    `module` is the head; its mark is a `HeadLog`. Where Dynamo may break its graph, it compiles what
+    comes before this call and what comes after it.
     """
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        from torch_nnmath.deferred.compiled import (
+            is_named_head,
+            linear_between_graphs,
+            log_plain_logits,
+            log_unbroken_graph,
+        )
+
+        reason = None if is_named_head(module) else find_reason_for_plain_logits(input, weight)
+        if reason is not None:
+            log_plain_logits(module, reason)
+        elif _torch.may_break_graph():
+            return linear_between_graphs(input, weight, bias, module)
+        else:
+            log_unbroken_graph(module)
     if torch.compiler.is_compiling():
         return F.linear(input, weight, bias)
     log = get_head_log(module)
@@ -51,9 +69,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
         is_training = module.training and torch.is_grad_enabled()
         log.count_materialization("by forward hooks of the head", is_training=is_training)
         return F.linear(input, weight, bias)
-    # Autocast's cast belongs here: the loss may be computed outside of the autocast region.
-    operands = cast_for_product(input, weight, bias)
-    if not _are_operands_of_head(*operands):
+    operands = _make_operands(input, weight, bias)
+    if operands is None or not _are_operands_of_head(*operands):
+        return F.linear(input, weight, bias)
+    if input.is_inference() and weight.shape[0] <= weight.shape[1]:
+        log.count_materialization("in inference mode: the head has no more classes than features")
         return F.linear(input, weight, bias)
     logits = DeferredAffine.evaluate(*operands)
     call = logits.recipe.call
@@ -86,12 +106,43 @@ def find_reason_for_plain_logits(features: Tensor, weight: Tensor) -> str | None
 
 def _are_plain_and_untraced(*tensors: Tensor | None) -> bool:
     """Whether these are plain tensors with values, and no transform or tracer is active."""
-    if _torch.is_transformed() or torch.is_inference_mode_enabled() or is_traced():
+    if _torch.is_transformed() or is_traced():
         return False
+    return all(type(x) in PLAIN_TYPES and not x.is_meta for x in tensors if x is not None)
+
+
+def _make_operands(*tensors: Tensor | None) -> list[Any] | None:
+    """Returns the operands of the product: features, weight and bias; None if they cannot be kept.
+
+    Autocast's cast belongs here: the loss may be computed outside of the autocast region.
+    Inference tensors have no version that would tell of a change: they are copied. A weight is too
+    large for a copy. PyTorch raises an error for inference tensors where the product requires grad.
+    """
     given_tensors = [x for x in tensors if x is not None]
-    return all(
-        type(x) in PLAIN_TYPES and not x.is_meta and not x.is_inference() for x in given_tensors
-    )
+    is_any_inference = any(x.is_inference() for x in given_tensors)
+    if not is_any_inference and not torch.is_inference_mode_enabled():
+        return cast_for_product(*tensors)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given_tensors):
+        return None
+    with torch.no_grad(), _set_inference_mode(False):
+        features, weight, bias = cast_for_product(*tensors)
+        if weight.is_inference():
+            return None
+        return [_copy_inference_tensor(features), weight, _copy_inference_tensor(bias)]
+
+
+def _set_inference_mode(enabled: bool) -> AbstractContextManager[Any]:
+    """Turns inference mode on or off.
+
+    It changes nothing if the mode is set already: below autograd, turning the mode off turns
+    autograd on.
+    """
+    is_set = torch.is_inference_mode_enabled() == enabled
+    return contextlib.nullcontext() if is_set else torch.inference_mode(enabled)
+
+
+def _copy_inference_tensor(x: Tensor | None) -> Tensor | None:
+    return x if x is None or not x.is_inference() else x.clone()
 
 
 def is_traced() -> bool:
@@ -146,9 +197,8 @@ class HeadCall:
         for operand in self.operands:
             if operand is not None:
                 self.record_version(operand)
-        if not _LIVE_CALLS:
-            _track_fused_optimizers()
-        _LIVE_CALLS.add(self)
+        track_optimizers()
+        LIVE_CALLS.add(self)
 
     def record_version(self, operand: Tensor) -> None:
         self.versions.append((operand, _torch.get_version(operand)))
@@ -169,6 +219,11 @@ class HeadCall:
                 "an optimizer's step: read logits before that, or swap(model, head=None)"
             )
 
+    def has_left_graph(self) -> bool:
+        """Whether logits that left the graph are alive."""
+        recipes = [reference() for reference in self.recipes]
+        return any(recipe is not None and recipe.has_left_graph for recipe in recipes)
+
     def materialize(self, operation: str) -> None:
         """Computes the logits and the results of all steps on them that are still alive."""
         if self.is_materialized:
@@ -178,38 +233,29 @@ class HeadCall:
         is_training = self.is_training and self.grad_fn is not None
         self.log.count_materialization(reason, is_training=is_training)
         features, weight, bias = self.operands
-        with torch.inference_mode(False), torch.no_grad(), disable_autocast(features):
-            for reference in self.recipes:
-                recipe = reference()
-                if recipe is not None and recipe.tensor is None:
+        with torch.no_grad(), disable_autocast(features):
+            recipes = [r for reference in self.recipes if (r := reference()) is not None]
+            selected = [(r, r.make_blocks()) for r in recipes if r.has_selection]
+            for recipe in recipes:
+                with torch.inference_mode(recipe.is_inference):
                     recipe.materialize(features, weight, bias)
+            for recipe, blocks in selected:
+                with torch.inference_mode(recipe.is_inference):
+                    recipe.overwrite_by(blocks)
         self.is_materialized = True
         self.operands, self.recipes, self.versions = (), [], []
-
-
-_LIVE_CALLS: weakref.WeakSet[HeadCall] = weakref.WeakSet()
-
-
-@functools.cache
-def _track_fused_optimizers() -> None:
-    """Makes each optimizer step increment the versions of the operands of live calls.
-
-    Fused optimizers change parameters without incrementing their versions.
-    """
-
-    def increment_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        operand_ids = {id(x) for call in _LIVE_CALLS for x, _ in call.versions}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.autograd.graph.increment_version([p for p in parameters if id(p) in operand_ids])
-
-    register_optimizer_step_post_hook(increment_versions)
 
 
 class Recipe:
     """How to compute one deferred tensor: by the head's affine map, or by a step on its parent.
 
-    After `materialize`, `tensor` has the values, and the parent is released.
+    After `materialize`, `tensor` has the values, and the parent is released. It is an inference
+    tensor if the deferred tensor is one.
     """
+
+    is_inference = False
+    has_selection = False  # whether a reduction returned some of these logits
+    has_left_graph = False  # by `detach`: its user may read it after the weights have changed
 
     def __init__(
         self,
@@ -232,6 +278,28 @@ class Recipe:
         self.tensor = tensor.contiguous() if self.operation.func in INDEXING else tensor
         self.parent = self.operation = None
 
+    def make_blocks(self) -> LogitBlocks | None:
+        """Returns these logits as blocks; None if a step treats rows differently."""
+        steps = [step.result for step in self.list_steps()]
+        if any(step.apply_to_rows is None and step.apply_to_values is None for step in steps):
+            return None
+        features, weight, bias = self.call.operands
+        for step in steps:
+            features = features if step.apply_to_rows is None else step.apply_to_rows(features)
+        features = features.movedim(self.form.axis, -1).reshape(-1, weight.shape[1])
+        value_steps = [step.apply_to_values for step in steps if step.apply_to_values is not None]
+        return LogitBlocks(features, weight, bias, value_steps)
+
+    def overwrite_by(self, blocks: LogitBlocks | None) -> None:
+        """Overwrites the logits by those of the blocks, of which a reduction returned some.
+
+        A product of other rows may be rounded differently.
+        """
+        assert self.tensor is not None
+        assert blocks is not None
+        logits = self.tensor.movedim(self.form.axis, -1)
+        logits.copy_(torch.cat([values for _, values in blocks.iterate()]).view(logits.shape))
+
     def list_steps(self) -> list[Recipe]:
         """Returns the recipes from the first one after the head to this one."""
         recipes, recipe = [], self
@@ -251,9 +319,6 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def __new__(cls, recipe: Recipe) -> DeferredLogits:
-        if torch.is_inference_mode_enabled():  # a view must have a version counter if its base has
-            with torch.inference_mode(False):
-                return DeferredLogits(recipe)
         layout = recipe.layout
         logits: DeferredLogits = _torch.make_wrapper(
             cls,
@@ -263,7 +328,8 @@ class DeferredLogits(Tensor):
             dtype=layout.dtype,
             device=recipe.form.probe.device,
         )
-        logits.recipe = recipe
+        _torch.forbid_memory_access(logits)
+        logits.recipe, recipe.is_inference = recipe, logits.is_inference()
         return logits
 
     @classmethod
@@ -334,6 +400,13 @@ def call_with_plain_tensors(func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+def materialize(tree: Any, reason: str) -> None:
+    """Computes the logits in nested lists, tuples and dicts."""
+    for leaf in _torch.tree_leaves(tree):
+        if isinstance(leaf, DeferredLogits):
+            leaf.recipe.call.materialize(reason)
+
+
 # Operations that read only the dtype and the device of their tensor.
 FACTORIES = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 FACTORIES |= {aten.new_empty.default, aten.new_empty_strided.default}
@@ -346,11 +419,19 @@ def _call_operation(func: Any, args: Any, kwargs: Any) -> Any:
         result = _defer(func, rule, args, kwargs)
         if result is not None:
             return result
+    if func in REDUCTIONS:
+        result = _reduce(func, args, kwargs)
+        if result is not None:
+            return result
+    # Without autograd, as in inference mode, composite operations arrive whole.
+    parts = func.decompose(*args, **kwargs)
+    if parts is not NotImplemented:
+        return parts
     if func in FACTORIES:
         logits = args[0]
         template = torch.empty(0, dtype=logits.dtype, device=logits.device)
         return func(template, *args[1:], **kwargs)
-    if torch.Tag.inplace_view in func.tags:
+    if torch.Tag.inplace_view in func.tags and isinstance(args[0], DeferredLogits):
         raise RuntimeError(
             f"deferred logits cannot change their shape in place by {_operation_name(func)}: "
             f"use {_operation_name(func).rstrip('_')}"
@@ -411,21 +492,55 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
         if torch.promote_types(dtype, layout.dtype) != dtype:
             return None  # a cast to a narrower dtype rounds
         step = operation._replace(output=i) if has_several_outputs else operation
-        outputs.append(DeferredLogits(Recipe(call, result, recipe, step)))
+        # A view is an inference tensor if its base is one, whether inference mode is on or not.
+        is_inference = recipe.is_inference if func.is_view else torch.is_inference_mode_enabled()
+        with _set_inference_mode(is_inference):
+            outputs.append(DeferredLogits(Recipe(call, result, recipe, step)))
     return outputs if has_several_outputs else outputs[0]
+
+
+def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
+    """Computes a reduction block by block; None if the logits must be materialised."""
+    logits, *others = args
+    if not isinstance(logits, DeferredLogits) or any(
+        isinstance(v, DeferredLogits) for v in _torch.tree_leaves((others, kwargs))
+    ):
+        return None
+    recipe = logits.recipe
+    call = recipe.call
+    if call.is_materialized or is_traced():
+        return None
+    try:
+        operation = Operation(func, (None, *others), kwargs, 0)
+        compute = REDUCTIONS[func](recipe.form, recipe.layout, operation)
+    except (RuntimeError, IndexError):  # the operation raises it again on materialised logits
+        return None
+    if compute is None:
+        return None
+    call.check_operands()
+    with torch.no_grad(), disable_autocast(call.operands[0]):
+        blocks = recipe.make_blocks()
+        if blocks is None:
+            return None
+        result = compute(blocks)
+    call.log.reduced += 1
+    recipe.has_selection |= func in SELECTIONS
+    return result
 
 
 def _capture_operand(operand: Any, call: HeadCall) -> Any:
     """Returns an operand for later use.
 
-    A tensor is copied. If it requires grad, it is returned itself and its version is recorded.
+    A tensor is copied. If a gradient may reach it, it is returned itself and its version is
+    recorded.
     """
     if isinstance(operand, list | tuple):
         return [_capture_operand(v, call) for v in operand]
     if not isinstance(operand, Tensor):
         return operand
-    if not operand.requires_grad:
-        return operand.clone()
+    if not operand.requires_grad or operand.is_inference():
+        with torch.no_grad(), _set_inference_mode(False):
+            return operand.clone()
     call.record_version(operand)
     return operand
 

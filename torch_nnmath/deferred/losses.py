@@ -75,6 +75,8 @@ def find_obstacle(logits: DeferredLogits) -> str | None:
     call, node = logits.recipe.call, get_grad_fn(logits)
     if call.observer or not (torch.is_grad_enabled() and logits.requires_grad):
         return call.observer
+    if logits.is_leaf:
+        return "requires_grad_ of logits"
     for recipe in reversed(logits.recipe.list_steps()):
         operation = recipe.operation
         assert operation is not None

@@ -84,11 +84,12 @@ def get_grad(func: Any, logits: Any) -> Any:
 
 
 @register_override(Tensor.detach, torch.detach, GET_DATA)
-def materialize_first(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
-    """Materialises logits that leave the graph, before their operands can change."""
-    if isinstance(logits, DeferredLogits):
-        logits.recipe.call.materialize(function_name(func))
-    return NotImplemented
+def leave_graph(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
+    """Detaches logits. If they are alive at an optimizer's step, they are computed before it."""
+    result = func(logits, *args, **kwargs)
+    if isinstance(result, DeferredLogits):
+        result.recipe.has_left_graph = True
+    return result
 
 
 @register_override(SET_DATA)

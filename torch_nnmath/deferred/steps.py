@@ -96,13 +96,15 @@ class StepResult(NamedTuple):
 
     `apply_to_rows` applies the operation to a tensor that has any size at the axis of the classes;
     None if the operation moves no rows. `compute_row_scale` returns a scale for each row, with size
-    1 at the axis of the classes; None if there are none.
+    1 at the axis of the classes; None if there are none. `apply_to_values` applies the operation to
+    logits (n, C) of any rows; None if it moves rows, or treats them differently.
     """
 
     form: Form
     layout: Layout
     apply_to_rows: Callable[[Tensor], Tensor] | None = None
     compute_row_scale: Callable[[], Tensor] | None = None
+    apply_to_values: Callable[[Tensor], Tensor] | None = None
 
 
 # Operations on them
@@ -189,7 +191,8 @@ def copy(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
     device = operation.kwargs.get("device")
     if device is not None and torch.device(device) != form.probe.device:
         return None
-    return StepResult(form, operation.infer_layout(layout))
+    out = operation.infer_layout(layout)
+    return StepResult(form, out, apply_to_values=lambda logits: logits.to(out.dtype))
 
 
 @register_step(aten.slice.Tensor, aten.select.int, *INDEXING)
@@ -270,13 +273,21 @@ def scale(form: Form, layout: Layout, operation: Operation) -> StepResult | None
     if isinstance(other, Tensor):
         if form.is_capped or form.log_sign or other.is_complex():
             return None
-        return StepResult(form._replace(scale=form.scale.multiply(1, 1, (other, power))), out)
+        new_scale = form.scale.multiply(1, 1, (other, power))
+        return _change_values(operation, form._replace(scale=new_scale), out)
     if isinstance(other, complex) or not (math.isfinite(other) and other):
         return None
     if form.log_sign:
-        return StepResult(form._replace(log_sign=-form.log_sign), out) if other == -1 else None
+        negated_form = form._replace(log_sign=-form.log_sign)
+        return _change_values(operation, negated_form, out) if other == -1 else None
     numerator, denominator = (1.0, other) if is_division else (other, 1.0)
-    return StepResult(form._replace(scale=form.scale.multiply(numerator, denominator)), out)
+    new_scale = form.scale.multiply(numerator, denominator)
+    return _change_values(operation, form._replace(scale=new_scale), out)
+
+
+def _change_values(operation: Operation, form: Form, layout: Layout) -> StepResult:
+    """The result of an operation that does the same to every logit."""
+    return StepResult(form, layout, apply_to_values=operation.apply)
 
 
 def _scale_rows(
@@ -314,7 +325,11 @@ def add_row(form: Form, layout: Layout, operation: Operation) -> StepResult | No
     shape = [1] * (layout.dim() - row.dim()) + [*row.shape]
     if out.shape != layout.shape or not row.numel() == layout.shape[form.axis] == shape[form.axis]:
         return None
-    return StepResult(form._replace(row=(*form.row, row)), out)
+    return StepResult(
+        form._replace(row=(*form.row, row)),
+        out,
+        apply_to_values=lambda logits: logits + row.flatten(),
+    )
 
 
 @register_step(aten.neg.default)
@@ -322,8 +337,8 @@ def negate(form: Form, layout: Layout, operation: Operation) -> StepResult:
     """Changes the sign."""
     out = operation.infer_layout(layout)
     if form.log_sign:
-        return StepResult(form._replace(log_sign=-form.log_sign), out)
-    return StepResult(form._replace(scale=form.scale.multiply(-1, 1)), out)
+        return _change_values(operation, form._replace(log_sign=-form.log_sign), out)
+    return _change_values(operation, form._replace(scale=form.scale.multiply(-1, 1)), out)
 
 
 @register_step(aten.tanh.default)
@@ -332,7 +347,7 @@ def cap(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
     if form.is_capped or form.log_sign or form.has_row_scales:
         return None
     out = operation.infer_layout(layout)
-    return StepResult(form._replace(inner_scale=form.scale, scale=Scale()), out)
+    return _change_values(operation, form._replace(inner_scale=form.scale, scale=Scale()), out)
 
 
 @register_step(aten._log_softmax.default)
@@ -340,4 +355,13 @@ def take_log_softmax(form: Form, layout: Layout, operation: Operation) -> StepRe
     """F7: log-probabilities over the classes."""
     if form.log_sign or operation.args[1] % layout.dim() != form.axis:
         return None
-    return StepResult(form._replace(log_sign=1), operation.infer_layout(layout))
+    half_to_float, is_last_axis = operation.args[2], form.axis == layout.dim() - 1
+
+    def apply_to_values(logits: Tensor) -> Tensor:
+        # PyTorch rounds half types differently over another axis than the last
+        if is_last_axis:
+            return operation.func(logits, 1, half_to_float)
+        return operation.func(logits.T, 0, half_to_float).T
+
+    out = operation.infer_layout(layout)
+    return StepResult(form._replace(log_sign=1), out, apply_to_values=apply_to_values)

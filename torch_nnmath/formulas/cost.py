@@ -96,6 +96,6 @@ class CostWithGradient(Function):
         if x.dtype in HALF and not (x.dtype == torch.bfloat16 and x.is_cuda):
             return False
         tensors = [v for v in (n, *constants) if isinstance(v, Tensor)]
-        if not x.requires_grad or any([v.requires_grad for v in tensors]):
+        if not x.requires_grad or any(v.requires_grad for v in tensors):
             return False
         return x.numel() > 0 and find_kernel_obstacle([x, *tensors], is_fast_if_small=True) is None

@@ -53,8 +53,7 @@ def read_kept_indices(target: Tensor, classes: int, ignore_index: int) -> Tensor
     """
     if not target.numel() or not are_plain_cpu_tensors(target):
         return None
-    low, high = target.aminmax()
-    low, high = low.item(), high.item()
+    low, high = (v.item() for v in target.aminmax())
     if low < 0 or high >= classes or low <= ignore_index <= high:
         return None
     return target.clone() if target.is_inference() else cast(target, torch.int64)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from torch_nnmath.deferred import compute_logits_before_update, materialize
 from torch_nnmath.lightning._lightning import Callback, log_metrics, rank_zero_info
 from torch_nnmath.lightning._swap_state import SwapState
 from torch_nnmath.swapping import Report, Selector, swap
@@ -23,9 +24,11 @@ class SwapFormulas(Callback):
         head/fused_losses        losses so far that were computed without logits
         head/materialized_logits times so far that logits were computed
 
-    summed over heads and processes; validation within fit counts too. The Trainer's validate, test
-    and predict use inference mode, where logits are always computed and neither metric counts:
-    `Trainer(inference_mode=False)` keeps the fused head.
+    summed over heads and processes; validation within fit counts too.
+
+    Logits that outlive a training step, such as those that it returns, are computed before the
+    optimizer changes the weights. With manual optimization only detached logits are. Logits that
+    `predict_step` returns are computed.
 
     Modules that `configure_model` builds are swapped too. A Linear that it wraps directly is not,
     such as by `fully_shard(self.head)` of FSDP2, which changes its class: call `swap` before
@@ -75,6 +78,14 @@ class SwapFormulas(Callback):
         rank_zero_info(f"{type(self).__name__}:\n{self.report}")
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        # With manual optimization the training step's own variables are still alive.
+        if pl_module.automatic_optimization:
+            compute_logits_before_update(optimizer, "use after the training step", lambda _: True)
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        materialize(outputs, "result of predict_step")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log_counts(trainer)

@@ -89,6 +89,12 @@ def check_compile_with_dynamic_shapes(case: Case) -> None:
         raise Wrong(f"{count} graphs for batches of {sizes} rows, {control_count} for torch.sin")
 
 
+@transform("compile, dynamic=True", quick=True)
+def check_compile_with_symbolic_numbers(case: Case) -> None:
+    """Checks `torch.compile(dynamic=True)`: sizes and Python's numbers are symbols."""
+    _check_compiled(case, _compile(case.call, dynamic=True))
+
+
 @transform("torch.func inside compile")
 def check_torch_func_inside_compile(case: Case) -> None:
     """Checks `grad`, `jvp` and `vmap` of the function, inside one compiled function."""
@@ -136,9 +142,11 @@ def check_strict_export(case: Case) -> None:
     _check_export(case, strict=True)
 
 
-def _compile(f: Callable[..., Any], backend: Any = TRACING_BACKEND) -> Callable[..., Any]:
+def _compile(
+    f: Callable[..., Any], backend: Any = TRACING_BACKEND, dynamic: bool | None = None
+) -> Callable[..., Any]:
     torch.compiler.reset()
-    return torch.compile(f, backend=backend, fullgraph=True)
+    return torch.compile(f, backend=backend, dynamic=dynamic, fullgraph=True)
 
 
 def _check_compiled(case: Case, compiled: Callable[..., Tensors]) -> None:

@@ -26,6 +26,7 @@ from torch_nnmath.kernels.gpu.records import (
     RowOutputs,
     SecondOrderOutputs,
 )
+from torch_nnmath.kernels.gpu.single_read import SingleRead, may_read_once
 from torch_nnmath.kernels.linear_cross_entropy import (
     allocate_rows,
     is_rounded_now,
@@ -49,14 +50,20 @@ class _Operands:
     """The head's inputs as operands of the products, and the buffers that all blocks share."""
 
     def __init__(
-        self, inputs: HeadInputs, needs: InputValues, has_upstream: bool, buffers: int = 1
+        self,
+        inputs: HeadInputs,
+        needs: InputValues,
+        needs_delta: bool,
+        buffers: int = 1,
+        reads_once: bool = False,
     ):
         x, _, b, target, keep, base, cap, _, features, scale = inputs
         y, p, t, _ = target
         W = inputs.round_weight()
         self.W, self.keep = W, keep
         self.dW_dtype = inputs.W.dtype
-        self.plan = make_plan(x, W, buffers, is_dW_half=needs.W and self.dW_dtype in HALF)
+        is_dW_half = needs.W and self.dW_dtype in HALF
+        self.plan = make_plan(x, W, buffers, is_dW_half, scales_features=reads_once)
         self.dtype = dtype = wide_type(W.dtype)  # of logits and sums
         x = x if keep is None else x.masked_fill(~keep, 0)  # 0 times nan would be nan
         self.x = self.features = x.to(W.dtype)
@@ -79,7 +86,6 @@ class _Operands:
             cap=cap,
         )
         self.slab = W.new_empty((self.plan.slab_rows, pad(len(W))), dtype=dtype)
-        needs_delta = has_upstream and any((needs.x, needs.W, needs.b))
         self.delta = self.allocate_delta() if needs_delta else None
 
     def allocate_delta(self) -> Tensor:
@@ -122,9 +128,14 @@ class _Gradients:
     """
 
     def __init__(
-        self, operands: _Operands, needs: InputValues, gamma: Tensor | None, unit: Tensor | None
+        self,
+        operands: _Operands,
+        needs: InputValues,
+        gamma: Tensor | None,
+        unit: Tensor | None,
+        single_read: SingleRead | None = None,
     ):
-        self.operands, self.unit = operands, unit
+        self.operands, self.unit, self.single_read = operands, unit, single_read
         x, W, dtype = operands.x, operands.W, operands.dW_dtype
         N, (C, D) = len(x), W.shape
         is_rounded = is_rounded_now(gamma, dtype, W.device)
@@ -139,9 +150,9 @@ class _Gradients:
         """dX = Δ W,  dW += Δᵀ X,  db += Σ_rows Δ.
 
         With a direction (Q, V, U), the second order: Q takes the place of Δ, and Δ V and Δᵀ U are
-        added.
+        added. With a single read, E takes the place of Δ.
         """
-        x, W = self.operands.x[block], self.operands.W
+        x, W, single_read = self.operands.x[block], self.operands.W, self.single_read
         Δ = delta[: block.stop - block.start, : len(W)]
         Q, V, U = (Δ, None, None) if direction is None else direction
         Q = Q[: block.stop - block.start, : len(W)]
@@ -149,16 +160,22 @@ class _Gradients:
             dx = multiply(Q, W, self.dx[block])
             if V is not None:
                 add_product(dx, Δ, V)
+            if single_read is not None:
+                single_read.finish_dx_(dx, block)
             if self.operands.keep is not None:  # 0 times inf is nan
                 dx.masked_fill_(~self.operands.keep[block], 0)
         if self.needs.W:
+            if single_read is not None:
+                x = single_read.scale_features(x, block)
             if self.is_first:
                 multiply(Q.t(), x, self.dW)
             else:
                 add_product(self.dW, Q.t(), x)
             if U is not None:
                 add_product(self.dW, Δ.t(), U[block])
-        if self.needs.b:
+        if self.needs.b and single_read is not None:
+            self.db += single_read.sum_rows(Q, block)
+        elif self.needs.b:
             self.db += Q.sum(0, dtype=self.db.dtype)
         self.is_first = False
 
@@ -177,7 +194,12 @@ def head(*args: Any) -> tuple[Tensor, ...]:
     inputs, needs = HeadInputs.from_flat(flat), InputValues(*needs_gradient)
     loss, lse, squared_lse, entropy, predicted, new_sums = allocate_rows(inputs.x, requests)
     is_requested = Requests(*requests)
-    operands = _Operands(inputs, needs, has_upstream=gamma is not None)
+    needs_delta = gamma is not None and any((needs.x, needs.W, needs.b))
+    upstream = None if gamma is None else UpstreamGradients(gamma, omega, eta)
+    reads_once = False
+    if needs_delta and has_triton():
+        reads_once = may_read_once(inputs, upstream, sums, is_requested)
+    operands = _Operands(inputs, needs, needs_delta, reads_once=reads_once)
     plan = operands.plan
     dc_dp = torch.zeros_like(loss) if needs.p else None
     outputs = RowOutputs(None, None, None, None, None, None, dc_dp)
@@ -191,16 +213,21 @@ def head(*args: Any) -> tuple[Tensor, ...]:
             new_sums,
             dc_dp,
         )
-    upstream = None if gamma is None else UpstreamGradients(gamma, omega, eta)
     upstream, unit = _normalise(upstream, operands.W.dtype)
     process_rows, _ = choose_row_kernels(operands.dtype)
-    gradients = _Gradients(operands, needs, gamma, unit)
+    single_read = None
+    if reads_once:
+        single_read = SingleRead(operands.W, inputs.target, len(loss), plan.block_rows)
+    gradients = _Gradients(operands, needs, gamma, unit, single_read)
     for block in plan.iterate_blocks():
         for slab in plan.iterate_slabs(block):
             z = operands.compute_products(slab)
             place = slice(slab.start - block.start, slab.stop - block.start)
             delta = None if operands.delta is None else operands.delta[place]
-            process_rows(z, delta, slab, operands.row_inputs, upstream, sums, outputs)
+            if single_read is None or delta is None or upstream is None:
+                process_rows(z, delta, slab, operands.row_inputs, upstream, sums, outputs)
+            else:
+                single_read.process_rows(z, delta, slab, operands.row_inputs, upstream, outputs)
         if operands.delta is not None:
             gradients.add_block(block, operands.delta)
     results = gradients.finish()
@@ -214,7 +241,8 @@ def head_second_order(*args: Any) -> tuple[Tensor, ...]:
     """Second order; see `kernels.linear_cross_entropy.head_second_order`."""
     *flat, gamma, omega, eta, u, V, sigma, pi, tau, needs_gradient = args
     inputs, needs = HeadInputs.from_flat(flat), InputValues(*needs_gradient)
-    operands = _Operands(inputs, needs, has_upstream=True, buffers=2)
+    needs_delta = any((needs.x, needs.W, needs.b))
+    operands = _Operands(inputs, needs, needs_delta, buffers=2)
     plan, dtype = operands.plan, operands.W.dtype
     U = None
     if u is not None:
@@ -251,11 +279,16 @@ def head_second_order(*args: Any) -> tuple[Tensor, ...]:
 def _normalise(
     upstream: UpstreamGradients | None, dtype: torch.dtype
 ) -> tuple[UpstreamGradients | None, Tensor | None]:
-    """The upstream gradients; for float16 times a power of two that makes the largest about 1.
+    """The upstream gradients, contiguous; for float16 times a power of two: the largest is about 1.
 
     Also returns that factor, which stays on the device. Δ of float16 would underflow at 1/N.
     """
-    if upstream is None or dtype != torch.float16:
+    if upstream is None:
+        return None, None
+    γ, ω, η = (None if v is None else v.contiguous() for v in upstream)  # may be expanded
+    assert γ is not None
+    upstream = UpstreamGradients(γ, ω, η)
+    if dtype != torch.float16:
         return upstream, None
     largest = torch.stack([v.abs().amax() for v in upstream if v is not None]).amax()
     exponent = torch.frexp(largest).exponent

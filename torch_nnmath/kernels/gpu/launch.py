@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PROCESSORS_WITHOUT_GPU = 132  # those of an H200, in Triton's interpreter
+# those of an H200, in Triton's interpreter
+PROCESSORS_WITHOUT_GPU = 132
+CACHE_WITHOUT_GPU = 50 * 2**20
 
 
 def use_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -23,3 +25,11 @@ def count_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return PROCESSORS_WITHOUT_GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def get_cache_size(device: torch.device) -> int:
+    """Bytes of a GPU's L2 cache."""
+    if device.type != "cuda":
+        return CACHE_WITHOUT_GPU
+    return torch.cuda.get_device_properties(device).L2_cache_size

@@ -7,8 +7,9 @@ rows at a time. With C classes and D features, a call uses, beyond inputs and re
     slab rows x 4 C  +  block rows x 2 C  +  4 C D if there are several blocks
 
 The last term is dW in float32, which accumulates over the blocks; for float32 weights it is the
-result itself. In products of float32, Δ takes 4 C bytes a row. Autocast's half copy of a float32
-weight, 2 C D bytes, is not counted.
+result itself. In products of float32, Δ takes 4 C bytes a row. A row kernel that reads once needs
+scaled features of a block: 2 D bytes a row. Autocast's half copy of a float32 weight, 2 C D bytes,
+is not counted.
 """
 
 from __future__ import annotations
@@ -61,7 +62,13 @@ class Plan(NamedTuple):
         return _split(block.start, block.stop, self.slab_rows)
 
 
-def make_plan(x: Tensor, W: Tensor, buffers: int = 1, is_dW_half: bool = False) -> Plan:
+def make_plan(
+    x: Tensor,
+    W: Tensor,
+    buffers: int = 1,
+    is_dW_half: bool = False,
+    scales_features: bool = False,
+) -> Plan:
     """Chooses the largest blocks and slabs within the budget.
 
     W is the operand of the products. `buffers` is the number of slabs and of matrices Δ: 2 for the
@@ -69,7 +76,7 @@ def make_plan(x: Tensor, W: Tensor, buffers: int = 1, is_dW_half: bool = False) 
     """
     N, (C, D) = len(x), W.shape
     slab_row = buffers * wide_type(W.dtype).itemsize * C
-    block_row = buffers * W.dtype.itemsize * C
+    block_row = W.dtype.itemsize * (buffers * C + (D if scales_features else 0))
     accumulator = 4 * C * D if is_dW_half else 0
     smallest = accumulator + MIN_SLAB_ROWS * (slab_row + block_row)
     # one block of this many rows needs no more memory than several and the accumulator

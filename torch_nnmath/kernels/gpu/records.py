@@ -40,6 +40,18 @@ class RowOutputs(NamedTuple):
     dc_dp: Tensor | None  # ln β dc/dp: lse - v_y, or lse without y
 
 
+class RowFactors(NamedTuple):
+    """What makes Δ of E = dv/dz ∘ e^{v-r}, rounded; (N, 1) each, float32, 0 for an ignored row.
+
+    E has an entry of its own for the class y. With it Δ = softmax ∘ E + class_error e_y. In
+    exact ∘ E the entry of the class is that of Δ, and the others are wrong by half a rounding.
+    """
+
+    softmax: Tensor
+    exact: Tensor
+    class_error: Tensor | None  # None without y or p
+
+
 class RowDirection(NamedTuple):
     """The direction of the second order in bias and target, float32; None where constant."""
 

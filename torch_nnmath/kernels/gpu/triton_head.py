@@ -26,14 +26,13 @@ from torch_nnmath.kernels.gpu.triton_logits import (
     Configuration,
     count_programs,
     exp,
-    finish_logits,
+    find_first_class,
     get_row_stride,
+    load_class_logit,
     load_logits,
     load_target,
     shift,
 )
-
-NO_CLASS: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 def choose_configuration(C: int, has_options: bool, is_hip: bool) -> Configuration:
@@ -186,6 +185,41 @@ def _write_tile(
         tl.store(G + k, delta.to(G.dtype.element_ty))
 
 
+@triton.jit
+def write_results(
+    row, loss, lse, squared_lse, entropy, sums, dc_dp, row_loss, row_lse, row_entropy, m, s, ev,
+    row_dc_dp
+):  # fmt: skip
+    """Writes the results that are needed of one row, except for the predicted class."""
+    if loss is not None:
+        tl.store(loss + row, row_loss)
+    if lse is not None:
+        tl.store(lse + row, row_lse)
+    if squared_lse is not None:
+        tl.store(squared_lse + row, row_lse * row_lse)
+    if entropy is not None:
+        tl.store(entropy + row, row_entropy)
+    if sums is not None:
+        tl.store(sums + 3 * row, m)
+        tl.store(sums + 3 * row + 1, s)
+        tl.store(sums + 3 * row + 2, ev)
+    if dc_dp is not None:
+        tl.store(dc_dp + row, row_dc_dp)
+
+
+@triton.jit
+def write_zeros(G, k, C, columns):
+    """Overwrites one row with 0."""
+    TILE: tl.constexpr = k.shape[0] * k.shape[1]
+    zeros = tl.zeros(k.shape, tl.float32).to(G.dtype.element_ty)
+    tile_count = C // TILE
+    for j in range(tile_count):
+        tl.store(G + j * TILE + k, zeros)
+    tail = tile_count * TILE
+    if tail < C:
+        tl.store(G + tail + k, zeros, mask=tail + k < columns)
+
+
 @triton.jit(do_not_specialize=["first_row", "row_count"])
 def _process_rows(
     z,
@@ -247,7 +281,7 @@ def _process_rows(
                 scale_row = tl.load(scale + row * SCALE_STRIDE)
 
             # first read: the sums
-            row_st = 0.0
+            row_ev, row_tv, row_st = 0.0, 0.0, 0.0
             if given_sums is not None:
                 row_m = tl.load(given_sums + 3 * row)
                 row_s = tl.load(given_sums + 3 * row + 1)
@@ -276,7 +310,6 @@ def _process_rows(
                         m, s, ev, tv, st, best, tile_count, z_row, tail + k, C, columns, scale_row,
                         b, cap, cap_reciprocal, t_row, HAS_ENTROPY, predicted is not None, True
                     )  # fmt: skip
-                row_ev, row_tv = 0.0, 0.0
                 if HAS_ENTROPY or t is not None:
                     row_m, row_s, row_ev, row_tv, row_st = tl.reduce(
                         (m, s, ev, tv, st), 0, _merge_all
@@ -285,18 +318,10 @@ def _process_rows(
                     row_m, row_s = tl.reduce((m, s), 0, _merge)
 
                 if predicted is not None:
-                    # the tile in which a lane found its maximum has the lane's first class with it
-                    classes = (best * TILE)[:, None] + k
-                    v, _ = load_logits(
-                        z_row, classes, C, columns, scale_row, b, cap, cap_reciprocal, True
+                    first = find_first_class(
+                        m, row_m, best, z_row, k, C, columns, scale_row, b, cap, cap_reciprocal
                     )
-                    largest = tl.max(v, 1)
-                    candidates = tl.where(v == largest[:, None], classes, NO_CLASS)
-                    candidate = tl.where(m == row_m, tl.min(candidates, 1), NO_CLASS)
-                    first = tl.min(candidate, 0)
-                    # no logit equals the largest one if all are nan
-                    first = tl.where(first < C, first, 0)
-                    tl.store(predicted + row, first.to(tl.int64))
+                    tl.store(predicted + row, first)
 
             # the results of the row
             log_s = tl.log2(row_s) * LN_2
@@ -307,33 +332,18 @@ def _process_rows(
             row_y = 0
             if y is not None:
                 row_y = tl.load(y + row).to(tl.int32)
-                z_y = tl.load(z_row + row_y)
-                if scale is not None:
-                    z_y = z_y * scale_row
-                if b is not None:
-                    z_y = z_y + tl.load(b + row_y)
-                v_y, slope_y = finish_logits(z_y, cap, cap_reciprocal)
+                v_y, slope_y = load_class_logit(z_row, row_y, scale_row, b, cap, cap_reciprocal)
                 shifted_y = v_y - row_m
                 row_dc_dp = log_s - shifted_y  # lse - v_y would cancel
             row_p = 0.0
             if p is not None:
                 row_p = tl.load(p + row)
-            if loss is not None:
-                row_loss = row_st * log_s - row_tv
-                row_loss += tl.where(row_p == 0, 0.0, row_p * row_dc_dp)
-                tl.store(loss + row, row_loss * ln_reciprocal)
-            if lse is not None:
-                tl.store(lse + row, row_lse)
-            if squared_lse is not None:
-                tl.store(squared_lse + row, row_lse * row_lse)
-            if entropy is not None:
-                tl.store(entropy + row, (log_s - row_ev / row_s) * ln_reciprocal)
-            if sums is not None:
-                tl.store(sums + 3 * row, row_m)
-                tl.store(sums + 3 * row + 1, row_s)
-                tl.store(sums + 3 * row + 2, row_ev)
-            if dc_dp is not None:
-                tl.store(dc_dp + row, row_dc_dp)
+            row_loss = row_st * log_s - row_tv + tl.where(row_p == 0, 0.0, row_p * row_dc_dp)
+            row_entropy = log_s - row_ev / row_s
+            write_results(
+                row, loss, lse, squared_lse, entropy, sums, dc_dp, row_loss * ln_reciprocal,
+                row_lse, row_entropy * ln_reciprocal, row_m, row_s, row_ev, row_dc_dp
+            )  # fmt: skip
 
             # second read: Δ
             if G is not None:
@@ -373,26 +383,10 @@ def _process_rows(
                         y is not None and p is not None, False
                     )  # fmt: skip
         else:
-            if loss is not None:
-                tl.store(loss + row, 0.0)
-            if lse is not None:
-                tl.store(lse + row, 0.0)
-            if squared_lse is not None:
-                tl.store(squared_lse + row, 0.0)
-            if entropy is not None:
-                tl.store(entropy + row, 0.0)
+            write_results(
+                row, loss, lse, squared_lse, entropy, sums, dc_dp, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0
+            )  # fmt: skip
             if predicted is not None:
                 tl.store(predicted + row, -1)
-            if sums is not None:
-                tl.store(sums + 3 * row, 0.0)
-                tl.store(sums + 3 * row + 1, 1.0)
-                tl.store(sums + 3 * row + 2, 0.0)
-            if dc_dp is not None:
-                tl.store(dc_dp + row, 0.0)
             if G is not None:
-                G_row = G + i * G_stride
-                zeros = tl.zeros((LANES, VECTOR), tl.float32).to(G.dtype.element_ty)
-                for j in range(tile_count):
-                    tl.store(G_row + j * TILE + k, zeros)
-                if tail < C:
-                    tl.store(G_row + tail + k, zeros, mask=tail + k < columns)
+                write_zeros(G + i * G_stride, k, C, columns)

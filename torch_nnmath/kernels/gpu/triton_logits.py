@@ -24,6 +24,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 # clamp for v - m, so that (v - m) e^(v - m) is 0 and not nan at v = -inf
 MIN_SHIFTED: tl.constexpr = tl.constexpr(-1e4)
+NO_CLASS: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 class Configuration(NamedTuple):
@@ -39,11 +40,11 @@ def get_row_stride(value: Tensor | None) -> int:
     return 0 if value is None or value.dim() == 0 else 1
 
 
-def count_programs(device: torch.device, num_warps: int) -> int:
-    """As many programs as the device runs at once."""
+def count_programs(device: torch.device, num_warps: int, max_warps: int = MAX_WARPS) -> int:
+    """As many programs as the device runs at once, with `max_warps` warps a multiprocessor."""
     if device.type != "cuda":
         return PROGRAMS_WITHOUT_GPU
-    return count_processors(device) * max(MAX_WARPS // num_warps, 1)
+    return count_processors(device) * max(max_warps // num_warps, 1)
 
 
 @triton.jit
@@ -87,6 +88,31 @@ def load_logits(z, k, C, columns, scale, b, cap, cap_reciprocal, IS_TAIL: tl.con
     if IS_TAIL:
         v = tl.where(k < C, v, float("-inf"))
     return v, slope
+
+
+@triton.jit
+def load_class_logit(z, y, scale, b, cap, cap_reciprocal):
+    """v and dv/dz of the class y."""
+    x = tl.load(z + y)
+    if scale is not None:
+        x = x * scale
+    if b is not None:
+        x = x + tl.load(b + y)
+    return finish_logits(x, cap, cap_reciprocal)
+
+
+@triton.jit
+def find_first_class(m, row_m, best, z, k, C, columns, scale, b, cap, cap_reciprocal):
+    """The first class whose logit is row_m, given each lane's maximum m and its tile `best`."""
+    # the tile in which a lane found its maximum has the lane's first class with it
+    classes = (best * (k.shape[0] * k.shape[1]))[:, None] + k
+    v, _ = load_logits(z, classes, C, columns, scale, b, cap, cap_reciprocal, True)
+    largest = tl.max(v, 1)
+    candidates = tl.where(v == largest[:, None], classes, NO_CLASS)
+    candidate = tl.where(m == row_m, tl.min(candidates, 1), NO_CLASS)
+    first = tl.min(candidate, 0)
+    # no logit equals the largest one if all are nan
+    return tl.where(first < C, first, 0).to(tl.int64)
 
 
 @triton.jit

@@ -25,8 +25,8 @@ from torch_nnmath.kernels.gpu.triton_logits import (
     Configuration,
     count_programs,
     exp,
-    finish_logits,
     get_row_stride,
+    load_class_logit,
     load_logits,
     load_target,
     shift,
@@ -330,12 +330,7 @@ def _process_rows(
             row_y = 0
             if y is not None:
                 row_y = tl.load(y + row).to(tl.int32)
-                z_y = tl.load(z_row + row_y)
-                if scale is not None:
-                    z_y = z_y * scale_row
-                if b is not None:
-                    z_y = z_y + tl.load(b + row_y)
-                v_y, slope_y = finish_logits(z_y, cap, cap_reciprocal)
+                v_y, slope_y = load_class_logit(z_row, row_y, scale_row, b, cap, cap_reciprocal)
                 r_y = tl.load(r_row + row_y)
                 if σ is not None:
                     r_y = r_y + tl.load(σ + row_y)
