@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_nnmath.kernels import _block, dispatch, elementwise
 
+deferred_logits = importlib.import_module("torch_nnmath.deferred.logits")
 cross_entropy_kernel = importlib.import_module("torch_nnmath.kernels.cross_entropy")
 collect_ignore_glob = ["gpu/compile_*.py"]  # scripts, which must not see interpreted kernels
 if not torch.cuda.is_available():  # before the first kernel is decorated
@@ -144,6 +145,19 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "MIN_KERNEL_SIZE", 0)
     for module in (_block, elementwise, cross_entropy_kernel):
         monkeypatch.setattr(module, "SLICE_SIZE", 64)
+
+
+@pytest.fixture(autouse=True)
+def defer_small_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defers logits of any size, since the tests' models are small; not in tests of the rule."""
+    if "logits_plain_by_rule" not in request.fixturenames:
+        monkeypatch.setattr(deferred_logits, "MIN_DEFERRED_BYTES", 0)
+        monkeypatch.setattr(deferred_logits, "MIN_CLASSES_PER_FEATURE", 0)
+
+
+@pytest.fixture
+def logits_plain_by_rule() -> None:
+    """Leaves the rule by which logits of small heads are plain."""
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Kernels: registered correctly, used where nothing can observe them, equal to the formulas."""
 
+import importlib
 import itertools
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import check_operator, limit_head_blocks, measure_peak_growth, needs_linux_maxrss
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from torch_nnmath import formulas, kernels, testing, verify
@@ -15,6 +17,8 @@ from torch_nnmath import functional as G
 from torch_nnmath._records import HeadInputs, Target
 from torch_nnmath.catalog import CATALOG
 from torch_nnmath.kernels import _block, dispatch, elementwise
+
+cost = importlib.import_module("torch_nnmath.formulas.cost")
 
 N, D, C = 70, 5, 7
 
@@ -210,6 +214,110 @@ def test_kernel_equals_formula(small_blocks, monkeypatch, name, upstream):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 
 
+SMALL_COSTS = [
+    name
+    for name in CASES
+    if "none" not in name and ("logits-" in name or "constant target" in name)
+] + ["sigmoid", "tanh", "relu", *(f"softmax-{dim}" for dim in (0, 1, -1))]
+
+
+@pytest.mark.parametrize("upstream", ["random", "constant"])
+@pytest.mark.parametrize("name", SMALL_COSTS)
+def test_small_tensors_equal_formula(monkeypatch, name, upstream):
+    """Without `small_blocks`: one tile, and one Function for a loss and its cost."""
+    f, leaves = CASES[name]
+    results = evaluate(f, leaves, upstream=upstream)
+    monkeypatch.setattr(dispatch, "find_kernel_obstacle", lambda *_, **__: "the formula is wanted")
+    monkeypatch.setattr(cost, "find_kernel_obstacle", lambda *_, **__: "the formula is wanted")
+    for got, want in zip(results, evaluate(f, leaves, upstream=upstream), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("f", [G.mse_loss, G.squared_error, G.sigmoid_squared_error])
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "mixed types"])
+def test_small_cost_of_unusual_layouts_equals_formula(monkeypatch, f, layout):
+    a, goal = draw(6, 8), draw(6, 8, seed=1)
+    if layout == "transposed":
+        a, goal = a.T, goal.T
+    elif layout == "expanded":
+        a, goal = a[:1].expand(6, 8), goal
+    else:
+        goal = goal.float()
+    leaf = a.detach().requires_grad_()
+    results = []
+    for _ in range(2):
+        loss = f(leaf, goal)
+        results.append((loss.detach(), *torch.autograd.grad(loss * 3, leaf)))
+        monkeypatch.setattr(cost, "find_kernel_obstacle", lambda *_, **__: "wanted")
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+def test_training_step_of_a_loss_is_one_function():
+    for f, args in (
+        (G.cross_entropy, (z, draw_classes(False))),
+        (G.cross_entropy, (z, draw_classes())),
+        (G.mse_loss, (z, t)),
+        (G.sigmoid_squared_error, (z, t)),
+    ):
+        leaf = args[0].clone().requires_grad_()
+        node = f(leaf, *args[1:]).grad_fn
+        assert node.name() == "CostWithGradientBackward"
+        assert node.next_functions[0][0].name() == "torch::autograd::AccumulateGrad"
+
+
+def test_operators_layer_is_skipped_on_cpu_but_not_under_autocast():
+    calls = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    run = dispatch.bypass_operator_on_cpu(kernels.sigmoid_product)
+    a, v = z.float().sigmoid(), t.float()
+    with Mode(), torch.no_grad():
+        direct = run(a, v)
+    assert "torch_nnmath" not in calls
+    with Mode(), torch.no_grad(), torch.autocast("cpu"):
+        through_operator = run(a, v)
+    assert "torch_nnmath" in calls
+    torch.testing.assert_close(direct, through_operator, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("target", "ignore_index", "is_read"),
+    [
+        ([0, 2], -100, True),
+        ([0, 2], 3, True),
+        ([0, 2], 2, False),
+        ([0, 2], 1, False),
+        ([0, 3], -100, False),
+        ([-1, 2], -100, False),
+        ([-100, 2], -100, False),
+        ([], -100, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_indices_are_read_in_one_pass_if_all_are_kept(target, ignore_index, is_read, dtype):
+    if dtype == torch.uint8 and min(target, default=0) < 0:
+        return
+    indices = torch.tensor(target, dtype=dtype)
+    y = kernels.read_kept_indices(indices, 3, ignore_index)
+    assert (y is not None) is is_read
+    if y is not None:
+        assert y.dtype == torch.int64
+        assert y.tolist() == target
+
+
+def test_indices_made_in_inference_mode_can_be_saved_for_the_backward():
+    with torch.inference_mode():
+        indices = draw_classes(False)
+    leaf = z.clone().requires_grad_()
+    (got,) = torch.autograd.grad(G.cross_entropy(leaf, indices), leaf)
+    (want,) = torch.autograd.grad(F.cross_entropy(leaf, draw_classes(False)), leaf)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if "ignored" in name and "head" in name])
 def test_head_masking_ignored_rows_equals_gathering(small_blocks, monkeypatch, name):
     f, leaves = CASES[name]
@@ -380,8 +488,8 @@ def test_kernel_runs_where_nothing_differentiates_through_it(monkeypatch, f):
     monkeypatch.setattr(dispatch, "MIN_KERNEL_SIZE", 0)
     may_use_kernel = dispatch.may_use_kernel
 
-    def record(args):
-        decisions.append(may_use_kernel(args))
+    def record(*args):
+        decisions.append(may_use_kernel(*args))
         return decisions[-1]
 
     monkeypatch.setattr(dispatch, "may_use_kernel", record)

@@ -227,3 +227,89 @@ def test_report_prints_modules_left_and_head_counts():
     ]
     assert lines[5].startswith("  logits computed 1 x: exp at ")
     assert "test_swapping_heads.py" in lines[5]
+
+
+# The rule by which logits are plain
+
+
+def make_head(features, classes):
+    return nn.Sequential(nn.Linear(4, features), nn.Linear(features, classes))
+
+
+def run_step(model, rows):
+    """Returns the logits of a training step and the gradients."""
+    logits = model(torch.linspace(-1, 1, 4 * rows).view(rows, 4))
+    nn.functional.cross_entropy(logits, torch.arange(rows) % logits.shape[1]).backward()
+    return logits, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "classes", "reason"),
+    [
+        (32, 4, 10, "by rule: they take less than 16 MiB"),
+        (1024, 8, 4095, "by rule: they take less than 16 MiB"),
+        (1024, 8, 4096, None),
+        (2**15, 65, 129, "by rule: fewer than 2 classes for each feature"),
+        (2**15, 64, 128, None),
+    ],
+)
+def test_logits_of_a_small_head_are_plain_and_the_report_says_so(
+    logits_plain_by_rule, rows, features, classes, reason
+):
+    model = make_head(features, classes)
+    _, expected = run_step(model, rows)
+    expected = [g.clone() for g in expected]
+    model.zero_grad()
+    report = swap(model)
+    logits, gradients = run_step(model, rows)
+    assert isinstance(logits, DeferredLogits) is (reason is None)
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    log = report.heads["1"]
+    assert log.fused == (reason is None)
+    if reason is not None:
+        assert [*log.materialized.values()] == [1]
+        assert f"logits computed 1 x: {reason}" in repr(report)
+
+
+def test_logits_plain_by_rule_do_not_warn(logits_plain_by_rule, recwarn):
+    model = make_head(4, 10)
+    swap(model)
+    model(torch.zeros(3, 4)).sum().backward()
+    assert not recwarn
+
+
+@pytest.mark.parametrize("order", ["named", "auto, then named", "named, then auto"])
+def test_named_head_defers_logits_of_any_size(logits_plain_by_rule, order):
+    model = make_head(4, 10)
+    heads = {"named": ["1"], "auto, then named": ["auto", "1"], "named, then auto": ["1", "auto"]}
+    for head in heads[order]:
+        report = swap(model, head=head)
+    logits, _ = run_step(model, 3)
+    assert isinstance(logits, DeferredLogits)
+    assert report.heads["1"].fused == 1
+
+
+def test_half_logits_count_with_their_own_bytes(logits_plain_by_rule):
+    model = make_head(8, 4096).bfloat16()
+    swap(model)
+    features = torch.zeros(1024, 4, dtype=torch.bfloat16)
+    assert not isinstance(model(features), DeferredLogits)
+    assert isinstance(model(features.repeat(2, 1)), DeferredLogits)
+
+
+@pytest.mark.parametrize("head", ["auto", "1"])
+def test_compiled_model_with_a_small_head_is_one_graph_unless_it_is_named(
+    logits_plain_by_rule, head
+):
+    model = make_head(4, 10)
+    report = swap(model, head=head)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="eager")
+    logits, _ = run_step(compiled, 3)
+    assert isinstance(logits, DeferredLogits) is (head == "1")
+    assert bool(torch._dynamo.utils.counters["graph_break"]) is (head == "1")
+    if head == "auto":
+        (reason,) = report.heads["1"].materialized
+        assert reason.endswith("by rule: they take less than 16 MiB")

@@ -64,6 +64,25 @@ def test_is_transformed():
     assert answers == [False, True, True, True, True, False]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_is_observed():
+    answers = []
+
+    def f(x):
+        answers.append(_torch.is_observed())
+        return x.sum()
+
+    f(x)
+    torch.func.vmap(f)(x[:, None])
+    with forward_ad.dual_level():
+        f(x)
+    with DispatchMode():
+        f(x)
+    torch.jit.trace(f, x, check_trace=False)
+    f(x)
+    assert answers == [False, True, True, True, True, False]
+
+
 def test_is_dynamo_tracing():
     answers = []
 
@@ -167,8 +186,29 @@ def test_is_legacy_batch():
     assert torch.equal(g, 2 * torch.eye(2))
 
 
+def test_get_attribute():
+    class Fallback(torch.nn.Linear):
+        def __getattr__(self, name):
+            calls.append(name)
+            return super().__getattr__(name)
+
+    calls = []
+    module = Fallback(2, 3)
+    module.register_buffer("buffer", x)
+    module.number = 5
+    calls.clear()
+    assert _torch.get_attribute(module, "weight", None) is module._parameters["weight"]
+    assert _torch.get_attribute(module, "buffer", None) is x
+    assert _torch.get_attribute(module, "number", None) == 5
+    assert _torch.get_attribute(module, "missing", 7) == 7
+    assert not calls
+
+
 def test_apply_without_signature():
     leaf = x.clone().requires_grad_()
+    leaked = []
+    torch.func.grad(lambda v: (leaked.append(v), v.sum())[1])(x)
+    assert _torch.apply_without_signature(Double, (leaked[0],)).grad_fn is None
     y = _torch.apply_without_signature(Double, (leaf,))
     assert torch.equal(y, 2 * x)
     (g,) = torch.autograd.grad(y.sum(), leaf)

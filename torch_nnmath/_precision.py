@@ -45,10 +45,10 @@ def make_scalar(n: Tensor | float, like: Tensor) -> Tensor:
 
 
 @functools.cache
-def get_one(dtype: torch.dtype) -> Tensor:
-    """1 as a tensor () on the CPU that all calls share, so it must not be written to."""
+def get_constant(number: float, dtype: torch.dtype) -> Tensor:
+    """The number as a tensor () on the CPU that all calls share: it must not be written to."""
     with torch.inference_mode(False):
-        return torch.ones((), dtype=dtype)
+        return torch.full((), number, dtype=dtype)
 
 
 def is_autocast(x: Tensor) -> bool:

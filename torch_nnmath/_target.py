@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
-from torch_nnmath._precision import get_one, is_autocast, wide_type, widen
+from torch_nnmath._precision import get_constant, is_autocast, wide_type, widen
 from torch_nnmath._records import Target
 from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors
 
@@ -62,7 +62,7 @@ def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dt
         p = keep.to(dtype)
         total_weight = p.sum()
     else:
-        p = get_one(dtype)
+        p = get_constant(1.0, dtype)
     smoothing = None
     if label_smoothing:
         w = torch.ones((C,), dtype=dtype, device=target.device) if weight is None else w

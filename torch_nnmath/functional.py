@@ -17,14 +17,7 @@ from torch import Tensor
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
 from torch_nnmath._head import LogitOptions, is_scaled, measure_logits, prepare_head, scale_logits
-from torch_nnmath._precision import (
-    bool_to_int,
-    cast,
-    cast_for_loss,
-    cast_for_product,
-    is_autocast,
-    widen,
-)
+from torch_nnmath._precision import bool_to_int, cast_for_loss, cast_for_product, is_autocast, widen
 from torch_nnmath._records import Target
 from torch_nnmath._reduction import (
     choose_divisor,
@@ -153,7 +146,7 @@ def softmax(
             "Change the call to include dim=X as an argument.",
             stacklevel=_stacklevel,
         )
-    if dtype is None and input.device.type == "cuda" and is_autocast(input):
+    if dtype is None and input.is_cuda and is_autocast(input):
         dtype = torch.float32 if input.dtype != torch.float64 else None
     return formulas.Softmax.evaluate(input if dtype is None else input.to(dtype), dim)
 
@@ -243,7 +236,8 @@ def mse_loss(
         return loss if is_integer_mean else loss.to(dtype)  # an integer mean stays float
     axis_count = 0 if reduction == "none" else input.dim()
     inputs = input, target, axis_count, scale
-    return cast(reduce_formula(reduction, input.numel(), formulas.SquaredError, *inputs), dtype)
+    loss = reduce_formula(reduction, input.numel(), formulas.SquaredError, *inputs)
+    return loss if loss.dtype == dtype else loss.to(dtype)
 
 
 @check.support_torch_function
@@ -417,8 +411,7 @@ def cross_entropy(
         target = target.reshape(()) if input.dim() == 1 else target
         indices = read_indices(target, C, options, input.dtype)
         label, total_weight = indices.y, indices.total_weight
-        y, p = label.unsqueeze(dim), indices.p
-        p = p.unsqueeze(dim) if p.dim() else p
+        y, p = label.unsqueeze(dim), indices.p.unsqueeze(dim) if indices.p.dim() else indices.p
         read_target = indices.make_target(y, p, dim, input.dim())
         keep = None if indices.keep is None else indices.keep.unsqueeze(dim)
     if softcap is not None or z_loss or is_scaled(logit_scale):
@@ -434,7 +427,7 @@ def cross_entropy(
             kept_count = count_kept(keep, count_examples(input, dim)) if C else 0
             divisor = choose_divisor(reduction, kept_count, input)
             loss = loss + z_loss * formulas.Cost.evaluate(z_losses, divisor)
-    loss = cast(loss, dtype)
+    loss = loss if loss.dtype == dtype else loss.to(dtype)
     if not return_stats:
         return loss
     return loss, measure_logits(input, keep, dim, LogitOptions(base), label, z_loss)

@@ -144,6 +144,7 @@ class Work:
     round_limits: tuple[int, int] = (5, 101)  # the least and the most rounds; (0, 0): not timed
     measures_error: bool = True
     measures_memory: bool = False
+    is_training_step: bool = False  # functions take the problem and return the call to time
 
     def make_problem(self, size: Size, dtype: torch.dtype, device: str) -> Problem:
         """Returns random arguments of this size."""
@@ -159,6 +160,9 @@ class Work:
         if contender.is_compiled:
             function = torch.compile(function)
         problem = problem.copy() if contender.overwrites_arguments else problem
+        if self.is_training_step:
+            step: Callable[[], Results] = function(problem)  # type: ignore[assignment]
+            return step
         return functools.partial(self.mode, function, problem)
 
     def parse_size(self, text: str) -> Size:

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_nnmath import functional
+from torch_nnmath import functional, swap
 from torch_nnmath.bench.work import (
     Contender,
     Floor,
     Function,
     Problem,
     RandomTensors,
+    Results,
+    Size,
     Target,
     Work,
     forward,
@@ -71,6 +73,15 @@ def draw_layer(random: RandomTensors, rows: int, in_features: int, out_features:
     W = random.normal(out_features, in_features) / in_features**0.5
     leaves = random.normal(rows, in_features), W, random.normal(out_features)
     return Problem(leaves, upstream=(random.normal(rows, out_features),))
+
+
+def draw_network(
+    random: RandomTensors, rows: int, in_features: int, hidden: int, classes: int
+) -> Problem:
+    sizes = ((hidden, in_features), (hidden,), (classes, hidden), (classes,))
+    parameters = tuple(random.normal(*size) / in_features**0.5 for size in sizes)
+    constants = random.normal(rows, in_features), random.class_indices(rows, classes)
+    return Problem(parameters, constants)
 
 
 # Floors
@@ -144,6 +155,42 @@ def chunked_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
 
 def head_none_ignored(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
     return functional.linear_cross_entropy(x, W, t.clamp(min=0))
+
+
+def make_training_step(
+    change_classes: Callable[[torch.nn.Module, torch.nn.Module], object], problem: Problem
+) -> Callable[[], Results]:
+    """Returns a step of SGD of a network with one hidden layer.
+
+    The step returns the loss and the gradients. `change_classes` gets the network and its loss.
+    """
+    W1, _, W2, _ = problem.leaves
+    x, y = problem.constants
+    network = torch.nn.Sequential(
+        torch.nn.Linear(*W1.T.shape), torch.nn.ReLU(), torch.nn.Linear(*W2.T.shape)
+    ).to(x)
+    with torch.no_grad():
+        for parameter, value in zip(network.parameters(), problem.leaves, strict=True):
+            parameter.copy_(value)
+    compute_loss = torch.nn.CrossEntropyLoss()
+    change_classes(network, compute_loss)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+
+    def step() -> Results:
+        loss = compute_loss(network(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gradients = [parameter.grad for parameter in network.parameters()]
+        return loss.detach(), *[g for g in gradients if g is not None]
+
+    return step
+
+
+def make_step_contender(
+    change_classes: Callable[[torch.nn.Module, torch.nn.Module], object],
+) -> Contender:
+    return Contender(functools.partial(make_training_step, change_classes))  # type: ignore[arg-type]
 
 
 # Values that are usual in training language models
@@ -377,18 +424,48 @@ sigmoid_squared_error = replace(
     targets=(Target(0.70, "eager"), COMPILED_TARGET),
 )
 elementwise = (sigmoid, tanh, softmax, relu, mse_loss)
-fixed = tuple(
-    replace(
+
+
+def make_fixed(work: Work, target: Target, size: Size | None = None) -> Work:
+    return replace(
         work,
         name=f"fixed/{work.name}",
         description=f"{work.name} at a size where fixed costs dominate",
         contenders={name: work.contenders[name] for name in ("ours", "eager")},
-        sizes=((64,) * len(work.axes),),
+        sizes=(size or (64,) * len(work.axes),),
         cuda_sizes=(),
         floor=None,
-        targets=(Target(25, "eager", kind="difference"),),
+        targets=(target,),
     )
-    for work in (*elementwise, linear, cross_entropy)
+
+
+fixed = (
+    *(
+        make_fixed(work, Target(microseconds, "eager", kind="difference"))
+        for work, microseconds in (
+            *((work, 15) for work in (sigmoid, tanh, softmax, relu)),
+            (mse_loss, 40),
+            (sigmoid_squared_error, 50),
+            (linear, 20),
+        )
+    ),
+    make_fixed(cross_entropy, Target(2.0, "eager"), (64, 10)),
+    Work(
+        "fixed/step",
+        "a training step of a network with one hidden layer; modules: with PyTorch's loss",
+        ("ROWS", "IN", "HIDDEN", "CLASSES"),
+        draw_network,
+        {
+            "ours": make_step_contender(lambda model, loss: (swap(model, head=None), swap(loss))),
+            "eager": make_step_contender(lambda model, loss: None),
+            "modules": make_step_contender(lambda model, loss: swap(model, head=None)),
+            "swapped": make_step_contender(lambda model, loss: swap(model)),
+        },
+        sizes=((32, 64, 32, 10),),
+        cuda_sizes=(),
+        targets=(Target(1.6, "eager"), Target(1.1, "modules", contender="swapped")),
+        is_training_step=True,
+    ),
 )
 WORKS = {
     work.name: work

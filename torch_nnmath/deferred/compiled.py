@@ -12,6 +12,21 @@ linear_between_graphs = torch.compiler.disable(linear)
 
 
 @torch.compiler.assume_constant_result
+def is_named_head(module: Module) -> bool:
+    """Whether the user named the head, so that its logits are deferred at any size."""
+    log = get_head_log(module)
+    return log is not None and log.is_named
+
+
+@torch.compiler.assume_constant_result
+def log_plain_logits(module: Module, reason: str) -> None:
+    """Counts a graph that computes logits by rule. It runs when the graph is traced."""
+    log = get_head_log(module)
+    assert log is not None
+    log.count_materialization(f"at each call of a compiled graph, {reason}")
+
+
+@torch.compiler.assume_constant_result
 def log_unbroken_graph(module: Module) -> None:
     """Counts a graph that computes logits. It runs when the graph is traced, not when it runs."""
     log = get_head_log(module)

@@ -42,18 +42,28 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
     comes before this call and what comes after it.
     """
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-        from torch_nnmath.deferred.compiled import linear_between_graphs, log_unbroken_graph
+        from torch_nnmath.deferred.compiled import (
+            is_named_head,
+            linear_between_graphs,
+            log_plain_logits,
+            log_unbroken_graph,
+        )
 
-        if _torch.may_break_graph():
+        reason = None if is_named_head(module) else find_reason_for_plain_logits(input, weight)
+        if reason is not None:
+            log_plain_logits(module, reason)
+        elif _torch.may_break_graph():
             return linear_between_graphs(input, weight, bias, module)
-        log_unbroken_graph(module)
-    if torch.compiler.is_compiling() or not _are_plain_and_untraced(input, weight, bias):
+        else:
+            log_unbroken_graph(module)
+    if torch.compiler.is_compiling():
         return F.linear(input, weight, bias)
     log = get_head_log(module)
     assert log is not None
     reason = None if log.is_named else find_reason_for_plain_logits(input, weight)
     if reason is not None:
         log.count_materialization(reason)
+    if reason is not None or not _are_plain_and_untraced(input, weight, bias):
         return F.linear(input, weight, bias)
     if _torch.has_forward_hooks(module):
         is_training = module.training and torch.is_grad_enabled()

@@ -189,11 +189,10 @@ def save(ctx: Any, *tensors: Tensor | None, backward: Sequence[Tensor | None] = 
 
     A transform gets `tensors` for both: PyTorch's vmap keeps the batch axes of only one list.
     """
-    if _torch.is_transformed():
-        backward = ()
-    ctx.save_for_backward(*(backward or tensors))
+    is_transformed = _torch.is_transformed()
+    ctx.save_for_backward(*(tensors if is_transformed or not backward else backward))
     # only a transform has a tangent; Dynamo does not know `save_for_forward`
-    if _torch.is_transformed() and not torch.compiler.is_compiling():
+    if is_transformed and not torch.compiler.is_compiling():
         ctx.save_for_forward(*tensors)
 
 

@@ -37,12 +37,13 @@ class LossKernel:
         small_cost: Callable[..., Any] | None = None,
         keep_index: int | None = None,
     ):
-        self.value_and_gradient = bypass_operator_on_cpu(operator)
+        run = bypass_operator_on_cpu(operator)
+        self.value_and_gradient = run
         self.small_cost = small_cost
         self.keep_index = keep_index
         # lambdas, since Dynamo does not trace bound methods here
-        self.value = lambda *inputs: self.value_and_gradient(None, *inputs, True)[0]
-        self.gradient = lambda dc, *inputs: self.value_and_gradient(dc, *inputs, False)[1]
+        self.value = lambda *inputs: run(None, *inputs, True)[0]
+        self.gradient = lambda dc, *inputs: run(dc, *inputs, False)[1]
 
     def cost_and_gradient(self, n: Tensor | float, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Σ c / n, and its gradient with respect to the first input."""
@@ -96,7 +97,8 @@ def bypass_operator_on_cpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def _get_name(kernel: Any) -> str | None:
     """An operator's name; None for a function."""
-    return kernel.name().split("::")[1] if isinstance(kernel, torch._ops.OpOverload) else None
+    get_name = getattr(kernel, "name", None)
+    return None if get_name is None else get_name().split("::")[1]
 
 
 def may_use_kernel(args: Any, is_gpu_only: bool = False, is_fast_if_small: bool = False) -> bool:

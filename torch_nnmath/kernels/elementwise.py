@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath._precision import cast, wide_type, widen
+from torch_nnmath._precision import cast, get_constant, wide_type, widen
 from torch_nnmath.kernels._library import SLICE_SIZE, register_operator
 
 INTEGER_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -80,7 +80,7 @@ def relu_product(a: Tensor, v: Tensor) -> Tensor:
 
 def _write_relu_product(out: Tensor, a: Tensor, v: Tensor) -> None:
     integers = INTEGER_TYPES[v.element_size()]
-    bits = torch.le(a, a.new_zeros(()), out=out).view(integers)  # those of 0.0 or 1.0
+    bits = torch.le(a, get_constant(0.0, a.dtype), out=out).view(integers)  # those of 0.0 or 1.0
     torch.bitwise_left_shift(v.view(integers), bits, out=bits)
 
 
