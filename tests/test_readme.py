@@ -39,7 +39,11 @@ def test_examples_of_readme_run(capsys):
 
 def test_example_of_swapping_prints_output_of_page(capsys):
     page = (ROOT / "docs" / "swapping.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    namespace = {}
     (text,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
-    exec(code, {})
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, namespace)
+    assert 0 <= namespace["accuracy"] <= 1
+    assert namespace["report"].heads["3"].fused == 2
+    assert not namespace["report"].heads["3"].materialized
     assert capsys.readouterr().out == text

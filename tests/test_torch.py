@@ -325,6 +325,14 @@ def test_make_wrapper():
     assert wrapper.dtype == torch.float64
 
 
+def test_forbid_memory_access():
+    plain = torch.ones(2)
+    assert torch.from_dlpack(plain).equal(plain)
+    _torch.forbid_memory_access(plain)
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(plain)
+
+
 def test_disable_torch_function():
     subclass = x.as_subclass(Subclass)
     assert torch.add(subclass, 1) == "overridden"

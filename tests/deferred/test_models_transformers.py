@@ -3,10 +3,12 @@
 import copy
 import io
 import itertools
+import math
 import pickle
 
 import pytest
 import torch
+from conftest import OperationRecorder, limit_head_blocks
 from swapped_models import (
     CAUSAL,
     IDS,
@@ -225,7 +227,57 @@ def test_trainer_reaches_the_same_weights_and_metrics(tmp_path, plain_results, o
     results, fused_in_training = train(pair.swapped)
     assert_agree(results, plain_results[key])
     assert fused_in_training == fused
-    assert all("nested_detach" in reason for reason in pair.reasons)  # of Trainer's predictions
+    assert all("trainer" in reason for reason in pair.reasons), pair.reasons  # of its predictions
+
+
+EVALUATIONS = {
+    "loss": {"args": {"prediction_loss_only": True}},
+    "smoothed loss": {"args": {"prediction_loss_only": True, "label_smoothing_factor": 0.1}},
+    "accuracy": {
+        "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+        "compute_metrics": lambda p: {"accuracy": (p.predictions == p.label_ids).mean()},
+    },
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_trainer_evaluates_without_logits(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    pair = Pair(make_causal())
+    options = dict(EVALUATIONS[name])
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        per_device_eval_batch_size=2,
+        **options.pop("args", {}),
+    )
+
+    def evaluate(model):
+        sequences = make_sequences()
+        trainer = transformers.Trainer(
+            model=model,
+            args=arguments,
+            eval_dataset=sequences,
+            data_collator=collate,
+            **options,
+        )
+        with OperationRecorder() as recorder:
+            metrics = trainer.evaluate()
+        logits = recorder.list_outputs(lambda s: math.prod(s) > 32 * V and math.prod(s) % V == 0)
+        names = ("eval_loss", "eval_accuracy")
+        return [metrics[name] for name in names if name in metrics], logits
+
+    with limit_head_blocks():  # blocks of 32 rows
+        results, logits = evaluate(pair.swapped)
+    expected, plain_logits = evaluate(pair.plain)
+    assert results == pytest.approx(expected, rel=1e-5)
+    assert plain_logits
+    assert not logits
+    assert not pair.reasons
+    assert pair.fused == 4 * (1 + (name == "smoothed loss"))
 
 
 # PEFT

@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
-from torch_nnmath.lightning import SwapFormulas
+from torch_nnmath.lightning import GradientCheck, SwapFormulas
 
 pytestmark = LIGHTNING_MARKS
 
@@ -156,13 +156,96 @@ def test_evaluation_equals_pytorch_and_counts_losses(method, inference_mode, tmp
     expected = getattr(make_trainer(), method)(plain, make_loader(), **options)
     torch.testing.assert_close(results, expected, check_dtype=False)
     log = callback.report.heads["head"]
-    fused = 0 if method == "predict" or inference_mode else 4  # logits are computed in inference
-    assert log.fused == fused
-    if method != "predict":
-        assert read_metrics(tmp_path)["head/fused_losses"] == [fused]
+    if method == "predict":
+        assert log.fused == 0
+        ((reason, count),) = log.materialized.items()
+        assert (reason.split(" at ")[0], count) == ("result of predict_step", 4)
+    else:
+        assert log.fused == 4
+        assert not log.materialized
+        assert read_metrics(tmp_path)["head/fused_losses"] == [4]
     make_trainer(callback).fit(model, make_loader())
     assert callback.report.heads["head"].fused == 4
     assert not is_marked(model)
+
+
+class ReturnsLogits(Classifier):
+    """Returns its logits from the training step, or keeps them as an attribute."""
+
+    is_kept = False
+
+    def training_step(self, batch, batch_idx):
+        x, t = batch
+        z = self.head(self.body(x))
+        if self.is_kept:
+            self.last_logits = z
+            return F.cross_entropy(z, t)
+        return {"loss": F.cross_entropy(z, t), "logits": z}
+
+
+class ReadsLogits(Callback):
+    def __init__(self):
+        self.logits = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        logits = pl_module.last_logits if pl_module.is_kept else outputs["logits"]
+        self.logits.append(logits.detach() + 0)
+
+
+@pytest.mark.filterwarnings("ignore::torch_nnmath.deferred.MaterializedLogits")
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_logits_that_outlive_the_step_are_those_of_its_weights(accumulated, is_kept):
+    logits = []
+    for callbacks in ([callback := SwapFormulas()], []):
+        model, reader = ReturnsLogits(body=make_body_without_dropout()), ReadsLogits()
+        model.is_kept = is_kept
+        trainer = make_trainer(*callbacks, reader, accumulate_grad_batches=accumulated)
+        trainer.fit(model, make_loader())
+        logits.append(torch.stack(reader.logits))
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    log = callback.report.heads["head"]
+    assert log.fused == 4
+    assert any("use after the training step" in reason for reason in log.materialized)
+
+
+@pytest.mark.filterwarnings("ignore::torch_nnmath.deferred.MaterializedLogits")
+def test_module_that_keeps_its_logits_passes_later_gradient_checks():
+    model = ReturnsLogits(body=make_body_without_dropout())
+    model.is_kept = True
+    check = GradientCheck(every_n_steps=2)
+    make_trainer(SwapFormulas(), check).fit(model, make_loader())
+    assert "last_logits" in vars(model)
+
+
+class OptimizesManually(ReturnsLogits):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, batch_idx)["loss"]
+        z = self.head(self.body(batch[0]))  # alive in the optimizer's step
+        optimizer.zero_grad()
+        self.manual_backward(loss + F.cross_entropy(z, batch[1]))
+        optimizer.step()
+
+
+def test_logits_of_manual_optimization_are_not_computed():
+    callback = SwapFormulas()
+    make_trainer(callback).fit(OptimizesManually(), make_loader())
+    log = callback.report.heads["head"]
+    assert log.fused == 8
+    assert not log.materialized
+
+
+def test_predictions_keep_their_values_after_training():
+    model, plain, callback = Classifier(), Classifier(), SwapFormulas()
+    predictions = make_trainer(callback).predict(model, make_loader())
+    make_trainer().fit(model, make_loader())
+    expected = make_trainer().predict(plain, make_loader())
+    torch.testing.assert_close([z + 0 for z in predictions], expected)
 
 
 def test_modules_swapped_before_stay_swapped():

@@ -298,7 +298,7 @@ class Recipe:
         assert self.tensor is not None
         assert blocks is not None
         logits = self.tensor.movedim(self.form.axis, -1)
-        logits.copy_(torch.cat([values for _, values in blocks.iterate()]).view(logits.shape))
+        logits.copy_(torch.cat(blocks.map(lambda _, values: values)).view(logits.shape))
 
     def list_steps(self) -> list[Recipe]:
         """Returns the recipes from the first one after the head to this one."""

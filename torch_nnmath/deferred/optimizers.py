@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.optim.optimizer import (
@@ -14,9 +14,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-if TYPE_CHECKING:
-    from torch_nnmath.deferred.logits import HeadCall
-
+HeadCall: TypeAlias = Any  # of `logits`, which imports this module
 LIVE_CALLS: weakref.WeakSet[HeadCall] = weakref.WeakSet()
 
 

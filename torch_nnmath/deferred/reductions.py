@@ -9,7 +9,7 @@ they come from the same operations in the same dtypes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -28,15 +28,20 @@ class LogitBlocks(NamedTuple):
     bias: Tensor | None
     steps: list[Callable[[Tensor], Tensor]]  # applied to the logits of the head
 
-    def iterate(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields slices of the rows, and the logits (n, C) of each."""
+    def map(self, function: Callable[[slice, Tensor], Any]) -> list[Any]:
+        """Returns `function` of the rows and the logits (n, C) of each block.
+
+        No variable keeps a block's logits while those of the next are computed.
+        """
         N, size = len(self.features), count_block_rows(len(self.features), len(self.weight))
-        for start in range(0, N, size):
-            rows = slice(start, start + size)
-            logits = torch.nn.functional.linear(self.features[rows], self.weight, self.bias)
-            for apply in self.steps:
-                logits = apply(logits)
-            yield rows, logits
+        slices = (slice(start, start + size) for start in range(0, N, size))
+        return [function(rows, self._compute_logits(rows)) for rows in slices]
+
+    def _compute_logits(self, rows: slice) -> Tensor:
+        logits = torch.nn.functional.linear(self.features[rows], self.weight, self.bias)
+        for apply in self.steps:
+            logits = apply(logits)
+        return logits
 
 
 Rule: TypeAlias = Callable[[Form, Layout, Operation], Callable[[LogitBlocks], Any] | None]
@@ -78,7 +83,7 @@ def _reduce_each_row(
         return rows.new_empty_strided(out.shape, out.stride).copy_(values)
 
     def compute(blocks: LogitBlocks) -> Any:
-        parts = [reduce(rows, logits) for rows, logits in blocks.iterate()]
+        parts = blocks.map(reduce)
         if isinstance(layouts, Layout):
             return arrange(parts, layouts)
         return tuple(map(arrange, zip(*parts, strict=True), layouts))
@@ -147,7 +152,7 @@ def aggregate_all(form: Form, layout: Layout, operation: Operation) -> Any:
     count = math.prod(layout.shape) if is_mean else 1
 
     def compute(blocks: LogitBlocks) -> Tensor:
-        sums = [logits.sum(dtype=wide_type(out.dtype)) for _, logits in blocks.iterate()]
+        sums = blocks.map(lambda _, logits: logits.sum(dtype=wide_type(out.dtype)))
         return (torch.stack(sums).sum() / count).to(out.dtype).reshape(out.shape)
 
     return compute
