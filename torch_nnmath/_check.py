@@ -82,7 +82,7 @@ def floating(**tensors: Tensor) -> None:
 
 def base(base: float) -> None:
     """Checks the base of a logarithm."""
-    if not (0 < base and _is_finite(base) and base != 1):
+    if not (base > 0 and _is_finite(base) and base != 1):
         raise ValueError(f"base must be positive, finite and not 1, got {base}")
 
 
@@ -131,11 +131,17 @@ def shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
 
 
 def product(
-    name: str, input: Tensor, weight: Tensor, bias: Tensor | None, dims: tuple[int, ...] | None
+    name: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dims: tuple[int, ...] | None,
+    weight_dtype: torch.dtype | None = None,
 ) -> None:
     """Checks shapes and dtypes of an affine map.
 
-    `name` is that of the weight, `dims` are the numbers of axes that it may have (None: any).
+    `name` is that of the weight, `dims` are the numbers of axes that it may have (None: any), and
+    `weight_dtype` the type to which it will be rounded.
     """
     if dims is not None and weight.dim() not in dims:
         raise RuntimeError(
@@ -147,7 +153,8 @@ def product(
             f"an input of shape {tuple(input.shape)} does not fit {name} of shape "
             f"{tuple(weight.shape)}: their last axes, the features, must be equal"
         )
-    dtypes = [x.dtype for x in (input, weight, bias) if x is not None]
+    dtypes = [input.dtype, weight_dtype or weight.dtype]
+    dtypes += [] if bias is None else [bias.dtype]
     if len(set(dtypes)) > 1 and not is_autocast(input):
         raise RuntimeError(
             f"input, {name} and bias must have one dtype, got {', '.join(map(str, dtypes))}: cast "
@@ -155,7 +162,12 @@ def product(
         )
 
 
-def head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def head(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    weight_dtype: torch.dtype | None,
+) -> None:
     """Checks shapes and dtypes of the head's features, weight and bias."""
     if linear_weight.dim() < 2:
         raise RuntimeError(
@@ -171,7 +183,7 @@ def head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> No
             f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got "
             f"{tuple(linear_bias.shape)}"
         )
-    product("linear_weight", input, linear_weight, linear_bias, dims=None)
+    product("linear_weight", input, linear_weight, linear_bias, None, weight_dtype)
 
 
 def flatten_head_indices(input: Tensor, target: Tensor, C: int, positions: Sequence[int]) -> Tensor:

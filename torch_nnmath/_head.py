@@ -14,7 +14,7 @@ from torch_nnmath._precision import (
     HALF,
     cast_for_loss,
     cast_for_product,
-    get_product_dtype,
+    find_weight_dtype,
     is_autocast,
     make_scalar,
     wide_type,
@@ -81,14 +81,16 @@ def measure_logits(
 
 
 class LogitChanges(NamedTuple):
-    """Changes that recorded steps made to the logits of a Linear.
+    """What autocast and recorded steps made of the logits of a Linear.
 
-    A wider dtype, a bias added to every row, a factor for each row (then without the bias).
+    A wider dtype, a bias added to every row, a factor for each row (then without the bias); and the
+    type to which autocast rounded the weight, as in `HeadInputs`.
     """
 
     dtype: torch.dtype | None = None
     added_bias: Tensor | None = None  # (C)
     row_scale: Tensor | None = None  # (*, 1)
+    weight_dtype: torch.dtype | None = None
 
 
 NO_CHANGES = LogitChanges()
@@ -232,7 +234,7 @@ def prepare_head(
     """Checks the head's arguments, casts them and splits them into positions."""
     base, logit_scale, cap = logit_options
     check.base(base)
-    check.head(input, linear_weight, linear_bias)
+    check.head(input, linear_weight, linear_bias, changes.weight_dtype)
     check.smoothing(target_options.label_smoothing)
     logit_dtype = changes.dtype or input.dtype
     output_dtype, target, weight = cast_for_loss(logit_dtype, target, target_options.weight)
@@ -240,9 +242,7 @@ def prepare_head(
     if is_autocast(input):
         output_dtype = torch.float64 if output_dtype == torch.float64 else torch.float32
     # the operator itself rounds the weight, and so computes dW in the weight's own type
-    W, weight_dtype = linear_weight, None
-    if get_product_dtype(W) != W.dtype:
-        weight_dtype = get_product_dtype(W)
+    W, weight_dtype = linear_weight, changes.weight_dtype or find_weight_dtype(linear_weight)
     input, b = cast_for_product(input, linear_bias)
     if changes.added_bias is not None:
         b = changes.added_bias if b is None else widen(b) + changes.added_bias

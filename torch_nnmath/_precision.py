@@ -78,6 +78,12 @@ def get_product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type)
 
 
+def find_weight_dtype(weight: Tensor) -> torch.dtype | None:
+    """The type to which autocast rounds a weight; None if it stays as it is."""
+    dtype = get_product_dtype(weight)
+    return None if dtype == weight.dtype else dtype
+
+
 def cast_for_loss(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Returns the loss's dtype and operands; under autocast, half types become float32."""
     first = tensors[0]

@@ -21,6 +21,7 @@ from deferred_helpers import (
 from tolerance import compute_distance, get_rounding_tolerance
 from torch import nn
 
+import torch_nnmath
 from torch_nnmath import functional
 
 pytestmark = MARKS
@@ -136,3 +137,28 @@ def test_error_is_at_most_a_rounding_more_than_the_plain_model(region, name):
         assert not log.fused
     elif "read" not in name and (dtype, name) != (torch.float32, "at least float32"):
         assert_fused(log)
+
+
+@pytest.mark.parametrize("is_materialized", [False, True])
+def test_autocast_keeps_no_copy_of_a_float32_weight(is_materialized):
+    """The weight's gradient is that of the rounded weight, and is itself rounded only by a head
+    whose logits are computed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 50))
+    torch_nnmath.swap(model, head="0")
+    x, y = torch.randn(6, 8), torch.randint(50, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x)
+        call = logits.recipe.call
+        assert [v.data_ptr() for v in call.operands[1:2]] == [model[0].weight.data_ptr()]
+        if is_materialized:
+            logits = logits + torch.arange(6)[:, None]
+        loss = functional.cross_entropy(logits, y)
+    loss.backward()
+    rounded = [v.detach().bfloat16().double() for v in (x, model[0].weight, model[0].bias)]
+    W = rounded[1].requires_grad_()
+    F.cross_entropy(F.linear(rounded[0], W, rounded[2]), y).backward()
+    eps = 2**-8 if is_materialized else 2**-18
+    assert model[0].weight.grad.dtype == torch.float32
+    error = (model[0].weight.grad - W.grad).abs().max() / W.grad.abs().max()
+    assert error < 2 * eps

@@ -10,6 +10,7 @@ affine map's Function (F1), whose backward (F8) runs only if the logits are mate
   they materialise the logits, so that a hook, a checkpoint or a Function in the graph still runs.
 - `observers`: the functions that observe the gradient of logits or read their memory.
 - `reductions`: the operations, such as `argmax`, that are computed from blocks of logits.
+- `operands`: what the product takes: features, weight and bias, cast as under autocast.
 - `optimizers`: hooks of optimizers, whose steps change the operands of deferred logits.
 - `logits`: the tensor. Any other operation materialises the logits, once for every tensor that
   came from the same call of the head; from then on they behave as plain tensors.

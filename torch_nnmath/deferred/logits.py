@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,9 +13,15 @@ from torch.nn import Module
 
 from torch_nnmath import _torch, formulas
 from torch_nnmath import functional as F
-from torch_nnmath._precision import cast_for_product, disable_autocast
+from torch_nnmath._precision import disable_autocast
 from torch_nnmath.deferred.log import HeadLog, find_user_frame
 from torch_nnmath.deferred.mark import get_head_log
+from torch_nnmath.deferred.operands import (
+    Operands,
+    are_operands_of_head,
+    make_operands,
+    set_inference_mode,
+)
 from torch_nnmath.deferred.optimizers import LIVE_CALLS, track_optimizers
 from torch_nnmath.deferred.reductions import REDUCTIONS, SELECTIONS, LogitBlocks
 from torch_nnmath.deferred.steps import (
@@ -30,6 +34,7 @@ from torch_nnmath.deferred.steps import (
     aten,
     make_packed_layout,
 )
+from torch_nnmath.formulas.affine import compute_affine_gradients
 from torch_nnmath.kernels.dispatch import PLAIN_TYPES
 
 # The calls of a head
@@ -69,8 +74,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
         is_training = module.training and torch.is_grad_enabled()
         log.count_materialization("by forward hooks of the head", is_training=is_training)
         return F.linear(input, weight, bias)
-    operands = _make_operands(input, weight, bias)
-    if operands is None or not _are_operands_of_head(*operands):
+    operands = make_operands(input, weight, bias)
+    if operands is None or not are_operands_of_head(operands):
         return F.linear(input, weight, bias)
     if input.is_inference() and weight.shape[0] <= weight.shape[1]:
         log.count_materialization("in inference mode: the head has no more classes than features")
@@ -111,70 +116,37 @@ def _are_plain_and_untraced(*tensors: Tensor | None) -> bool:
     return all(type(x) in PLAIN_TYPES and not x.is_meta for x in tensors if x is not None)
 
 
-def _make_operands(*tensors: Tensor | None) -> list[Any] | None:
-    """Returns the operands of the product: features, weight and bias; None if they cannot be kept.
-
-    Autocast's cast belongs here: the loss may be computed outside of the autocast region.
-    Inference tensors have no version that would tell of a change: they are copied. A weight is too
-    large for a copy. PyTorch raises an error for inference tensors where the product requires grad.
-    """
-    given_tensors = [x for x in tensors if x is not None]
-    is_any_inference = any(x.is_inference() for x in given_tensors)
-    if not is_any_inference and not torch.is_inference_mode_enabled():
-        return cast_for_product(*tensors)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given_tensors):
-        return None
-    with torch.no_grad(), _set_inference_mode(False):
-        features, weight, bias = cast_for_product(*tensors)
-        if weight.is_inference():
-            return None
-        return [_copy_inference_tensor(features), weight, _copy_inference_tensor(bias)]
-
-
-def _set_inference_mode(enabled: bool) -> AbstractContextManager[Any]:
-    """Turns inference mode on or off.
-
-    It changes nothing if the mode is set already: below autograd, turning the mode off turns
-    autograd on.
-    """
-    is_set = torch.is_inference_mode_enabled() == enabled
-    return contextlib.nullcontext() if is_set else torch.inference_mode(enabled)
-
-
-def _copy_inference_tensor(x: Tensor | None) -> Tensor | None:
-    return x if x is None or not x.is_inference() else x.clone()
-
-
 def is_traced() -> bool:
     """Whether a tracer records operations. It must record those of plain logits."""
     return _torch.is_jit_tracing() or _torch.is_fx_tracing()
 
 
-def _are_operands_of_head(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the product is defined and has rows and several classes.
-
-    If it is undefined, `functional.linear` raises PyTorch's error.
-    """
-    operands = [features, weight] if bias is None else [features, weight, bias]
-    return (
-        len({(x.dtype, x.device) for x in operands}) == 1
-        and features.is_floating_point()
-        and features.dim() > 0
-        and features.numel() > 0
-        and weight.dim() == 2
-        and features.shape[-1] == weight.shape[1]
-        and weight.shape[0] > 1
-    )
-
-
 class DeferredAffine(formulas.Affine):
-    """F1 with a forward that returns deferred logits; the backward is F8."""
+    """F1 with a forward that returns deferred logits; the backward is F8. It gets `Operands`."""
 
     @staticmethod
-    def forward(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def forward(  # type: ignore[override]
+        x: Tensor, W: Tensor, b: Tensor | None, weight_dtype: torch.dtype | None
+    ) -> Tensor:
         form = Form(x.dim() - 1, x.new_empty((*x.shape[:-1], 0)), has_bias=b is not None)
         layout = make_packed_layout((*x.shape[:-1], W.shape[0]), x.dtype)
-        return DeferredLogits(Recipe(HeadCall(x, W, b), StepResult(form, layout)))
+        call = HeadCall(Operands(x, W, b, weight_dtype))
+        return DeferredLogits(Recipe(call, StepResult(form, layout)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, logits: Tensor) -> None:
+        _, W, _, ctx.weight_dtype = inputs
+        ctx.W_dtype = W.dtype
+        formulas.Affine.setup_context(ctx, inputs, logits)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Any:
+        x, W = ctx.saved_tensors
+        needs_gradient = ctx.needs_input_grad
+        if W is not None and ctx.weight_dtype is not None:
+            W = W.to(ctx.weight_dtype)
+        dx, dW, db = compute_affine_gradients(dz, x, W, ctx.b_shape, needs_gradient)
+        return dx, dW if dW is None else dW.to(ctx.W_dtype), db, None
 
 
 class HeadCall:
@@ -187,15 +159,15 @@ class HeadCall:
     grad_fn: Any  # the node of the logits in the graph; None if they do not require grad
     is_training = False
 
-    def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None):
-        self.operands: Any = features, weight, bias
+    def __init__(self, operands: Operands):
+        self.operands: Any = operands
         self.versions: list[tuple[Tensor, int]] = []
         self.recipes: list[weakref.ref[Recipe]] = []
         self.is_materialized = False
         self.observer: str | None = None  # what first observed the logits' gradient
         self.has_fused_loss = False  # whether a loss bypassed the logits, which get no gradient
-        for operand in self.operands:
-            if operand is not None:
+        for operand in operands:
+            if isinstance(operand, Tensor):
                 self.record_version(operand)
         track_optimizers()
         LIVE_CALLS.add(self)
@@ -232,13 +204,13 @@ class HeadCall:
         reason = f"{self.observer or operation} at {find_user_frame()[1]}"
         is_training = self.is_training and self.grad_fn is not None
         self.log.count_materialization(reason, is_training=is_training)
-        features, weight, bias = self.operands
-        with torch.no_grad(), disable_autocast(features):
+        operands = self.operands
+        with torch.no_grad(), disable_autocast(operands.features):
             recipes = [r for reference in self.recipes if (r := reference()) is not None]
             selected = [(r, r.make_blocks()) for r in recipes if r.has_selection]
             for recipe in recipes:
                 with torch.inference_mode(recipe.is_inference):
-                    recipe.materialize(features, weight, bias)
+                    recipe.materialize(operands)
             for recipe, blocks in selected:
                 with torch.inference_mode(recipe.is_inference):
                     recipe.overwrite_by(blocks)
@@ -269,9 +241,10 @@ class Recipe:
         self.tensor: Tensor | None = None
         call.recipes.append(weakref.ref(self))
 
-    def materialize(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def materialize(self, operands: Operands) -> None:
         if self.parent is None or self.operation is None:
-            self.tensor = torch.nn.functional.linear(features, weight, bias)
+            weight = operands.round_weight()
+            self.tensor = torch.nn.functional.linear(operands.features, weight, operands.bias)
             return
         assert self.parent.tensor is not None
         tensor = self.operation.apply(self.parent.tensor)
@@ -283,12 +256,13 @@ class Recipe:
         steps = [step.result for step in self.list_steps()]
         if any(step.apply_to_rows is None and step.apply_to_values is None for step in steps):
             return None
-        features, weight, bias = self.call.operands
+        operands = self.call.operands
+        features, weight = operands.features, operands.round_weight()
         for step in steps:
             features = features if step.apply_to_rows is None else step.apply_to_rows(features)
         features = features.movedim(self.form.axis, -1).reshape(-1, weight.shape[1])
         value_steps = [step.apply_to_values for step in steps if step.apply_to_values is not None]
-        return LogitBlocks(features, weight, bias, value_steps)
+        return LogitBlocks(features, weight, operands.bias, value_steps)
 
     def overwrite_by(self, blocks: LogitBlocks | None) -> None:
         """Overwrites the logits by those of the blocks, of which a reduction returned some.
@@ -494,7 +468,7 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
         step = operation._replace(output=i) if has_several_outputs else operation
         # A view is an inference tensor if its base is one, whether inference mode is on or not.
         is_inference = recipe.is_inference if func.is_view else torch.is_inference_mode_enabled()
-        with _set_inference_mode(is_inference):
+        with set_inference_mode(is_inference):
             outputs.append(DeferredLogits(Recipe(call, result, recipe, step)))
     return outputs if has_several_outputs else outputs[0]
 
@@ -518,7 +492,7 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     if compute is None:
         return None
     call.check_operands()
-    with torch.no_grad(), disable_autocast(call.operands[0]):
+    with torch.no_grad(), disable_autocast(call.operands.features):
         blocks = recipe.make_blocks()
         if blocks is None:
             return None
@@ -539,7 +513,7 @@ def _capture_operand(operand: Any, call: HeadCall) -> Any:
     if not isinstance(operand, Tensor):
         return operand
     if not operand.requires_grad or operand.is_inference():
-        with torch.no_grad(), _set_inference_mode(False):
+        with torch.no_grad(), set_inference_mode(False):
             return operand.clone()
     call.record_version(operand)
     return operand

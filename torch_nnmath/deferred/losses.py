@@ -35,6 +35,7 @@ class HeadRows(NamedTuple):
     dtype: torch.dtype  # of the logits
     row: Tensor | None  # added to each row of logits
     row_scale: Tensor | None  # (*, 1), a scale for each row
+    weight_dtype: torch.dtype | None  # to which autocast rounded the weight
 
     def prepare_head(
         self,
@@ -51,7 +52,7 @@ class HeadRows(NamedTuple):
             self.bias,
             target_options,
             LogitOptions(base, self.scale * scale, self.softcap if softcap is None else softcap),
-            LogitChanges(self.dtype, self.row, self.row_scale),
+            LogitChanges(self.dtype, self.row, self.row_scale, self.weight_dtype),
         )
 
     def prepare_head_of_any_class(
@@ -121,10 +122,12 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int) -> Any:
     # If the logits do not require grad, no gradient may reach what they were computed from.
     detach = functools.partial(detach_unless, logits.requires_grad)
     has_head_gradient = logits.requires_grad and call.grad_fn is not None
-    operands = [detach_unless(has_head_gradient, x) for x in call.operands]
-    if logits.dtype == torch.float64:
-        operands = [x if x is None else x.double() for x in operands]
-    features, weight, bias = operands
+    detach_operand = functools.partial(detach_unless, has_head_gradient)
+    features, weight, bias, weight_dtype = map(detach_operand, call.operands)
+    if logits.dtype == torch.float64 and features.dtype != torch.float64:
+        weight = weight if weight_dtype is None else weight.to(weight_dtype)
+        features, weight, weight_dtype = features.double(), weight.double(), None
+        bias = None if bias is None else bias.double()
     rows, row_scale = _apply_steps(logits, features, detach)
     for x, width in ((rows, features.shape[-1]), (row_scale, 1)):
         shape = [width if d == form.axis else size for d, size in enumerate(logits.shape)]
@@ -145,6 +148,7 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int) -> Any:
         logits.dtype,
         sum(row) if row else None,
         None if row_scale is None else row_scale.movedim(form.axis, -1),
+        weight_dtype,
     )
 
 

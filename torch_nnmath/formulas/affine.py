@@ -24,8 +24,8 @@ class Affine(Formula):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, z: Tensor) -> None:
-        x, W, b = inputs
-        needs_x, needs_W, _ = ctx.needs_input_grad
+        x, W, b, *_ = inputs
+        needs_x, needs_W, *_ = ctx.needs_input_grad
         save(ctx, x, W, backward=(x if needs_W else None, W if needs_x else None))
         ctx.b_shape = None if b is None else b.shape
 

@@ -1,0 +1,86 @@
+"""The operands of a head's product, as deferred logits keep them."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_nnmath._precision import cast_for_product, find_weight_dtype
+
+
+class Operands(NamedTuple):
+    """The operands of a head's product.
+
+    Autocast's casts belong here, since the loss may be computed outside of the autocast region. The
+    weight is rounded for each product anew, so that no copy is kept and its gradient is not
+    rounded.
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    weight_dtype: torch.dtype | None  # to which the weight is rounded
+
+    def round_weight(self) -> Tensor:
+        return self.weight if self.weight_dtype is None else self.weight.to(self.weight_dtype)
+
+
+def make_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> Operands | None:
+    """Returns the operands of the product; None if they cannot be kept.
+
+    Inference tensors have no version that would tell of a change: they are copied. A weight is too
+    large for a copy. PyTorch raises an error for inference tensors where the product requires grad.
+    """
+    given_tensors = [x for x in (input, weight, bias) if x is not None]
+    weight_dtype = find_weight_dtype(weight)
+    is_any_inference = any(x.is_inference() for x in given_tensors)
+    if not is_any_inference and not torch.is_inference_mode_enabled():
+        features, bias = cast_for_product(input, bias)
+        return Operands(features, weight, bias, weight_dtype)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given_tensors):
+        return None
+    with torch.no_grad(), set_inference_mode(False):
+        if weight.is_inference():
+            return None
+        copies = (_copy_inference_tensor(x) for x in cast_for_product(input, bias))
+        features, bias = copies
+        assert features is not None
+        return Operands(features, weight, bias, weight_dtype)
+
+
+def set_inference_mode(enabled: bool) -> AbstractContextManager[Any]:
+    """Turns inference mode on or off.
+
+    It changes nothing if the mode is set already: below autograd, turning the mode off turns
+    autograd on.
+    """
+    is_set = torch.is_inference_mode_enabled() == enabled
+    return contextlib.nullcontext() if is_set else torch.inference_mode(enabled)
+
+
+def _copy_inference_tensor(x: Tensor | None) -> Tensor | None:
+    return x if x is None or not x.is_inference() else x.clone()
+
+
+def are_operands_of_head(operands: Operands) -> bool:
+    """Whether the product is defined and has rows and several classes.
+
+    If it is undefined, `functional.linear` raises PyTorch's error.
+    """
+    features, weight, bias, weight_dtype = operands
+    kinds = {(features.dtype, features.device), (weight_dtype or weight.dtype, weight.device)}
+    if bias is not None:
+        kinds.add((bias.dtype, bias.device))
+    return (
+        len(kinds) == 1
+        and features.is_floating_point()
+        and features.dim() > 0
+        and features.numel() > 0
+        and weight.dim() == 2
+        and features.shape[-1] == weight.shape[1]
+        and weight.shape[0] > 1
+    )
