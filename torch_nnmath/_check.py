@@ -80,7 +80,7 @@ def floating(**tensors: Tensor) -> None:
 
 def base(base: float) -> None:
     """Checks the base of a logarithm."""
-    if not (0 < base and _is_finite(base) and base != 1):
+    if not (base > 0 and _is_finite(base) and base != 1):
         raise ValueError(f"base must be positive, finite and not 1, got {base}")
 
 

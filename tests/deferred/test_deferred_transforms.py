@@ -272,7 +272,9 @@ COMPILED |= {
         m(o.x)
     ),
 }
-COMPILED_AND_FUSED = ["loss", "body", "break", "breaks around the head", "disabled head", "in place"]
+COMPILED_AND_FUSED = [
+    *("loss", "body", "break", "breaks around the head", "disabled head", "in place"),
+]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -11,7 +11,7 @@ from torch_nnmath.deferred.mark import get_head_log
 linear_between_graphs = torch.compiler.disable(linear)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def log_unbroken_graph(module: Module) -> None:
     """Counts a graph that computes logits. It runs when the graph is traced, not when it runs."""
     log = get_head_log(module)
