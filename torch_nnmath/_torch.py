@@ -68,7 +68,8 @@ def may_break_graph() -> bool:
     The result is a constant of the graph. The mark for that is private; the public
     `torch.compiler.assume_constant_result` would import Dynamo, which takes seconds.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator, _get_error_on_graph_break
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.utils import _get_error_on_graph_break
 
     translator = InstructionTranslator.current_tx()
     return translator.should_compile_partial_graph() and not _get_error_on_graph_break()
