@@ -77,7 +77,8 @@ def is_legacy_batch(x: Tensor) -> bool:
 def apply_without_signature(function: type[Function], inputs: Any) -> Any:
     """`function.apply(*inputs)` outside of transforms.
 
-    `Function.apply` itself calls `inspect.signature` each time, which takes 10 µs.
+    `Function.apply` itself calls `inspect.signature` each time, which takes 10 µs. Since PyTorch
+    2.14, this call does so too.
     """
     apply: Any = super(Function, function).apply  # type: ignore[misc]  # untyped
     return apply(*unwrap_dead_wrappers(inputs))
