@@ -259,7 +259,7 @@ def test_reduction_after_an_optimizer_step_raises():
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "trace"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_reductions_under_transforms_agree(transform):
     def compute(model):
         o = make_inputs()
