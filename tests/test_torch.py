@@ -357,15 +357,6 @@ def test_tree_map():
     assert _torch.tree_map(lambda v: v + 1, [1, (2, {"a": 3})]) == [2, (3, {"a": 4})]
 
 
-def test_get_buffers():
-    module = torch.nn.Module()
-    module.register_buffer("unset", None)
-    module.register_buffer("calls", x)
-    assert _torch.get_buffers(module) == {"unset": None, "calls": x}
-    _torch.get_buffers(module)["calls"] = None
-    assert module.calls is None
-
-
 def test_make_fake_tensor_mode():
     with _torch.make_fake_tensor_mode() as mode:
         y = mode.from_tensor(x) + x  # x is a real tensor

@@ -217,11 +217,6 @@ def get_attribute(module: torch.nn.Module, name: str, default: Any) -> Any:
     return default
 
 
-def get_buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
-    """The dict of a module's own buffers. The public `named_buffers` skips those that are None."""
-    return module._buffers
-
-
 # Tracers and the nodes of the autograd graph, for the checker
 
 
