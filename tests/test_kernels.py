@@ -101,7 +101,12 @@ OPERATORS = {
         (one, z, t, 2, 1.0, False),
         (z, t, z, 0, 1.0, False),
     ],
-    "tanh_product": [(z.tanh().T, t.T), (z.tanh(), t), (z.tanh().half(), t.half())],
+    "tanh_product": [
+        (z.tanh().T, t.T),
+        (z.tanh().T, t.T.contiguous()),
+        (z.tanh(), t),
+        (z.tanh().half(), t.half()),
+    ],
 }
 OPERATORS["head_second_order"][2] = (*OPERATORS["head_second_order"][2][:-1], [True, *NONE[1:]])
 

@@ -18,6 +18,7 @@ from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function, forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.nn.utils._expanded_weights.expanded_weights_impl import HANDLED_FUNCTIONS
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -189,6 +190,16 @@ def disable_torch_function() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+def share_per_sample_gradient(torch_function: Any, function: Any) -> None:
+    """Gives `function` the rule of `torch_function` for per-sample gradients, if there is one.
+
+    `call_for_per_sample_grads` looks rules up in a private table.
+    """
+    rule = HANDLED_FUNCTIONS.get(torch_function)
+    if rule is not None:
+        HANDLED_FUNCTIONS[function] = rule
+
+
 def disable_dispatch_modes() -> AbstractContextManager[Any]:
     """Operations inside skip every active `TorchDispatchMode`. No public function does this."""
     return _disable_current_modes()
@@ -216,11 +227,6 @@ def get_attribute(module: torch.nn.Module, name: str, default: Any) -> Any:
         if name in owner:
             return owner[name]
     return default
-
-
-def get_buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
-    """The dict of a module's own buffers. The public `named_buffers` skips those that are None."""
-    return module._buffers
 
 
 # Tracers and the nodes of the autograd graph, for the checker
