@@ -73,6 +73,21 @@ def test_layer_output_changed_in_place_has_the_right_gradient(layer, shape, bias
         torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("is_weight_batched", [True, False])
+def test_vmap_of_linear_beside_a_frozen_input_has_the_gradient(is_weight_batched):
+    """An ensemble of layers on fixed features, and a batch of features through a frozen layer."""
+    frozen, batch = torch.randn(4, 3), torch.randn(5, 4, 3, requires_grad=True)
+
+    def compute(v):
+        return F.linear(frozen, v) if is_weight_batched else F.linear(v, frozen)
+
+    losses = torch.vmap(lambda v: compute(v).square().sum())(batch)
+    looped = torch.stack([compute(v).square().sum() for v in batch])
+    torch.testing.assert_close(losses, looped)
+    results = [torch.autograd.grad(c.sum(), batch)[0] for c in (losses, looped)]
+    torch.testing.assert_close(*results)
+
+
 def test_linear_saves_only_what_its_backward_reads():
     x, W = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3)
     z = F.linear(x, W)
