@@ -163,11 +163,9 @@ def test_bad_number_after_good_one_raises_in_compiled_function(name, option):
     torch.compiler.reset()
     compiled = torch.compile(function, backend="eager", dynamic=True, fullgraph=True)
     compiled(*inputs, **{option: good})
+    message = rf"(raise|raised exception) .*{option}"  # of the line that Dynamo's error shows
     for bad in bad_values:
-        # Dynamo's error shows the line that raises
-        with pytest.raises(
-            torch._dynamo.exc.Unsupported, match=rf"(raise|raised exception) .*{option}"
-        ):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
             compiled(*inputs, **{option: bad})
 
 
