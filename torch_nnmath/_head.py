@@ -17,6 +17,7 @@ from torch_nnmath._precision import (
     find_weight_dtype,
     is_autocast,
     make_scalar,
+    multiply,
     wide_type,
     widen,
 )
@@ -218,7 +219,8 @@ def _compose_cost(rows: RowResults, n: Any, kept_rows: Any, z_loss_coefficient: 
     """F3 of the losses over n, plus `z_loss_coefficient` times F3 of F20 over the kept rows."""
     cost: Tensor = formulas.Cost.evaluate(rows.loss, n)
     if z_loss_coefficient:
-        cost = cost + z_loss_coefficient * formulas.Cost.evaluate(rows.squared_lse, kept_rows)
+        z_loss = formulas.Cost.evaluate(rows.squared_lse, kept_rows)
+        cost = cost + multiply(z_loss, z_loss_coefficient)
     return cost
 
 

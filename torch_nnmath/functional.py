@@ -17,7 +17,14 @@ from torch import Tensor
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
 from torch_nnmath._head import LogitOptions, is_scaled, measure_logits, prepare_head, scale_logits
-from torch_nnmath._precision import bool_to_int, cast_for_loss, cast_for_product, is_autocast, widen
+from torch_nnmath._precision import (
+    bool_to_int,
+    cast_for_loss,
+    cast_for_product,
+    is_autocast,
+    multiply,
+    widen,
+)
 from torch_nnmath._records import Target
 from torch_nnmath._reduction import (
     choose_divisor,
@@ -225,12 +232,12 @@ def mse_loss(
     input, target = bool_to_int(input), bool_to_int(target)
     if target.shape != input.shape:
         input, target = torch.broadcast_tensors(input, target)
-    scale = 2.0  # PyTorch's loss lacks the ½ of F4
+    scale = 2  # PyTorch's loss lacks the ½ of F4
     if weight is not None:
         # widen once, so that the gradients from product and divisor are added in float32
         weight = widen(weight)
         c = formulas.SquaredError.evaluate(input, target, 0, scale) * weight
-        n = 1.0 if reduction == "sum" else weight.sum()
+        n = 1 if reduction == "sum" else weight.sum()
         loss = c if reduction == "none" else formulas.Cost.evaluate(c, n)
         is_integer_mean = reduction == "mean" and not dtype.is_floating_point
         return loss if is_integer_mean else loss.to(dtype)  # an integer mean stays float
@@ -261,7 +268,7 @@ def squared_error(
     """
     check.floating(input=input, target=target)
     formula = formulas.SquaredError
-    return reduce_examples("squared_error", input, target, reduction, dim, formula, 1.0)
+    return reduce_examples("squared_error", input, target, reduction, dim, formula, 1)
 
 
 @check.support_torch_function
@@ -422,11 +429,11 @@ def cross_entropy(
     if z_loss:
         z_losses = formulas.mask_ignored(keep, formulas.ZLoss.evaluate(input, dim)).squeeze(dim)
         if reduction == "none":
-            loss = loss + z_loss * z_losses
+            loss = loss + multiply(z_losses, z_loss)
         else:
             kept_count = count_kept(keep, count_examples(input, dim)) if C else 0
             divisor = choose_divisor(reduction, kept_count, input)
-            loss = loss + z_loss * formulas.Cost.evaluate(z_losses, divisor)
+            loss = loss + multiply(formulas.Cost.evaluate(z_losses, divisor), z_loss)
     loss = loss if loss.dtype == dtype else loss.to(dtype)
     if not return_stats:
         return loss
