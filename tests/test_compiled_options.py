@@ -20,6 +20,7 @@ OPTIONS = {
     "label_smoothing": ((0.2, 1), (1.5, -0.5, math.inf, math.nan)),
     "logit_scale": ((0.7, -2), (math.inf, -math.inf, math.nan)),
     "softcap": ((1.5, 3), (0.0, -1.0, math.inf, math.nan)),
+    "temperature": ((0.8, 2), (0.0, -1.0, math.inf, math.nan)),
     "z_loss": ((0.3, 1), (math.inf, -math.inf, math.nan)),
 }
 
@@ -37,6 +38,7 @@ FUNCTION_INPUTS = {
     "linear": (X, W),
     "linear_cross_entropy": (X, W, Y),
     "linear_log_probs": (X, W, Y),
+    "linear_log_sum_exp": (X, W),
     "mse_loss": (Z, Z.cos()),
     "relu": (Z,),
     "sigmoid": (Z,),

@@ -81,6 +81,17 @@ class ZeroTangent(Product):
         return torch.zeros_like(x @ W.T)
 
 
+class SavesOtherTensorsForTheTangent(Product):
+    """Saves for the backward only what it reads; vmap keeps the batch axes of one list."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, y):
+        x, W = inputs
+        needs_x, needs_W = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_W else None, W if needs_x else None)
+        ctx.save_for_forward(x, W)
+
+
 class IgnoresTangentOfW(Product):
     @staticmethod
     def jvp(ctx, dx, dW):
@@ -356,6 +367,7 @@ FAULTS = [
     (DetachedBackward, ZERO, ["second order"], ["gradient", "forward mode"]),
     (NoVmapRule, RAISES, ["vmap", "vmap(grad)"], ["gradient", "second order"]),
     (MixesRows, WRONG, ["vmap", "grad(vmap)", "vmap(vmap)"], ["gradient"]),
+    (SavesOtherTensorsForTheTangent, RAISES, ["vmap of subsets"], ["vmap", "vmap(grad)", "jvp"]),
     (FlattensUpstream, RAISES, ["upstream gradients"], ["gradient"]),
     (IgnoresStrides, WRONG, ["strided inputs"], ["gradient"]),
     (IgnoresDevice, RAISES, ["default device", "meta device"], ["gradient"]),
