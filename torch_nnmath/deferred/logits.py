@@ -61,14 +61,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
             return linear_between_graphs(input, weight, bias, module)
         else:
             log_unbroken_graph(module)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _are_plain_and_untraced(input, weight, bias):
         return F.linear(input, weight, bias)
     log = get_head_log(module)
     assert log is not None
     reason = None if log.is_named else find_reason_for_plain_logits(input, weight)
     if reason is not None:
         log.count_materialization(reason)
-    if reason is not None or not _are_plain_and_untraced(input, weight, bias):
         return F.linear(input, weight, bias)
     if _torch.has_forward_hooks(module):
         is_training = module.training and torch.is_grad_enabled()
