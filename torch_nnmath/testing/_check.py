@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath.testing import _compilers  # noqa: F401  (registers its transforms)
+from torch_nnmath.testing import _batching, _compilers  # noqa: F401  (register transforms)
 from torch_nnmath.testing._calls import find_autograd_functions
 from torch_nnmath.testing._case import TOLERANCES, Case, is_real_tensor, make_module_function
 from torch_nnmath.testing._report import Finding, Report, Row, Verdict, describe_error
