@@ -45,6 +45,10 @@ class WritesInput(Finding):
     verdict = Verdict.WRITES
 
 
+class Cannot(Finding):
+    verdict = Verdict.CANNOT
+
+
 class NotApplicable(Finding):
     verdict = Verdict.NOT_APPLICABLE
 
