@@ -1,11 +1,13 @@
 """The formulas inside a user's graph: in-place edits, saved tensors, autocast, infinite logits."""
 
+import functools
 import math
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import jvp, vjp
 
 from torch_nnmath import formulas, nn
 from torch_nnmath import functional as F
@@ -71,6 +73,21 @@ def test_layer_output_changed_in_place_has_the_right_gradient(layer, shape, bias
         results.append([y, *torch.autograd.grad(y.square().sum(), [*net.parameters()])])
     for result, expected in zip(*results, strict=True):
         torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("is_weight_batched", [True, False])
+def test_vmap_of_linear_beside_a_frozen_input_has_the_gradient(is_weight_batched):
+    """An ensemble of layers on fixed features, and a batch of features through a frozen layer."""
+    frozen, batch = torch.randn(4, 3), torch.randn(5, 4, 3, requires_grad=True)
+
+    def compute(v):
+        return F.linear(frozen, v) if is_weight_batched else F.linear(v, frozen)
+
+    losses = torch.vmap(lambda v: compute(v).square().sum())(batch)
+    looped = torch.stack([compute(v).square().sum() for v in batch])
+    torch.testing.assert_close(losses, looped)
+    results = [torch.autograd.grad(c.sum(), batch)[0] for c in (losses, looped)]
+    torch.testing.assert_close(*results)
 
 
 def test_linear_saves_only_what_its_backward_reads():
@@ -242,3 +259,57 @@ def test_feedforward_in_half_precision_with_float32_softmax_stays_accurate(monke
     for result, expected in zip(results, compute_results(torch.float64), strict=True):
         scale = expected.detach().abs().max().item()
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=0.05 * scale)
+
+
+PROBS = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
+REDUCED_LOSSES = {
+    "cross_entropy": lambda z, **kw: F.cross_entropy(z, Y[:2], **kw),
+    "cross_entropy with z-loss": lambda z, **kw: F.cross_entropy(z, Y[:2], z_loss=0.1, **kw),
+    "cross_entropy of a row": lambda z, **kw: F.cross_entropy(z[0], Y[0], z_loss=0.1, **kw),
+    "linear_cross_entropy": lambda z, **kw: F.linear_cross_entropy(
+        z, PROBS.to(z).mT @ PROBS.to(z), Y[:2], z_loss=0.1, softcap=2.0, **kw
+    ),
+    "linear_cross_entropy of a row": lambda z, **kw: F.linear_cross_entropy(
+        z[0], PROBS.to(z), Y[0], z_loss=0.1, **kw
+    ),
+    "mse_loss": lambda z, **kw: F.mse_loss(z, PROBS.to(z), **kw),
+    "mse_loss with weight": lambda z, **kw: F.mse_loss(z, 0 * z, weight=PROBS.to(z), **kw),
+    "mse_loss of a number": lambda z, **kw: F.mse_loss(z[0, 0], PROBS.to(z)[0, 0], **kw),
+    "squared_error": lambda z, **kw: F.squared_error(z, PROBS.to(z), **kw),
+    "sigmoid_squared_error": lambda z, **kw: F.sigmoid_squared_error(z, PROBS.to(z), **kw),
+    "categorical_cross_entropy": lambda z, **kw: F.categorical_cross_entropy(
+        z.softmax(1), Y[:2], base=3, **kw
+    ),
+    "categorical_cross_entropy of a number": lambda z, **kw: F.categorical_cross_entropy(
+        z[0, 0].sigmoid(), PROBS.to(z)[0, 0], dim=0, base=3, **kw
+    ),
+}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("name", REDUCED_LOSSES)
+def test_tangents_of_a_float32_loss_are_float32(name, reduction):
+    """A tensor () times or divided by a Python float has a float64 tangent in PyTorch."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        z = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+        loss = functools.partial(REDUCED_LOSSES[name], reduction=reduction)
+        u, dz = loss(z).cos(), z.cos()
+
+        def pull_back(u, z, loss=loss):
+            return vjp(loss, z)[1](u)[0]
+
+        def push_forward(z, dz=dz, loss=loss):
+            return jvp(loss, (z,), (dz,))[1]
+
+        results.append(
+            [
+                push_forward(z),
+                jvp(push_forward, (z,), (dz,))[1],
+                jvp(functools.partial(pull_back, z=z), (u,), (u.sin(),))[1],
+                jvp(pull_back, (u, z), (u.sin(), dz))[1],
+            ]
+        )
+    assert {x.dtype for x in results[0]} == {torch.float32}
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)

@@ -20,6 +20,7 @@ OPTIONS = {
     "label_smoothing": ((0.2, 1), (1.5, -0.5, math.inf, math.nan)),
     "logit_scale": ((0.7, -2), (math.inf, -math.inf, math.nan)),
     "softcap": ((1.5, 3), (0.0, -1.0, math.inf, math.nan)),
+    "temperature": ((0.8, 2), (0.0, -1.0, math.inf, math.nan)),
     "z_loss": ((0.3, 1), (math.inf, -math.inf, math.nan)),
 }
 
@@ -37,6 +38,7 @@ FUNCTION_INPUTS = {
     "linear": (X, W),
     "linear_cross_entropy": (X, W, Y),
     "linear_log_probs": (X, W, Y),
+    "linear_log_sum_exp": (X, W),
     "mse_loss": (Z, Z.cos()),
     "relu": (Z,),
     "sigmoid": (Z,),
@@ -163,11 +165,9 @@ def test_bad_number_after_good_one_raises_in_compiled_function(name, option):
     torch.compiler.reset()
     compiled = torch.compile(function, backend="eager", dynamic=True, fullgraph=True)
     compiled(*inputs, **{option: good})
+    message = rf"(raise|raised exception) .*{option}"  # of the line that Dynamo's error shows
     for bad in bad_values:
-        # Dynamo's error shows the line that raises
-        with pytest.raises(
-            torch._dynamo.exc.Unsupported, match=rf"(raise|raised exception) .*{option}"
-        ):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
             compiled(*inputs, **{option: bad})
 
 

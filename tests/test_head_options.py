@@ -15,11 +15,12 @@ import pytest
 import torch
 import truth
 from conftest import OperationRecorder, measure_peak_growth, needs_linux_maxrss
+from entry_points import assert_derivatives_match
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import find_errors
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 from torch_nnmath import functional as F
 from torch_nnmath import nn
@@ -68,6 +69,7 @@ class DrawnHead:
             "base": draw(math.e, 2.0, 0.5),
             "label_smoothing": draw(0.0, 0.2),
             "softcap": draw(None, 1.5, 30.0),
+            "temperature": draw(1.0, 0.6, 3),
             "z_loss": draw(0.0, 0.3, z_loss),
         }
         self.seed = data.draw(st.integers(0, 2**31))
@@ -269,10 +271,12 @@ def weighted_sum(cotangents: Tensor, values: Any) -> Any:
 def test_log_probs_and_entropy_equal_the_truth(small_blocks, sums, cap, scale, base, dtype):
     points, y, cotangents = make_head(dtype=dtype)
     cotangents = cotangents * torch.tensor(SUMS[sums])[:, None]
-    options = {"base": base, "logit_scale": scale, "softcap": cap}
+    options = {"base": base, "logit_scale": scale, "softcap": cap, "temperature": 0.8}
 
     def compute(x, W, b):
-        return F.linear_log_probs(x, W, y, linear_bias=b, return_entropy=True, **options)
+        return F.linear_log_probs(
+            x, W, y, linear_bias=b, return_entropy=True, output_dtype=dtype, **options
+        )
 
     def compute_truth(x, W, b):
         return truth.linear_log_probs(x, W, y, b, **options)
@@ -290,6 +294,101 @@ def test_log_probs_and_entropy_equal_the_truth(small_blocks, sums, cap, scale, b
         lambda change: differentiate(compute_truth, change),
     )
     assert not messages, "\n".join(messages)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"logit_scale": -0.7, "softcap": 1.5, "temperature": 0.6}, {"logit_scale": "tensor"}],
+)
+@pytest.mark.parametrize("shapes", [((40, D), (C, D)), ((D,), (C, D)), ((6, D), (C, 2, D))])
+def test_log_sum_exp_has_the_derivatives_of_the_truth(small_blocks, shapes, options):
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, dtype=F64, generator=generator) for shape in shapes]
+    leaves.append(torch.randn(shapes[1][:-1], dtype=F64, generator=generator))
+    learns_scale = options.get("logit_scale") == "tensor"
+    if learns_scale:
+        leaves.append(torch.tensor(0.7, dtype=F64))
+
+    def compute(x, W, b, *scale):
+        o = options | ({"logit_scale": scale[0]} if learns_scale else {})
+        return F.linear_log_sum_exp(x, W, linear_bias=b, **o)
+
+    def compute_truth(x, W, b, *scale):
+        o = options | ({"logit_scale": scale[0]} if learns_scale else {})
+        return truth.log_sum_exp(
+            truth.scale_and_cap(truth.compute_logits(x, W, b), **o), x.dim() - 1
+        )
+
+    assert_derivatives_match(compute, compute_truth, leaves)
+
+
+HALF_CALLS = {
+    "head": lambda x, W, y, **o: F.linear_cross_entropy(x, W, y, **o),
+    "cross entropy": lambda x, W, y, **o: F.cross_entropy(x @ W.mT, y, **o),
+    "head module": lambda x, W, y, **o: functional_call(
+        nn.LinearCrossEntropyLoss(D, C, **o), {"linear.weight": W}, (x, y)
+    ),
+    "module": lambda x, W, y, **o: nn.CrossEntropyLoss(**o)(x @ W.mT, y),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("call", HALF_CALLS)
+def test_loss_of_half_inputs_in_float32_is_not_rounded(call, reduction, dtype):
+    """A sum of 70000 exceeds the range of float16."""
+    x, W, y = make_half_head(dtype)
+    z = (x @ W.mT).double() if "head" not in call else x.double() @ W.double().mT
+    expected = truth.cross_entropy(z, y, reduction=reduction)
+    leaves = x.requires_grad_(), W.requires_grad_()
+    loss = HALF_CALLS[call](*leaves, y, reduction=reduction, output_dtype=torch.float32)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert HALF_CALLS[call](*leaves, y, reduction=reduction).dtype == dtype
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    wide = [v.detach().double().requires_grad_() for v in leaves]
+    exact = torch.autograd.grad(
+        truth.linear_cross_entropy(*wide, y, reduction=reduction).sum(), wide
+    )
+    for v, expected in zip(gradients, exact, strict=True):
+        assert v.dtype == dtype
+        assert (v.double() - expected).norm() < 0.01 * expected.norm()
+
+
+def make_half_head(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, D, generator=generator).to(dtype) for n in (8192, C))
+    return 4 * x, W, torch.randint(C, (8192,), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_log_probs_of_half_inputs_are_float32_unless_told_otherwise(dtype):
+    x, W, y = make_half_head(dtype)
+    expected = (
+        *truth.linear_log_probs(x.double(), W.double(), y),
+        truth.log_sum_exp(x.double() @ W.double().mT, 1),
+    )
+    for output_dtype in (None, dtype, F64):
+        options = {"output_dtype": output_dtype}
+        values = F.linear_log_probs(x, W, y, return_entropy=True, **options)
+        values = *values, F.linear_log_sum_exp(x, W, **options)
+        for v, exact in zip(values, expected, strict=True):
+            assert v.dtype == (output_dtype or torch.float32)
+            tolerance = torch.finfo(dtype).eps if output_dtype == dtype else 1e-5
+            torch.testing.assert_close(v.double(), exact, rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [F.linear_cross_entropy, F.cross_entropy])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_class_weights_with_half_inputs_are_not_rounded(function, dtype):
+    x, W, y = make_half_head(dtype)
+    w = torch.linspace(0.1, 1.7, C)
+    z = x.double() @ W.double().mT if function is F.linear_cross_entropy else (x @ W.mT).double()
+    arguments = (x, W) if function is F.linear_cross_entropy else (x @ W.mT,)
+    for reduction in ("mean", "none"):
+        loss = function(*arguments, y, weight=w, reduction=reduction, output_dtype=torch.float32)
+        expected = truth.cross_entropy(z, y, w.double(), reduction=reduction)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
@@ -513,18 +612,20 @@ def test_tied_weight_gets_the_gradients_of_embedding_and_head():
 )
 def test_modules_apply_show_and_learn_their_options(make_module):
     learnt = torch.nn.Parameter(torch.tensor(0.7))
-    module = make_module(logit_scale=learnt, softcap=2.0, z_loss=0.1, return_stats=True)
+    fixed = {"softcap": 2.0, "temperature": 0.8, "z_loss": 0.1}
+    module = make_module(logit_scale=learnt, return_stats=True, output_dtype=F64, **fixed)
     assert dict(module.named_parameters())["logit_scale"] is learnt
     assert "softcap=2.0" in repr(module)
-    assert "z_loss=0.1" in repr(module)
+    assert "temperature=0.8, z_loss=0.1" in repr(module)
+    assert "output_dtype=torch.float64" in repr(module)
     assert "logit_scale=Parameter" in repr(module)
     x = torch.randn(5, D if isinstance(module, nn.LinearCrossEntropyLoss) else C)
     y = torch.randint(C, (5,))
     loss, stats = module(x, y)
     loss.backward()
     weight = module.linear.weight if hasattr(module, "linear") else torch.eye(C)
-    options = {"logit_scale": 0.7, "softcap": 2.0, "z_loss": 0.1}
-    expected = F.linear_cross_entropy(x, weight, y, return_stats=True, **options)
+    options = {"logit_scale": 0.7, **fixed}
+    expected = F.linear_cross_entropy(x, weight, y, return_stats=True, output_dtype=F64, **options)
     torch.testing.assert_close((loss, tuple(stats)), (expected[0], tuple(expected[1])))
     s = torch.tensor(0.7, dtype=F64, requires_grad=True)
     options["logit_scale"] = s

@@ -58,6 +58,16 @@ def scale_and_cap_cases(make):
         "cap_nan": (ValueError, call(make, softcap=math.nan), "softcap", "finite", "nan"),
         "cap_word": (TypeError, call(make, softcap="30"), "softcap", "str"),
         "cap_tensor": (TypeError, call(make, softcap=torch.tensor(30.0)), "softcap", "Tensor"),
+        "temperature_0": (ValueError, call(make, temperature=0.0), "temperature", "positive"),
+        "temperature_nan": (ValueError, call(make, temperature=math.nan), "temperature", "finite"),
+        "temperature_word": (TypeError, call(make, temperature="1"), "temperature", "str"),
+        "output_integer": (
+            TypeError,
+            call(make, output_dtype=torch.int64),
+            "output_dtype",
+            "int64",
+        ),
+        "output_word": (TypeError, call(make, output_dtype="half"), "output_dtype", "half"),
         "scale_infinite": (ValueError, call(make, logit_scale=-math.inf), "logit_scale", "-inf"),
         "scale_nan": (ValueError, call(make, logit_scale=math.nan), "logit_scale", "nan"),
         "scale_word": (TypeError, call(make, logit_scale="2"), "logit_scale", "str"),
@@ -102,9 +112,16 @@ def make_head():
     return floats(2, D), floats(C, D), classes(0, 1)
 
 
+def make_features():
+    return floats(2, D), floats(C, D)
+
+
 INVALID_CALLS = [
     *cases(
         "linear",
+        number=(RuntimeError, call(lambda: (floats(), floats(5, 4))), "one dimension", "(5, 4)"),
+        numbers=(RuntimeError, call(lambda: (floats(), floats())), "1 or 2 dimensions", "()"),
+        weight_number=(RuntimeError, call(lambda: (floats(3), floats())), "1 or 2", "()"),
         features=(call(lambda: (floats(2, 3), floats(5, 4))), "(2, 3)", "(5, 4)"),
         features_of_vectors=(call(lambda: (floats(3), floats(4))), "(3,)", "(4,)"),
         bias=(call(lambda: (floats(2, 3), floats(5, 3), floats(4))), "4", "5"),
@@ -422,6 +439,15 @@ INVALID_CALLS = [
         **base_cases(make_head),
         **scale_and_cap_cases(make_head),
         **z_loss_cases(make_head),
+    ),
+    *cases(
+        "linear_log_sum_exp",
+        features=(RuntimeError, call(lambda: (floats(2, 3), floats(C, 5))), "3", "5"),
+        bias=(RuntimeError, call(make_features, linear_bias=lambda: floats(5)), "(4,)", "(5,)"),
+        no_class=(IndexError, call(lambda: (floats(2, 3), floats(0, 3))), "one class", "(0, 3)"),
+        vector=(RuntimeError, call(lambda: (floats(2, 3), floats(3))), "at least 2", "1"),
+        no_weight=(TypeError, call(lambda: (floats(2, 3), None)), "linear_weight", "None"),
+        **scale_and_cap_cases(make_features),
     ),
     *cases(
         "linear_log_probs",

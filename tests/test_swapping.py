@@ -18,6 +18,7 @@ from swapping_helpers import (
 )
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import torch_nnmath
 from torch_nnmath import swap, unswap
@@ -709,6 +710,25 @@ def test_per_sample_gradients_agree(small, batch):
     truth = list(gradients(small))
     swap(small)
     assert_agree(gradients(small), truth)
+
+
+@pytest.mark.parametrize("head", ["auto", "2", None])
+def test_call_for_per_sample_grads_agrees(small, batch, head):
+    x, t = batch
+
+    def gradients(model):
+        logits = call_for_per_sample_grads(model)(x)
+        loss = nn.functional.cross_entropy(logits, t % 2, reduction="sum")
+        loss.backward()
+        samples = [p.grad_sample for p in model.parameters()]
+        for p in model.parameters():
+            del p.grad_sample
+        return loss, *samples
+
+    truth = gradients(small)
+    swap(small, head=head)
+    assert_agree(gradients(small), truth)
+    assert len(truth[1]) == len(x)
 
 
 def test_optimizer_made_before_swap_trains_alike(model, batch):

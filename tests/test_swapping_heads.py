@@ -298,18 +298,16 @@ def test_half_logits_count_with_their_own_bytes(logits_plain_by_rule):
     assert isinstance(model(features.repeat(2, 1)), DeferredLogits)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of Dynamo
 @pytest.mark.parametrize("head", ["auto", "1"])
-def test_compiled_model_with_a_small_head_is_one_graph_unless_it_is_named(
+def test_compiled_model_defers_logits_of_a_small_head_only_if_it_is_named(
     logits_plain_by_rule, head
 ):
     model = make_head(4, 10)
     report = swap(model, head=head)
     torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(model, backend="eager")
-    logits, _ = run_step(compiled, 3)
+    logits, _ = run_step(torch.compile(model, backend="eager", fullgraph=head == "auto"), 3)
     assert isinstance(logits, DeferredLogits) is (head == "1")
-    assert bool(torch._dynamo.utils.counters["graph_break"]) is (head == "1")
     if head == "auto":
         (reason,) = report.heads["1"].materialized
         assert reason.endswith("by rule: they take less than 16 MiB")

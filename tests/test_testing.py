@@ -1,6 +1,7 @@
 """The checker finds the fault of each broken Function, and none in correct functions."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -78,6 +79,17 @@ class ZeroTangent(Product):
     def jvp(ctx, dx, dW):
         x, W = ctx.saved_tensors
         return torch.zeros_like(x @ W.T)
+
+
+class SavesOtherTensorsForTheTangent(Product):
+    """Saves for the backward only what it reads; vmap keeps the batch axes of one list."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, y):
+        x, W = inputs
+        needs_x, needs_W = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_W else None, W if needs_x else None)
+        ctx.save_for_forward(x, W)
 
 
 class IgnoresTangentOfW(Product):
@@ -368,6 +380,7 @@ FAULTS = [
     (DetachedBackward, ZERO, ["second order"], ["gradient", "forward mode"]),
     (NoVmapRule, RAISES, ["vmap", "vmap(grad)"], ["gradient", "second order"]),
     (MixesRows, WRONG, ["vmap", "grad(vmap)", "vmap(vmap)"], ["gradient"]),
+    (SavesOtherTensorsForTheTangent, RAISES, ["vmap of subsets"], ["vmap", "vmap(grad)", "jvp"]),
     (FlattensUpstream, RAISES, ["upstream gradients"], ["gradient"]),
     (IgnoresStrides, WRONG, ["strided inputs"], ["gradient"]),
     (IgnoresDevice, RAISES, ["default device", "meta device"], ["gradient"]),
@@ -405,7 +418,7 @@ def test_broken_function_fails_its_transforms_only(function, verdict, failing, p
 TESTED_ELSEWHERE = {
     *("value", "hessian", "deepcopy", "pickle", "export", "export, strict"),
     *("compile", "compile by Inductor", "compile, dynamic shapes", "torch.func inside compile"),
-    "forward mode through compile",
+    *("forward mode through compile", "compile, dynamic=True"),
 }
 NOT_TESTABLE = {"second order through compile"}  # a silent zero for every function
 
@@ -477,6 +490,17 @@ def test_function_that_recompiles_for_each_size_fails_dynamic_shapes():
     report = testing.check(unroll_rows, [draw(3, 2)], transforms=transforms)
     assert [row.verdict for row in report] == ["right", "wrong"]
     assert "graphs for batches of 3, 6, 9" in report["compile, dynamic shapes"].detail
+
+
+def test_function_that_no_symbol_can_enter_raises_under_dynamic_compile():
+    def scale(x, factor=2.0):
+        if not math.isfinite(factor):
+            raise ValueError(factor)
+        return factor * x
+
+    transforms = ["compile", "compile, dynamic=True"]
+    report = testing.check(scale, [draw(3)], transforms=transforms)
+    assert [row.verdict for row in report] == ["right", RAISES]
 
 
 def test_function_that_branches_on_values_raises_under_tracing_transforms():
@@ -579,6 +603,7 @@ def test_correct_function_is_right(name):
     allowed = BEYOND_PYTORCH
     if name == "Function":  # what PyTorch does not support for a Function with a jvp
         compilers = {"compile", "compile by Inductor", "compile, dynamic shapes"}
+        compilers.add("compile, dynamic=True")
         allowed = {*allowed, *compilers, "forward over forward"}
         if torch.__version__ >= "2.15":  # Dynamo refuses a jvp inside `torch.func`, too
             allowed.add("torch.func inside compile")

@@ -19,10 +19,16 @@ def compute_logits(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     return z.reshape(*x.shape[:-1], *W.shape[:-1])
 
 
-def scale_and_cap(z: Tensor, logit_scale: float | Tensor = 1.0, softcap: float | None = None):
-    """Returns v = κ tanh(s z / κ), or s z without a cap."""
+def scale_and_cap(
+    z: Tensor,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Returns v = (κ/τ) tanh(s z / κ), or (s/τ) z without a cap."""
     v = z * logit_scale
-    return v if softcap is None else softcap * torch.tanh(v / softcap)
+    v = v if softcap is None else softcap * torch.tanh(v / softcap)
+    return v / temperature
 
 
 def log_sum_exp(v: Tensor, dim: int) -> Tensor:
@@ -52,6 +58,7 @@ def cross_entropy(
     base: float = math.e,
     logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     z_loss: float = 0.0,
     class_dim: int | None = None,
 ) -> Tensor:
@@ -66,14 +73,14 @@ def cross_entropy(
     if target.is_floating_point():
         keep = torch.ones(z.shape[:-1], dtype=torch.bool)
         n = n_rows = keep.sum()
-        v = scale_and_cap(z, logit_scale, softcap)
+        v = scale_and_cap(z, logit_scale, softcap, temperature)
         l = v.log_softmax(-1)
         c = -(w * ((1 - s) * target.movedim(dim, -1) + s / C) * l).sum(-1)
     else:
         keep = target.long() != (-100 if ignore_index is None else ignore_index)
         y = target.long().masked_fill(~keep, 0)
         n, n_rows = (w[y] * keep).sum(), keep.sum()
-        v = scale_and_cap(z.masked_fill(~keep.unsqueeze(-1), 0), logit_scale, softcap)
+        v = scale_and_cap(z.masked_fill(~keep.unsqueeze(-1), 0), logit_scale, softcap, temperature)
         l = v.log_softmax(-1)
         # the true class is gathered, so that a logit of -inf elsewhere is not multiplied by 0
         c = -(1 - s) * w[y] * l.gather(-1, y.unsqueeze(-1)).squeeze(-1)
@@ -101,8 +108,9 @@ def linear_log_probs(
     base: float = math.e,
     logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Returns log a_y and the entropy of each row, of x (*, D), W (C, D), y (*)."""
-    l = scale_and_cap(compute_logits(x, W, b), logit_scale, softcap).log_softmax(-1)
+    l = scale_and_cap(compute_logits(x, W, b), logit_scale, softcap, temperature).log_softmax(-1)
     log_probs, entropy = l.gather(-1, y.unsqueeze(-1)).squeeze(-1), -(l.exp() * l).sum(-1)
     return log_probs / math.log(base), entropy / math.log(base)

@@ -26,7 +26,8 @@ NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a public function so that it honours `__torch_function__` of every argument.
 
-    This includes arguments inside a list or a tuple.
+    This includes arguments inside a list or a tuple. `call_for_per_sample_grads` works as with
+    PyTorch's function of the same name.
     """
 
     @functools.wraps(function)
@@ -39,6 +40,8 @@ def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
             return handle_torch_function(public_function, flat, *args, **kwargs)
         return function(*args, **kwargs)
 
+    torch_function = getattr(torch.nn.functional, function.__name__, None)
+    _torch.share_per_sample_gradient(torch_function, public_function)
     return public_function
 
 
@@ -86,23 +89,29 @@ def base(base: float) -> None:
         raise ValueError(f"base must be positive, finite and not 1, got {base}")
 
 
-def logits(scale: Any, cap: Any, z_loss: Any) -> None:
-    """Checks the options that change logits, and the z-loss coefficient."""
+def logits(scale: Any, cap: Any, temperature: Any) -> None:
+    """Checks the options that change logits."""
     if isinstance(scale, Tensor):
         real(logit_scale=scale)
         if scale.dim():
             got = tuple(scale.shape)
             raise ValueError(f"logit_scale must be a number or a tensor of shape (), got {got}")
     else:
-        _finite("logit_scale", scale)
-    if cap is not None:
-        _finite("softcap", cap)
-        if cap <= 0:
-            raise ValueError(f"softcap must be positive, got {cap}")
-    _finite("z_loss", z_loss)
+        finite("logit_scale", scale)
+    for name, number in drop_none(softcap=cap, temperature=temperature).items():
+        finite(name, number)
+        if number <= 0:
+            raise ValueError(f"{name} must be positive, got {number}")
 
 
-def _finite(name: str, number: Any) -> None:
+def output_dtype(dtype: Any) -> None:
+    """Raises a TypeError unless the results' type is None or a floating-point type."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"output_dtype must be a floating-point torch.dtype or None, got {dtype}")
+
+
+def finite(name: str, number: Any) -> None:
+    """Raises for an option that is not a finite number."""
     if type(number) is not float and not isinstance(number, NUMBERS):  # the first test is fast
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     if not _is_finite(number):
@@ -148,10 +157,20 @@ def product(
             f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape "
             f"{tuple(weight.shape)}"
         )
-    if input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
+    if input.dim() == 0:
+        raise RuntimeError(
+            f"input must have at least one dimension, the features, got shape () for {name} of "
+            f"shape {tuple(weight.shape)}"
+        )
+    if input.shape[-1] != weight.shape[-1]:
         raise RuntimeError(
             f"an input of shape {tuple(input.shape)} does not fit {name} of shape "
             f"{tuple(weight.shape)}: their last axes, the features, must be equal"
+        )
+    if weight.dim() == 1 and bias is not None and bias.dim():
+        raise RuntimeError(
+            f"{name} of shape {tuple(weight.shape)} needs a bias of shape (), got "
+            f"{tuple(bias.shape)}"
         )
     dtypes = [input.dtype, weight_dtype or weight.dtype]
     dtypes += [] if bias is None else [bias.dtype]
@@ -298,3 +317,32 @@ def resolve_reduction(
             f"{reduction} is not a valid value for reduction: use 'none', 'mean' or 'sum'"
         )
     return reduction
+
+
+def network(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str,
+    output_activation: str,
+    activations: Sequence[str],
+) -> None:
+    """Checks a feed-forward network's tensors and activations; the last may be any of them."""
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"feedforward needs at least one layer and a bias (or None) for each weight, got "
+            f"{len(weights)} weights and {len(biases)} biases"
+        )
+    hidden = [name for name in activations if name != "softmax"]
+    for option, value, allowed in (
+        ("activation", activation, hidden),
+        ("output_activation", output_activation, activations),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+    real(input=input)
+    layer_input = input
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        real(**drop_none(**{f"biases[{i}]": bias}), **{f"weights[{i}]": weight})
+        product(f"weights[{i}]", layer_input, weight, bias, dims=(2,))
+        layer_input = weight.T  # stands for the layer's output: as many features, the same dtype

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
+from torch_nnmath._logits import LogitOptions, is_scaled, make_stats, scale_logits
 from torch_nnmath._precision import (
     HALF,
     cast_for_loss,
@@ -17,67 +18,13 @@ from torch_nnmath._precision import (
     find_weight_dtype,
     is_autocast,
     make_scalar,
+    multiply,
     wide_type,
     widen,
 )
 from torch_nnmath._records import HeadInputs, Requests, RowResults, Target
 from torch_nnmath._reduction import choose_divisor, count_kept
 from torch_nnmath._target import TargetOptions, read_indices, read_probabilities
-
-
-class LossStats(NamedTuple):
-    """What `return_stats` adds to a loss: one value for each row, detached.
-
-    For an ignored row `predicted` is -1, `correct` False, the rest 0.
-    """
-
-    lse: Tensor  # ln Σ e^logits, of the logits that the loss sees: scaled, then capped
-    entropy: Tensor  # of their softmax, to the loss's base
-    predicted: Tensor  # the class of the largest logit, the first of several
-    correct: Tensor  # whether that is the target, or the target's most probable class
-    z_loss: Tensor  # lse² times its coefficient
-
-
-def make_stats(
-    lse: Tensor, entropy: Tensor, predicted: Tensor, label: Any, z_loss_coefficient: float
-) -> LossStats:
-    """`LossStats` of rows with these labels.
-
-    Ignored rows have predicted class -1, so `correct` is False whatever their label.
-    """
-    lse, entropy = lse.detach(), entropy.detach()
-    z_loss = z_loss_coefficient * lse.square()
-    return LossStats(lse, entropy, predicted, predicted == label, z_loss)
-
-
-class LogitOptions(NamedTuple):
-    """What is done to logits before the loss, and the base of its logarithm."""
-
-    base: float = math.e
-    scale: Tensor | float = 1.0  # F18
-    cap: float | None = None  # F19
-
-
-def measure_logits(
-    logits: Tensor,
-    keep: Tensor | None,
-    dim: int,
-    options: LogitOptions,
-    label: Any,
-    z_loss_coefficient: float,
-) -> LossStats:
-    """`LossStats` of logits that are in memory, their classes at `dim`."""
-    constant = formulas.mask_ignored(keep, logits.detach())
-    lse = widen(constant).logsumexp(dim, keepdim=True)
-    entropy = formulas.Entropy.evaluate(constant, dim, options.base)
-    lse, entropy = (formulas.mask_ignored(keep, v).squeeze(dim) for v in (lse, entropy))
-    if constant.shape[dim]:
-        predicted = constant.argmax(dim)
-    else:
-        predicted = lse.new_full(lse.shape, -1, dtype=torch.int64)
-    if keep is not None:
-        predicted = predicted.masked_fill(~keep.squeeze(dim), -1)
-    return make_stats(lse, entropy, predicted, label, z_loss_coefficient)
 
 
 class LogitChanges(NamedTuple):
@@ -96,18 +43,6 @@ class LogitChanges(NamedTuple):
 NO_CHANGES = LogitChanges()
 
 
-def is_scaled(logit_scale: Tensor | float) -> bool:
-    """Whether the scale changes anything. A tensor's value is not read."""
-    return isinstance(logit_scale, Tensor) or logit_scale != 1
-
-
-def scale_logits(x: Any, logit_scale: Tensor | float) -> Any:
-    """F18; None stays None."""
-    if x is None or not is_scaled(logit_scale):
-        return x
-    return formulas.LogitScale.evaluate(x, logit_scale)
-
-
 class Head(NamedTuple):
     """Checked arguments of the head: `HeadInputs` for each position, and how to reduce.
 
@@ -122,8 +57,14 @@ class Head(NamedTuple):
     kept_rows: Any  # divisor of the z-loss's mean: number of rows that are not ignored
     labels: Tensor  # class indices (N, positions), or probabilities (N, C, positions)
 
+    def with_output_dtype(self, dtype: torch.dtype | None) -> Head:
+        """The head with results of this type; None leaves theirs."""
+        check.output_dtype(dtype)
+        return self if dtype is None else self._replace(output_dtype=dtype)
+
     def compute_loss(self, reduction: str, z_loss_coefficient: float, return_stats: bool) -> Any:
         """The loss; with `return_stats` also `LossStats`."""
+        check.finite("z_loss", z_loss_coefficient)
         requests = Requests(entropy=return_stats, predicted=return_stats)
         if reduction == "none":
             rows = self._evaluate_rows(requests)
@@ -218,7 +159,8 @@ def _compose_cost(rows: RowResults, n: Any, kept_rows: Any, z_loss_coefficient: 
     """F3 of the losses over n, plus `z_loss_coefficient` times F3 of F20 over the kept rows."""
     cost: Tensor = formulas.Cost.evaluate(rows.loss, n)
     if z_loss_coefficient:
-        cost = cost + z_loss_coefficient * formulas.Cost.evaluate(rows.squared_lse, kept_rows)
+        z_loss = formulas.Cost.evaluate(rows.squared_lse, kept_rows)
+        cost = cost + multiply(z_loss, z_loss_coefficient)
     return cost
 
 
@@ -233,7 +175,6 @@ def prepare_head(
 ) -> Head:
     """Checks the head's arguments, casts them and splits them into positions."""
     base, logit_scale, cap = logit_options
-    check.base(base)
     check.head(input, linear_weight, linear_bias, changes.weight_dtype)
     check.smoothing(target_options.label_smoothing)
     logit_dtype = changes.dtype or input.dtype
@@ -273,6 +214,15 @@ def prepare_head(
         kept_rows=count_kept(keep, N * positions) if C else 0,
         labels=head_target.labels,
     )
+
+
+def make_any_class(input: Tensor, linear_weight: Tensor) -> Tensor:
+    """Class 0 for each row and position: a target for results that do not depend on it."""
+    if linear_weight.dim() and not len(linear_weight):
+        got = tuple(linear_weight.shape)
+        raise IndexError(f"expected linear_weight with at least one class, got shape {got}")
+    shape = *input.shape[:-1], *linear_weight.shape[1:-1]
+    return torch.zeros(shape, dtype=torch.int64, device=input.device)
 
 
 def _scale_features(

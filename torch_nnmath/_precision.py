@@ -37,6 +37,14 @@ def zero_safe_product(t: Tensor, v: Tensor) -> Tensor:
     return t * v.masked_fill((t == 0) & v.isinf(), 0)
 
 
+def multiply(x: Tensor, factor: float) -> Tensor:
+    """x times a number; the tangent has x's type.
+
+    The tangent of PyTorch's product of a tensor () with a Python float is float64.
+    """
+    return x * factor if x.dim() or not x.is_floating_point() else x * make_scalar(factor, x)
+
+
 def make_scalar(n: Tensor | float, like: Tensor) -> Tensor:
     """n as a tensor () of `like`'s type and device, without waiting for the device."""
     if isinstance(n, Tensor):

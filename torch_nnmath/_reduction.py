@@ -59,14 +59,14 @@ def reduce_examples(
     return cast(reduce_formula(reduction, n, formula, *inputs, axes=last), dtype)
 
 
-def choose_divisor(reduction: str, n: Tensor | int, x: Tensor) -> Tensor | float:
+def choose_divisor(reduction: str, n: Tensor | int, x: Tensor) -> Tensor | int:
     """Returns n for a mean, 1 for a sum.
 
     n becomes a tensor, in the dtype that x is computed in, if it is 0, since 0/0 must be nan, or
     while compiling, so that the size is not baked into the graph.
     """
     if reduction == "sum":
-        return 1.0
+        return 1
     if isinstance(n, Tensor) or (n and not torch.compiler.is_compiling()):
         return n
     return torch.full((), n, dtype=wide_type(x.dtype), device=x.device)

@@ -43,7 +43,8 @@ def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dt
     """Checks and converts class indices for logits of `dtype`: the target is p e_y + smoothing."""
     weight, ignore_index, label_smoothing = options
     check.class_weight(weight, C)
-    if weight is not None and weight.dtype != dtype and not is_autocast(target):
+    weight_dtypes = (dtype, wide_type(dtype))
+    if weight is not None and weight.dtype not in weight_dtypes and not is_autocast(target):
         raise RuntimeError(f"weight must have input's dtype {dtype}, got {weight.dtype}")
     ignore_index = -100 if ignore_index is None else ignore_index
     dtype, keep = wide_type(dtype), None

@@ -18,6 +18,7 @@ from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function, forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.nn.utils._expanded_weights.expanded_weights_impl import HANDLED_FUNCTIONS
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -68,7 +69,8 @@ def may_break_graph() -> bool:
     The result is a constant of the graph. The mark for that is private; the public
     `torch.compiler.assume_constant_result` would import Dynamo, which takes seconds.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator, _get_error_on_graph_break
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.utils import _get_error_on_graph_break
 
     translator = InstructionTranslator.current_tx()
     return translator.should_compile_partial_graph() and not _get_error_on_graph_break()
@@ -116,8 +118,8 @@ def is_legacy_batch(x: Tensor) -> bool:
 def apply_without_signature(function: type[Function], inputs: Any) -> Any:
     """`function.apply(*inputs)` outside of transforms.
 
-    `Function.apply` itself calls `inspect.signature` each time, which takes 10 µs. A wrapper that a
-    transform left behind is unwrapped, as there.
+    `Function.apply` itself calls `inspect.signature` each time, which takes 10 µs. Since PyTorch
+    2.14, this call does so too. A wrapper that a transform left behind is unwrapped, as there.
     """
     apply: Any = super(Function, function).apply  # type: ignore[misc]  # untyped
     return apply(*[unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs])
@@ -198,6 +200,16 @@ def disable_torch_function() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+def share_per_sample_gradient(torch_function: Any, function: Any) -> None:
+    """Gives `function` the rule of `torch_function` for per-sample gradients, if there is one.
+
+    `call_for_per_sample_grads` looks rules up in a private table.
+    """
+    rule = HANDLED_FUNCTIONS.get(torch_function)
+    if rule is not None:
+        HANDLED_FUNCTIONS[function] = rule
+
+
 def disable_dispatch_modes() -> AbstractContextManager[Any]:
     """Operations inside skip every active `TorchDispatchMode`. No public function does this."""
     return _disable_current_modes()
@@ -230,11 +242,6 @@ def get_attribute(module: torch.nn.Module, name: str, default: Any) -> Any:
         if name in owner:
             return owner[name]
     return default
-
-
-def get_buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
-    """The dict of a module's own buffers. The public `named_buffers` skips those that are None."""
-    return module._buffers
 
 
 # Tracers and the nodes of the autograd graph, for the checker

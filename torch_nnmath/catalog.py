@@ -534,6 +534,13 @@ CATALOG: tuple[Row, ...] = (
                 "class indices, mean",
             ),
             Sample(
+                lambda x, W, b: F.linear_log_sum_exp(
+                    x, W, linear_bias=b, softcap=1.5, temperature=0.8
+                ),
+                _HEAD,
+                "log-sum-exp",
+            ),
+            Sample(
                 lambda x, W, b, y, w: _compute_head_loss(
                     x, W, b, y, weight=w, label_smoothing=0.2, z_loss=0.3, logit_scale=-0.7
                 ),

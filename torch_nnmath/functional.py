@@ -16,17 +16,18 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
-from torch_nnmath._head import LogitOptions, is_scaled, measure_logits, prepare_head, scale_logits
-from torch_nnmath._precision import bool_to_int, cast_for_loss, cast_for_product, is_autocast, widen
-from torch_nnmath._records import Target
-from torch_nnmath._reduction import (
-    choose_divisor,
-    count_examples,
-    count_kept,
-    reduce_examples,
-    reduce_formula,
+from torch_nnmath._head import make_any_class, prepare_head
+from torch_nnmath._logits import compute_cross_entropy, read_logit_options
+from torch_nnmath._precision import (
+    bool_to_int,
+    cast_for_loss,
+    cast_for_product,
+    is_autocast,
+    wide_type,
+    widen,
 )
-from torch_nnmath._target import TargetOptions, read_indices, read_probabilities
+from torch_nnmath._reduction import count_examples, reduce_examples, reduce_formula
+from torch_nnmath._target import TargetOptions
 
 __all__ = [
     "categorical_cross_entropy",
@@ -35,6 +36,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_log_probs",
+    "linear_log_sum_exp",
     "mse_loss",
     "relu",
     "sigmoid",
@@ -70,11 +72,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     input, weight, bias = cast_for_product(input, weight, bias)
     if weight.dim() == 2:
         return formulas.Affine.evaluate(input, weight, bias)
-    if bias is not None and bias.dim():
-        raise RuntimeError(
-            f"a weight of shape {tuple(weight.shape)} needs a bias of shape (), got "
-            f"{tuple(bias.shape)}"
-        )
     product = formulas.Affine.evaluate(input, weight.unsqueeze(0), None).squeeze(-1)
     return product if bias is None else product + bias
 
@@ -225,12 +222,12 @@ def mse_loss(
     input, target = bool_to_int(input), bool_to_int(target)
     if target.shape != input.shape:
         input, target = torch.broadcast_tensors(input, target)
-    scale = 2.0  # PyTorch's loss lacks the ½ of F4
+    scale = 2  # PyTorch's loss lacks the ½ of F4
     if weight is not None:
         # widen once, so that the gradients from product and divisor are added in float32
         weight = widen(weight)
         c = formulas.SquaredError.evaluate(input, target, 0, scale) * weight
-        n = 1.0 if reduction == "sum" else weight.sum()
+        n = 1 if reduction == "sum" else weight.sum()
         loss = c if reduction == "none" else formulas.Cost.evaluate(c, n)
         is_integer_mean = reduction == "mean" and not dtype.is_floating_point
         return loss if is_integer_mean else loss.to(dtype)  # an integer mean stays float
@@ -261,7 +258,7 @@ def squared_error(
     """
     check.floating(input=input, target=target)
     formula = formulas.SquaredError
-    return reduce_examples("squared_error", input, target, reduction, dim, formula, 1.0)
+    return reduce_examples("squared_error", input, target, reduction, dim, formula, 1)
 
 
 @check.support_torch_function
@@ -345,8 +342,10 @@ def cross_entropy(
     base: float = math.e,
     logit_scale: Tensor | float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     z_loss: float = 0.0,
     return_stats: bool = False,
+    output_dtype: torch.dtype | None = None,
 ) -> Any:
     """`F.cross_entropy`: softmax and cross entropy on logits (F13), to any base.
 
@@ -365,15 +364,18 @@ def cross_entropy(
             whose value is not checked, so it may be a parameter.
         softcap: if given, the scaled logits are capped to softcap tanh(logits / softcap) (F19);
             must be positive.
+        temperature: divides the logits after the cap; must be positive and finite.
         z_loss: the coefficient of lse² (F20, with the natural logarithm whatever `base` is), which
             is added to each row's loss. Class weights do not affect it, and "mean" divides it by
             the number of rows that are not ignored.
         return_stats: whether to return `(loss, LossStats)`; each field has the shape of class
             indices.
+        output_dtype: the dtype of the loss; None is that of the input. float32 keeps a loss of
+            half-precision input as it was computed, unrounded.
 
     Raises:
-        ValueError: for an unknown reduction, an invalid base, scale, cap or z-loss coefficient, or
-            another batch size in target.
+        ValueError: for an unknown reduction, an invalid base, scale, cap, temperature or z-loss
+            coefficient, or another batch size in target.
         RuntimeError: for other shapes or dtypes that do not fit, or a `label_smoothing` outside
             [0, 1].
         IndexError: if a class index is outside [0, C) and is not `ignore_index`.
@@ -386,51 +388,13 @@ def cross_entropy(
     check.real(input=input, target=target)
     if weight is not None:
         check.real(weight=weight)
-    check.base(base)
-    check.logits(logit_scale, softcap, z_loss)
     reduction = check.resolve_reduction(reduction, size_average, reduce)
-    check.smoothing(label_smoothing)
-    dtype, input, target, weight = cast_for_loss(input.dtype, input, target, weight)
     options = TargetOptions(weight, ignore_index, label_smoothing)
-    dim = 0 if input.dim() == 1 else 1
-    is_distribution = input.shape == target.shape
-    if is_distribution:
-        check.probabilities(target, ignore_index)
-    C = input.size(dim)  # an IndexError if there is no axis
-    if not input.is_floating_point():
-        raise NotImplementedError(f"cross_entropy does not support {input.dtype}: cast the logits")
-    keep: Any = None
-    label: Any = None
-    if is_distribution:
-        t, dtype = read_probabilities(target, options, dim, C, dtype)
-        read_target = Target(None, None, t, dim)
-        total_weight: Any = count_examples(input, dim) if C else 0
-        label = target.argmax(dim) if return_stats and C else None
-    else:
-        check.indices(input.shape, target)
-        target = target.reshape(()) if input.dim() == 1 else target
-        indices = read_indices(target, C, options, input.dtype)
-        label, total_weight = indices.y, indices.total_weight
-        y, p = label.unsqueeze(dim), indices.p.unsqueeze(dim) if indices.p.dim() else indices.p
-        read_target = indices.make_target(y, p, dim, input.dim())
-        keep = None if indices.keep is None else indices.keep.unsqueeze(dim)
-    if softcap is not None or z_loss or is_scaled(logit_scale):
-        input = scale_logits(formulas.mask_ignored(keep, input), logit_scale)
-        input = input if softcap is None else formulas.SoftCap.evaluate(input, softcap)
-    inputs = input, *read_target[:3], keep, dim, base
-    loss = reduce_formula(reduction, total_weight, formulas.CrossEntropy, *inputs, axes=dim)
-    if z_loss:
-        z_losses = formulas.mask_ignored(keep, formulas.ZLoss.evaluate(input, dim)).squeeze(dim)
-        if reduction == "none":
-            loss = loss + z_loss * z_losses
-        else:
-            kept_count = count_kept(keep, count_examples(input, dim)) if C else 0
-            divisor = choose_divisor(reduction, kept_count, input)
-            loss = loss + z_loss * formulas.Cost.evaluate(z_losses, divisor)
-    loss = loss if loss.dtype == dtype else loss.to(dtype)
-    if not return_stats:
-        return loss
-    return loss, measure_logits(input, keep, dim, LogitOptions(base), label, z_loss)
+    logit_options = read_logit_options(base, logit_scale, softcap, temperature)
+    return compute_cross_entropy(
+        *(input, target, options, logit_options),
+        *(reduction, z_loss, return_stats, output_dtype),
+    )
 
 
 @check.support_torch_function
@@ -448,8 +412,10 @@ def linear_cross_entropy(
     base: float = math.e,
     logit_scale: Tensor | float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     z_loss: float = 0.0,
     return_stats: bool = False,
+    output_dtype: torch.dtype | None = None,
 ) -> Any:
     """`F.linear_cross_entropy`: cross_entropy(linear(input, ...), target), the head (F14, F15).
 
@@ -462,10 +428,12 @@ def linear_cross_entropy(
         target: class indices (int64 or uint8), () or (N) or (N, d_1, ..., d_K), or (*); or
             probabilities (C) or (N, C) or (N, C, d_1, ..., d_K), or (*, C).
         linear_bias: (C) or (C, d_1, ..., d_K).
-        weight, reduction, label_smoothing, base: as in `cross_entropy`.
+        weight, reduction, label_smoothing, base: as in `cross_entropy`. The class weights may be
+            float32 for half-precision features.
         ignore_index: as there; None is -100. Must be None if the target holds probabilities.
         options: ignored; accepted for compatibility.
-        logit_scale, softcap, z_loss, return_stats: as in `cross_entropy`; the bias is scaled too.
+        logit_scale, softcap, temperature, z_loss, return_stats, output_dtype: as in
+            `cross_entropy`; the bias is scaled too.
 
     Raises:
         RuntimeError: for shapes or dtypes that do not fit, or a `label_smoothing` outside [0, 1].
@@ -482,10 +450,10 @@ def linear_cross_entropy(
         target=target,
         **check.drop_none(linear_bias=linear_bias, weight=weight),
     )
-    check.logits(logit_scale, softcap, z_loss)
     target_options = TargetOptions(weight, ignore_index, label_smoothing)
-    logit_options = LogitOptions(base, logit_scale, softcap)
+    logit_options = read_logit_options(base, logit_scale, softcap, temperature)
     head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
+    head = head.with_output_dtype(output_dtype)
     return head.compute_loss(check.resolve_reduction(reduction), z_loss, return_stats)
 
 
@@ -500,7 +468,9 @@ def linear_log_probs(
     base: float = math.e,
     logit_scale: Tensor | float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     return_entropy: bool = False,
+    output_dtype: torch.dtype | None = None,
 ) -> Any:
     """The log-probability of each row's class (F22), without materialising the logits.
 
@@ -509,11 +479,14 @@ def linear_log_probs(
     preference learning.
 
     Args:
-        input, linear_weight, linear_bias, base, logit_scale, softcap: as in `linear_cross_entropy`.
+        input, linear_weight, linear_bias, base, logit_scale, softcap, temperature: as in
+            `linear_cross_entropy`.
         target: class indices, as in `linear_cross_entropy`.
         ignore_index: rows with this index have the log-probability (and entropy) 0; None is -100.
         return_entropy: whether to return `(log_probs, entropy)`, the entropy of each row's softmax
             (F21) to the same base, which is differentiable, too.
+        output_dtype: the dtype of the results; None is that of the input, but float32 for half
+            precision: rounding would change a ratio of probabilities by several percent.
 
     Returns:
         (N) or (N, d_1, ..., d_K) or (*), as the target.
@@ -533,16 +506,54 @@ def linear_log_probs(
         target=target,
         **check.drop_none(linear_bias=linear_bias),
     )
-    check.logits(logit_scale, softcap, 0.0)
     if target.is_floating_point():
         raise RuntimeError(
             f"linear_log_probs needs class indices as target, got {target.dtype} of shape "
             f"{tuple(target.shape)}; for class probabilities use linear_cross_entropy"
         )
     target_options = TargetOptions(ignore_index=ignore_index)
-    logit_options = LogitOptions(base, logit_scale, softcap)
+    logit_options = read_logit_options(base, logit_scale, softcap, temperature)
     head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
+    head = head.with_output_dtype(output_dtype or wide_type(head.output_dtype))
     return head.compute_log_probs(return_entropy)
+
+
+@check.support_torch_function
+def linear_log_sum_exp(
+    input: Tensor,
+    linear_weight: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    logit_scale: Tensor | float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """ln Σ e^logits of each row (F13 with T = 1, t = 0), without materialising the logits.
+
+    The logits are linear(input, linear_weight, linear_bias). It is differentiable to any order;
+    the logits are in memory from the third order on.
+
+    Args:
+        input, linear_weight, linear_bias, logit_scale, softcap, temperature, output_dtype: as in
+            `linear_log_probs`; there must be at least one class.
+
+    Returns:
+        () or (N) or (N, d_1, ..., d_K) or (*), the shape of class indices.
+
+    Raises:
+        RuntimeError: for shapes or dtypes that do not fit.
+        ValueError, IndexError, TypeError: as in `linear_log_probs`.
+
+    >>> linear_log_sum_exp(torch.zeros(1, 4), torch.ones(2, 4))
+    tensor([0.6931])
+    """
+    check.real(input=input, linear_weight=linear_weight, **check.drop_none(linear_bias=linear_bias))
+    options = read_logit_options(math.e, logit_scale, softcap, temperature)
+    any_class = make_any_class(input, linear_weight)
+    head = prepare_head(input, linear_weight, any_class, linear_bias, TargetOptions(), options)
+    head = head.with_output_dtype(output_dtype or wide_type(head.output_dtype))
+    return head.compute_log_sum_exp()
 
 
 @check.support_torch_function
@@ -576,24 +587,8 @@ def feedforward(
     tensor([[0.5000, 0.5000]])
     """
     weights, biases = list(weights), list(biases)
-    if not weights or len(weights) != len(biases):
-        raise ValueError(
-            f"feedforward needs at least one layer and a bias (or None) for each weight, got "
-            f"{len(weights)} weights and {len(biases)} biases"
-        )
-    hidden = [name for name in formulas.ACTIVATIONS if name != "softmax"]
-    for name, value, allowed in (
-        ("activation", activation, hidden),
-        ("output_activation", output_activation, list(formulas.ACTIVATIONS)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    check.real(input=input)
-    layer_input = input
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check.real(**check.drop_none(**{f"biases[{i}]": bias}), **{f"weights[{i}]": weight})
-        check.product(f"weights[{i}]", layer_input, weight, bias, dims=(2,))
-        layer_input = weight.T  # stands for the layer's output: as many features, the same dtype
+    names = list(formulas.ACTIVATIONS)
+    check.network(input, weights, biases, activation, output_activation, names)
     input, *parameters = cast_for_product(input, *weights, *biases)
     # one string, since PyTorch derives no batching rule of a Function with a list as an argument
     activations = " ".join([activation] * (len(weights) - 1) + [output_activation])

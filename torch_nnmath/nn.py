@@ -88,8 +88,10 @@ class _CrossEntropyOptions:
 
     base: float = math.e
     softcap: float | None = None
+    temperature: float = 1.0
     z_loss: float = 0.0
     return_stats: bool = False
+    output_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -97,13 +99,15 @@ class _CrossEntropyOptions:
         base: float = math.e,
         logit_scale: Tensor | float = 1.0,
         softcap: float | None = None,
+        temperature: float = 1.0,
         z_loss: float = 0.0,
         return_stats: bool = False,
+        output_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.base, self.softcap, self.z_loss = base, softcap, z_loss
-        self.return_stats = return_stats
+        self.base, self.softcap, self.temperature = base, softcap, temperature
+        self.z_loss, self.return_stats, self.output_dtype = z_loss, return_stats, output_dtype
         if isinstance(logit_scale, Tensor) and not isinstance(logit_scale, torch.nn.Parameter):
             self.register_buffer("logit_scale", logit_scale)  # type: ignore[attr-defined]
         else:
@@ -116,8 +120,10 @@ class _CrossEntropyOptions:
             "logit_scale": _torch.get_attribute(self, "logit_scale", 1.0),  # type: ignore[arg-type]
             "base": self.base,
             "softcap": self.softcap,
+            "temperature": self.temperature,
             "z_loss": self.z_loss,
             "return_stats": self.return_stats,
+            "output_dtype": self.output_dtype,
         }
 
     def extra_repr(self) -> str:
@@ -133,7 +139,8 @@ class _CrossEntropyOptions:
 class CrossEntropyLoss(_CrossEntropyOptions, torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` by F13, with the options of `functional.cross_entropy`.
 
-    Keyword-only, as PyTorch's module lacks them: base, logit_scale, softcap, z_loss, return_stats.
+    Keyword-only, as PyTorch's module lacks them: base, logit_scale, softcap, temperature, z_loss,
+    return_stats, output_dtype.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Any:

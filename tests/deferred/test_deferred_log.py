@@ -70,7 +70,7 @@ def test_report_counts_losses_and_materializations():
     for _ in range(2):
         ce(model(o.x), o.y)
     for _ in range(3):
-        model(o.x).exp()
+        model(o.x).cos()
     model(o.x).square()
     first, second = log.materialized.most_common()
     assert (log.fused, first[1], second[1]) == (2, 3, 1)
@@ -78,6 +78,23 @@ def test_report_counts_losses_and_materializations():
     assert "head lm_head: 2 losses without logits" in head
     assert first_line == f"  logits computed 3 x: {first[0]}"
     assert second_line == f"  logits computed 1 x: {second[0]}"
-    assert first[0].startswith("exp at ")
+    assert first[0].startswith("cos at ")
     assert second[0].startswith("pow at ")
     assert "2 modules changed" in table
+
+
+@pytest.mark.parametrize(
+    ("use", "remedy"),
+    [
+        (lambda z: (z.log_softmax(-1).exp() * z.log_softmax(-1)).sum(-1), "return_entropy=True"),
+        (lambda z: z.softmax(-1), "return_stats=True"),
+        (lambda z: z.sort(-1), None),
+    ],
+)
+def test_report_tells_the_remedy_of_an_entropy(use, remedy):
+    _, swapped, log = make_pair()
+    use(swapped(make_inputs().x))
+    _, reason, *remedies = repr(log).splitlines()
+    assert reason.startswith("  logits computed 1 x: ")
+    assert len(remedies) == (remedy is not None)
+    assert all(remedy in line for line in remedies)

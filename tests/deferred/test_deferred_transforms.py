@@ -274,12 +274,7 @@ COMPILED |= {
     ),
 }
 COMPILED_AND_FUSED = [
-    "loss",
-    "body",
-    "break",
-    "breaks around the head",
-    "disabled head",
-    "in place",
+    *("loss", "body", "break", "breaks around the head", "disabled head", "in place"),
 ]
 
 

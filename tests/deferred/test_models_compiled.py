@@ -97,17 +97,14 @@ def test_compiled_model_with_gradient_checkpointing_keeps_the_fused_head():
 
 
 class HeadInContext(nn.Module):
-    """A model whose head is called inside a context manager, and at the end of a loop."""
+    """A model whose head is called inside a context manager."""
 
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
 
     def forward(self, ids):
-        h = self.lm.embed(ids)
-        for layer in self.lm.body:
-            with torch.autograd.set_multithreading_enabled(True), torch.enable_grad():
-                h = layer(h)
+        h = self.lm.body(self.lm.embed(ids))
         with torch.enable_grad():
             return self.lm.lm_head(h)
 
@@ -176,8 +173,7 @@ def test_swap_adds_no_recompilation():
     plain_counts = count_graphs(plain, lengths)
     assert plain_counts == [1, 0, 0, 1, 0, 0, 0, 0]
     torch.compiler.reset()
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        assert count_graphs(swapped, lengths) == plain_counts
+    assert count_graphs(swapped, lengths) == plain_counts
     assert report.heads["lm_head"].fused == len(lengths)
 
 
@@ -207,7 +203,8 @@ def test_trainer_with_torch_compile_reaches_the_same_weights(tmp_path):
             output_dir=str(tmp_path),
             per_device_train_batch_size=1,
             num_train_epochs=2,
-            learning_rate=0.01,
+            optim="sgd",
+            learning_rate=0.1,
             report_to=[],
             save_strategy="no",
             use_cpu=True,
@@ -217,7 +214,7 @@ def test_trainer_with_torch_compile_reaches_the_same_weights(tmp_path):
         transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
         return {name: p.detach() for name, p in model.named_parameters()}
 
-    plain = make_causal(num_hidden_layers=1).double()
+    plain = make_causal(num_hidden_layers=1)
     swapped = copy.deepcopy(plain)
     report = torch_nnmath.swap(swapped)
     weights = train(swapped, torch_compile=True, torch_compile_backend="aot_eager")

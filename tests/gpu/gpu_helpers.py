@@ -41,14 +41,28 @@ def _round_fma_once(builder, x, y, z):
     return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
 
+def _patch_index(patch_tensor):
+    """Triton 3.6 converts an array of one element to an integer, which NumPy 2.4 refuses."""
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patch
+
+
 def round_in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the interpreter round like a GPU."""
+    """Makes the interpreter round like a GPU, and that of Triton 3.6 take integers of NumPy 2.4."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
+    import triton
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
     monkeypatch.setattr(interpreter, "_convert_float", _round_to_nearest(convert))
+    if triton.__version__.startswith("3.6."):
+        patch = _patch_index(interpreter._patch_lang_tensor)
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     if not hasattr(interpreter._interpreter, "fma_fp32"):
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", _round_fma_once)
 

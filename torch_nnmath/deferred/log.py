@@ -17,6 +17,17 @@ class MaterializedLogits(UserWarning):
     """The logits of a head were computed in training, so that no memory was saved."""
 
 
+_ENTROPY = (
+    "an entropy without logits: functional.cross_entropy(..., return_stats=True), or, with a "
+    "gradient, functional.linear_log_probs(..., return_entropy=True)"
+)
+REMEDIES = {  # by the first word of a reason
+    "exp": _ENTROPY,
+    "_softmax": _ENTROPY,
+    "detach,": "drop detached logits before the optimizer's step, or keep a result such as argmax",
+}
+
+
 class HeadLog:
     """Counts what happened to a head's logits.
 
@@ -42,6 +53,8 @@ class HeadLog:
             lines.append(f"  computed {self.reduced} x from blocks of logits: argmax and the like")
         for reason, count in self.materialized.most_common():
             lines.append(f"  logits computed {count} x: {reason}")
+            remedy = REMEDIES.get(reason.partition(" ")[0])
+            lines += [f"    {remedy}"] if remedy else []
         return "\n".join(lines)
 
     def count_materialization(self, reason: str, *, is_training: bool = False) -> None:

@@ -43,8 +43,8 @@ from torch_nnmath.kernels.dispatch import PLAIN_TYPES
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -> Tensor:
     """F1 with deferred logits where they can be deferred; otherwise `functional.linear`.
 
-    `module` is the head; its mark is a `HeadLog`. Where Dynamo may break its graph, it compiles what
-    comes before this call and what comes after it.
+    `module` is the head; its mark is a `HeadLog`. Where Dynamo may break its graph, it does so at
+    this call, and compiles what comes before and after it.
     """
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
         from torch_nnmath.deferred.compiled import (

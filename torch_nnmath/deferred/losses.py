@@ -14,7 +14,8 @@ from torch.autograd.function import BackwardCFunction
 
 from torch_nnmath import _check as check
 from torch_nnmath import functional as F
-from torch_nnmath._head import Head, LogitChanges, LogitOptions, is_scaled, prepare_head
+from torch_nnmath._head import Head, LogitChanges, make_any_class, prepare_head
+from torch_nnmath._logits import LogitOptions, is_scaled, read_logit_options
 from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, widen
 from torch_nnmath._target import TargetOptions
 from torch_nnmath.deferred.logits import DeferredLogits, get_grad_fn, is_traced, register_override
@@ -59,8 +60,7 @@ class HeadRows(NamedTuple):
         self, target_options: TargetOptions = DEFAULT_TARGET_OPTIONS
     ) -> Head:
         """Returns the fused head for a value that does not depend on the target."""
-        shape = self.features.shape[:-1]
-        target = torch.zeros(shape, dtype=torch.int64, device=self.features.device)
+        target = make_any_class(self.features, self.weight)
         return self.prepare_head(target, target_options)
 
 
@@ -217,11 +217,13 @@ class CrossEntropyArguments:
     base: float = torch.e
     logit_scale: Any = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
     z_loss: float = 0.0
     return_stats: bool = False
+    output_dtype: torch.dtype | None = None
 
-    def changes_logits(self) -> bool:
-        return self.softcap is not None or is_scaled(self.logit_scale)
+    def read_logit_options(self) -> LogitOptions:
+        return read_logit_options(self.base, self.logit_scale, self.softcap, self.temperature)
 
 
 @register_loss(torch.nn.functional.cross_entropy, F.cross_entropy, torch.nn.functional.nll_loss)
@@ -236,9 +238,10 @@ def cross_entropy(
         func is torch.nn.functional.nll_loss,
     )
     form, axis = input.recipe.form, min(input.dim() - 1, 1)
-    if not isinstance(target, Tensor):
+    if not isinstance(target, Tensor) or form.log_sign < 0:
         return NotImplemented
-    if form.log_sign < 0 or (form.is_capped and arguments.changes_logits()):
+    options = arguments.read_logit_options()
+    if form.is_capped and (options.cap is not None or is_scaled(options.scale)):
         return NotImplemented
     is_distribution = target.shape == input.shape and target.is_floating_point()
     if is_distribution and not is_log:
@@ -256,8 +259,8 @@ def cross_entropy(
     head = rows.prepare_head(
         target,
         TargetOptions(weight, ignore_index, arguments.label_smoothing),
-        LogitOptions(arguments.base, arguments.logit_scale, arguments.softcap),
-    )
+        options,
+    ).with_output_dtype(arguments.output_dtype)
     reduction = check.resolve_reduction(
         arguments.reduction, arguments.size_average, arguments.reduce
     )

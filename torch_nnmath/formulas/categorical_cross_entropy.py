@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath._precision import widen
+from torch_nnmath._precision import multiply, widen
 from torch_nnmath.formulas._formula import Formula, save, sum_present
 
 
@@ -21,7 +21,8 @@ class CategoricalCrossEntropy(Formula):
     @staticmethod
     def forward(a: Tensor, t: Tensor, dim: int, base: float) -> Tensor:
         a, t = widen(a), widen(t)
-        return -(t * mask_unused(t, a).log()).sum(dim, keepdim=True) / math.log(base)
+        c = (t * mask_unused(t, a).log()).sum(dim, keepdim=True)
+        return multiply(c, -1 / math.log(base))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
@@ -31,7 +32,7 @@ class CategoricalCrossEntropy(Formula):
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> Any:
         a, t = ctx.saved_tensors
-        k = -dc / math.log(ctx.base)
+        k = multiply(dc, -1 / math.log(ctx.base))
         needs_a, needs_t, *_ = ctx.needs_input_grad
         da = (k * widen(t) / mask_unused(t, widen(a))).to(a.dtype) if needs_a else None
         dt = (k * widen(a).log()).to(t.dtype) if needs_t else None
@@ -44,7 +45,7 @@ class CategoricalCrossEntropy(Formula):
             None if da is None else t / mask_unused(t, a) * widen(da),
             None if dt is None else torch.xlogy(widen(dt), a),
         )
-        return -change.sum(ctx.dim, keepdim=True) / math.log(ctx.base)
+        return multiply(change.sum(ctx.dim, keepdim=True), -1 / math.log(ctx.base))
 
 
 def mask_unused(t: Tensor, a: Tensor) -> Tensor:

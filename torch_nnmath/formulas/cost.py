@@ -19,10 +19,11 @@ class Cost(Formula):
     r"""F3: C = (1/n) Σ c,  dC/dc = 1/n,  dC/dn = -C/n.
 
     c of any shape; n the number of examples, their total weight (a scalar tensor), or 1 for a sum.
+    A number n is an int, since the tangent of a tensor () divided by a float is float64 in PyTorch.
     """
 
     @staticmethod
-    def forward(c: Tensor, n: Tensor | float) -> Tensor:
+    def forward(c: Tensor, n: Tensor | int) -> Tensor:
         return c.sum() / n
 
     @staticmethod

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_nnmath._precision import widen
+from torch_nnmath._precision import multiply, widen
 from torch_nnmath.formulas._formula import Formula, save, sum_present
 
 
@@ -20,7 +20,7 @@ class LogitScale(Formula):
 
     @staticmethod
     def forward(x: Tensor, s: Tensor | float) -> Tensor:
-        return widen(x) * s
+        return _scale(x, s)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, z: Tensor) -> None:
@@ -32,13 +32,17 @@ class LogitScale(Formula):
     def backward(ctx: Any, dz: Tensor) -> Any:
         x, s = ctx.saved_tensors
         needs_x, needs_s = ctx.needs_input_grad
-        dx = (dz * (ctx.s if s is None else s)).to(x.dtype) if needs_x else None
+        dx = _scale(dz, ctx.s if s is None else s).to(x.dtype) if needs_x else None
         return dx, (dz * widen(x)).sum().to(s.dtype) if needs_s else None
 
     @staticmethod
     def tangent(ctx: Any, dx: Tensor | None, ds: Tensor | None) -> Tensor:
         x, s = ctx.saved_tensors
         return sum_present(
-            None if dx is None else widen(dx) * (ctx.s if s is None else s),
+            None if dx is None else _scale(dx, ctx.s if s is None else s),
             None if ds is None else widen(x) * ds,
         )
+
+
+def _scale(x: Tensor, s: Tensor | float) -> Tensor:
+    return widen(x) * s if isinstance(s, Tensor) else multiply(widen(x), s)

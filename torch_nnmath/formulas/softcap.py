@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_nnmath._precision import widen
+from torch_nnmath._precision import multiply, widen
 from torch_nnmath.formulas._formula import Formula, save
 from torch_nnmath.formulas.tanh import Tanh
 
@@ -19,7 +19,7 @@ class SoftCap(Formula):
 
     @staticmethod
     def forward(z: Tensor, cap: float) -> Tensor:
-        return cap * (widen(z) / cap).tanh()
+        return multiply(_divide(z, cap).tanh(), cap)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, v: Tensor) -> None:
@@ -29,9 +29,13 @@ class SoftCap(Formula):
     @staticmethod
     def backward(ctx: Any, dv: Tensor) -> Any:
         (z,) = ctx.saved_tensors
-        return Tanh.product(Tanh.evaluate(widen(z) / ctx.cap), dv).to(z.dtype), None
+        return Tanh.product(Tanh.evaluate(_divide(z, ctx.cap)), dv).to(z.dtype), None
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor, _: None) -> Tensor:
         (z,) = ctx.saved_tensors
-        return Tanh.product(Tanh.evaluate(widen(z) / ctx.cap), widen(dz))
+        return Tanh.product(Tanh.evaluate(_divide(z, ctx.cap)), widen(dz))
+
+
+def _divide(z: Tensor, cap: float) -> Tensor:
+    return multiply(widen(z), 1 / cap)

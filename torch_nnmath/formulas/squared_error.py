@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_nnmath import kernels
-from torch_nnmath._precision import widen
+from torch_nnmath._precision import multiply, widen
 from torch_nnmath.formulas._formula import Formula, save, sum_last_axes, sum_present
 from torch_nnmath.kernels.dispatch import LossKernel, accelerate_with
 
@@ -22,8 +22,8 @@ class SquaredError(Formula):
 
     @staticmethod
     @accelerate_with(kernel.value)
-    def forward(a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
-        return sum_last_axes((widen(t) - widen(a)).square(), axes) * (scale / 2)
+    def forward(a: Tensor, t: Tensor, axes: int, scale: int) -> Tensor:
+        return multiply(sum_last_axes((widen(t) - widen(a)).square(), axes), scale / 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
@@ -39,7 +39,7 @@ class SquaredError(Formula):
 
     @staticmethod
     @accelerate_with(kernel.gradient)
-    def gradient(dc: Tensor, a: Tensor, t: Tensor, axes: int, scale: float) -> Tensor:
+    def gradient(dc: Tensor, a: Tensor, t: Tensor, axes: int, scale: int) -> Tensor:
         """scale dc (a - t)."""
         return scale * dc * (widen(a) - widen(t))
 

@@ -46,7 +46,7 @@ def register_operator(
     name = signature.split("(")[0]
 
     def register(function: Callable[..., Any]) -> Any:
-        run = _run_without_grad(function)
+        run = _disable_grad_and_autocast(function)
 
         @functools.wraps(function)
         def run_on_gpu(*args: Any) -> Any:
@@ -97,10 +97,12 @@ def _register_on_gpu(name: str, function: Callable[..., Any], gpu_module: str) -
 def _load_gpu_function(name: str) -> Callable[..., Any]:
     """The operator's function in its Triton module, which is imported at the first call."""
     module = importlib.import_module(f"torch_nnmath.kernels.gpu.{GPU_MODULES[name]}")
-    return _run_without_grad(getattr(module, name))
+    return _disable_grad_and_autocast(getattr(module, name))
 
 
-def _run_without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+def _disable_grad_and_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which runs below autograd and with autocast off."""
+
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         tensor = next(arg for arg in args if isinstance(arg, Tensor))

@@ -20,13 +20,26 @@ from torch_nnmath.kernels._library import SLICE_SIZE, register_operator
 INTEGER_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
-def _allocate_product(a: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(v, memory_format=torch.contiguous_format)
+def allocate_product(a: Tensor, v: Tensor) -> Tensor:
+    """Memory for an elementwise product, in the memory format of a."""
+    return torch.empty_like(a, dtype=v.dtype)
+
+
+def order_by_memory(result: Tensor, *operands: Tensor) -> list[Tensor]:
+    """The tensors in contiguous memory, with their axes in the order of the result's memory.
+
+    The result, which `allocate_product` returned, is not copied.
+    """
+    tensors = (result, *operands)
+    if not result.is_contiguous():
+        axes = sorted(range(result.dim()), key=result.stride, reverse=True)
+        tensors = tuple(x.permute(axes) for x in tensors)
+    return [x.contiguous() for x in tensors]
 
 
 @register_operator(
     "sigmoid_product(Tensor a, Tensor v) -> Tensor",
-    _allocate_product,
+    allocate_product,
     gpu_module="triton_elementwise",
     is_fast_if_small=True,
 )
@@ -45,7 +58,7 @@ def _write_sigmoid_product(out: Tensor, a: Tensor, v: Tensor) -> None:
 
 @register_operator(
     "tanh_product(Tensor a, Tensor v) -> Tensor",
-    _allocate_product,
+    allocate_product,
     gpu_module="triton_elementwise",
     is_fast_if_small=True,
 )
@@ -65,7 +78,7 @@ def _write_tanh_product(out: Tensor, a: Tensor, v: Tensor) -> None:
 
 @register_operator(
     "relu_product(Tensor a, Tensor v) -> Tensor",
-    _allocate_product,
+    allocate_product,
     gpu_module="triton_elementwise",
     is_fast_if_small=True,
 )
@@ -86,7 +99,7 @@ def _write_relu_product(out: Tensor, a: Tensor, v: Tensor) -> None:
 
 @register_operator(
     "softmax_product(Tensor a, Tensor v, int dim=-1) -> Tensor",
-    _allocate_product,
+    lambda a, v, dim=-1: torch.empty_like(v, memory_format=torch.contiguous_format),
     gpu_module="triton_softmax",
     is_fast_if_small=True,
 )
@@ -114,12 +127,18 @@ def _write_tiles(
     dtype: torch.dtype,
     dim: int | None = None,
 ) -> Tensor:
-    """Calls `write(result, a, v)` for each tile; a tile holds all of the axis `dim`."""
-    result = torch.empty_like(v, memory_format=torch.contiguous_format)
+    """Calls `write(result, a, v)` for each tile; a tile holds all of the axis `dim`.
+
+    The result has a's memory format; with a `dim` it is contiguous.
+    """
+    if dim is None:
+        result = allocate_product(a, v)
+    else:
+        result = torch.empty_like(v, memory_format=torch.contiguous_format)
     if v.numel() <= SLICE_SIZE:  # one tile
         write(result, a, v)
         return cast(result, dtype)
-    tensors = [x.contiguous() for x in (result, a, v)]
+    tensors = order_by_memory(result, a, v)
     if dim is None:
         tensors, size = [x.view(-1) for x in tensors], SLICE_SIZE
     elif v.dim() and dim % v.dim():

@@ -70,6 +70,13 @@ class Case:
         """Returns the case with another input at one position."""
         return self.with_inputs([*self.inputs[:position], x, *self.inputs[position + 1 :]])
 
+    def with_tensors(self, places: Sequence[int], tensors: Sequence[Tensor]) -> Case:
+        """Returns the case with other tensors at some places among `self.tensors`."""
+        inputs = list(self.inputs)
+        for k in places:
+            inputs[self.tensor_positions[k]] = tensors[k]
+        return self.with_inputs(inputs)
+
     # Calls
 
     @cached_property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import _torch
-from torch_nnmath.testing import _compilers, _state  # noqa: F401  (register their transforms)
+from torch_nnmath.testing import _batching, _compilers, _state  # noqa: F401  (register transforms)
 from torch_nnmath.testing._calls import find_autograd_functions
 from torch_nnmath.testing._case import (
     TOLERANCES,
