@@ -17,9 +17,8 @@ from torch import Tensor
 from torch_nnmath import _torch
 from torch_nnmath.testing import _batching, _compilers, _state  # noqa: F401  (register transforms)
 from torch_nnmath.testing._calls import find_autograd_functions
-from torch_nnmath.testing._case import (
-    TOLERANCES,
-    Case,
+from torch_nnmath.testing._case import TOLERANCES, Case
+from torch_nnmath.testing._functions import (
     is_real_tensor,
     list_leaves,
     make_module_function,

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_nnmath.testing._functions import Tensors
+
 STEPS = (0.0, 1e-4, 5e-4, 4e-3)  # for each order, of entries of magnitude 1
 TRIES = 5  # each with a quarter of the step before
 MAX_RELATIVE_DIRECTION = 50.0  # of an entry's magnitude
-
-Tensors = tuple[Tensor, ...]
 
 
 class Estimate(NamedTuple):

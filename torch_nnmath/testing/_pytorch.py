@@ -98,7 +98,7 @@ def _make_functions() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
 def _make_modules() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     state = (_draw(1, 2, 2), _draw(1, 2, 2))
     attention = nn.MultiheadAttention(2, 1, batch_first=True)
-    layer = nn.TransformerEncoderLayer(2, 1, 3, batch_first=True, activation="gelu")
+    layer = nn.TransformerEncoderLayer(4, 1, 3, batch_first=True, activation="gelu")
     weight_norm = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
     modules: list[tuple[nn.Module, list[Any]]] = [
         (nn.Linear(3, 2), [_draw(2, 3)]),
@@ -113,7 +113,7 @@ def _make_modules() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
         (nn.GRU(2, 2), [_draw(2, 2, 2), _draw(1, 2, 2)]),
         (nn.LSTM(2, 2), [_draw(2, 2, 2), state]),
         (attention.eval(), [_draw(1, 2, 2) for _ in range(3)]),
-        (layer.eval(), [_draw(1, 2, 2)]),
+        (layer.eval(), [_draw(1, 2, 4)]),
     ]
     examples = {type(module).__name__: (module, inputs) for module, inputs in modules}
     return {**examples, "weight_norm": (weight_norm, [_draw(2, 3)])}

@@ -36,7 +36,8 @@ from torch_nnmath.testing._calls import (
     record_dtype_errors,
     stack_members,
 )
-from torch_nnmath.testing._case import Case, Tensors, dot
+from torch_nnmath.testing._case import Case, dot
+from torch_nnmath.testing._functions import Tensors
 from torch_nnmath.testing._report import NotApplicable, Wrong
 
 FACTORS = (1.0, -2.0, 0.5)  # of the members of a batch of directions
@@ -531,20 +532,20 @@ def check_per_sample_gradients(case: Case) -> None:
     first = positions[0]
     module = CaseModule(case, first)
     parameters = {name: p.detach() for name, p in module.named_parameters()}
-    batch = torch.stack([member.inputs[first] for member in case.batch_members])
+    samples = [case, case.with_input(first, case.batch_members[1].inputs[first])]
+    batch = torch.stack([sample.inputs[first] for sample in samples])
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return dot(case.upstream, functional_call(module, parameters, (x,)))
 
     gradients = vmap(torch.func.grad(loss), (None, 0))(parameters, batch)
-    for i, x in enumerate(batch):
-        member = case.with_input(first, x)
-        exact = dict(zip(case.positions, member.compute_gradient(case.upstream), strict=True))
-        exact_scale = (exact.pop(first) * x.double()).sum()
+    for i, sample in enumerate(samples):
+        exact = dict(zip(case.positions, sample.compute_gradient(case.upstream), strict=True))
+        exact_scale = (exact.pop(first) * batch[i].double()).sum()
         results = [gradients["scale"][i], *(gradients[f"p{position}"][i] for position in exact)]
         labels = ["a factor", *(case.labels[case.positions.index(p)] for p in exact)]
         description = f"the gradient of {{}} for sample {i}"
-        member.compare(results, [exact_scale, *exact.values()], description, labels=labels)
+        sample.compare(results, [exact_scale, *exact.values()], description, labels=labels)
 
 
 # Shared by several checks
@@ -571,11 +572,11 @@ def _run_gradcheck(check: Callable[..., bool], case: Case, order: int, **options
 
 
 def _check_autocast(case: Case, dtype: torch.dtype) -> None:
-    case = case.to_dtype(torch.float32)
-    xs = case.make_leaves()
+    float_case = case.to_dtype(torch.float32)
+    xs = float_case.make_leaves()
     with torch.autocast(xs[0].device.type, dtype):
-        outputs = case.call(*xs)
-    gradients = compute_gradients(case, outputs, xs)
-    tolerant_case = replace(case, dtype=dtype)
+        outputs = float_case.call(*xs)
+    gradients = compute_gradients(float_case, outputs, xs)
+    tolerant_case = replace(float_case, dtype=dtype).with_exact_values_of(case)
     tolerant_case.compare_outputs(outputs)
     tolerant_case.compare_gradient(gradients)
