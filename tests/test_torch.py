@@ -387,8 +387,28 @@ def test_disable_dispatch_modes():
         assert mode.calls == 1
 
 
+@pytest.mark.parametrize(
+    ("call", "is_random"),
+    [
+        (lambda: torch.nn.functional.dropout(x), True),
+        (lambda: torch.rand(2, generator=torch.Generator()), True),
+        (lambda: torch.empty(2).normal_(), True),
+        (lambda: x.sin(), False),
+    ],
+)
+def test_random_operator_watch(call, is_random):
+    with _torch.RandomOperatorWatch() as watch:
+        call()
+    assert watch.is_random == is_random
+
+
 def test_tree_leaves():
     assert _torch.tree_leaves([1, (2, {"a": 3})]) == [1, 2, 3]
+
+
+def test_tree_leaves_with_keys():
+    leaves = _torch.tree_leaves_with_keys([1, {"a": (2, None)}])
+    assert leaves == [("[0]", 1), ("[1]['a'][0]", 2), ("[1]['a'][1]", None)]
 
 
 def test_tree_map():

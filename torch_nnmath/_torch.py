@@ -20,7 +20,7 @@ from torch.autograd import Function, forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.nn.utils._expanded_weights.expanded_weights_impl import HANDLED_FUNCTIONS
 from torch.utils import _pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Which transforms, modes and tracers are active
 
@@ -104,6 +104,16 @@ def is_fx_tracing() -> bool:
 def has_dispatch_mode() -> bool:
     """Whether a `TorchDispatchMode` is active. No public function tells."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+class RandomOperatorWatch(TorchDispatchMode):
+    """Records whether an operator draws random numbers. The base class is in a private module."""
+
+    is_random = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.is_random |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 def is_legacy_batch(x: Tensor) -> bool:
@@ -222,6 +232,11 @@ def tree_leaves(tree: Any) -> list[Any]:
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """`function` of every leaf, in the same nesting. PyTorch's pytree module is private."""
     return _pytree.tree_map(function, tree)
+
+
+def tree_leaves_with_keys(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves, each after its keys, such as `[0]['a']`. PyTorch's pytree module is private."""
+    return [(_pytree.keystr(keys), leaf) for keys, leaf in _pytree.tree_leaves_with_path(tree)]
 
 
 # Modules
