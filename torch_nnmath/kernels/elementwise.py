@@ -94,8 +94,8 @@ def relu_product(a: Tensor, v: Tensor) -> Tensor:
 def _write_relu_product(out: Tensor, a: Tensor, v: Tensor) -> None:
     integers = INTEGER_TYPES[v.element_size()]
     bits = torch.le(a, get_constant(0.0, a.dtype), out=out).view(integers)  # those of 0.0 or 1.0
-    v = v.resolve_neg()  # its bits would be those of -v
-    torch.bitwise_left_shift(v.view(integers), bits, out=bits)
+    # the bits of a lazily negated tensor have the wrong sign
+    torch.bitwise_left_shift(v.resolve_neg().view(integers), bits, out=bits)
 
 
 @register_operator(
