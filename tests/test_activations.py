@@ -72,6 +72,50 @@ def test_relu_in_place_on_a_view_changes_the_view_alone():
     assert torch.equal(base, expected)
 
 
+# Memory formats
+
+ACTIVATIONS = {
+    "sigmoid": (F.sigmoid, torch.sigmoid),
+    "tanh": (F.tanh, torch.tanh),
+    "relu": (F.relu, torch.relu),
+    "relu in place": (RELUS["function in place"], torch.relu),
+}
+UPSTREAM = {
+    "its own": lambda v, memory_format: v.contiguous(memory_format=memory_format),
+    "contiguous": lambda v, _: v,
+    "expanded": lambda v, _: v.flatten()[:1].view([1] * v.dim()).expand_as(v),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 3, 4, 5), torch.float64),
+        ((2, 3, 2, 4, 5), torch.float32),
+        ((2, 3, 192, 256), torch.float32),
+        ((2, 3, 32, 32, 48), torch.bfloat16),
+    ],
+)
+def test_gradients_keep_channels_last(name, upstream, shape, dtype):
+    ours, pytorch = ACTIVATIONS[name]
+    channels_last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    z = torch.randn(shape, dtype=dtype).contiguous(memory_format=channels_last).requires_grad_()
+    v = UPSTREAM[upstream](torch.randn(shape, dtype=dtype), channels_last).requires_grad_()
+    a = ours(z)
+    (dz,) = torch.autograd.grad(a, z, v, retain_graph=True)
+    (same,) = torch.autograd.grad(a, z, v, create_graph=True)
+    _, tangent = jvp(ours, (z.detach(),), (v.detach(),))
+    (expected,) = torch.autograd.grad(pytorch(z), z, v)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    for gradient in (dz, same, tangent):
+        assert gradient.stride() == z.stride()
+        torch.testing.assert_close(gradient, expected, **tolerance)
+    (second,) = torch.autograd.grad(same.sum(), z, materialize_grads=True)
+    assert second.stride() == z.stride()
+
+
 # Softmax with dtype
 
 

@@ -63,6 +63,10 @@ TARGETS = {
         f"fixed/{name}": [("difference", "ours", "eager", 15, None)]
         for name in ("sigmoid", "tanh", "softmax", "relu")
     },
+    "convolutions": [
+        ("time", "ours", "eager", 1.05, None),
+        ("time", "swapped", "eager", 1.05, None),
+    ],
     "fixed/mse_loss": [("difference", "ours", "eager", 40, None)],
     "fixed/sigmoid_squared_error": [("difference", "ours", "eager", 50, None)],
     "fixed/linear": [("difference", "ours", "eager", 20, None)],

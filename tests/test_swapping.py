@@ -18,6 +18,7 @@ from swapping_helpers import (
 )
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import torch_nnmath
 from torch_nnmath import swap, unswap
@@ -707,6 +708,44 @@ def test_per_sample_gradients_agree(small, batch):
         return torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, batch[0]).values()
 
     truth = list(gradients(small))
+    swap(small)
+    assert_agree(gradients(small), truth)
+
+
+@pytest.mark.parametrize("head", ["auto", "2", None])
+def test_call_for_per_sample_grads_agrees(small, batch, head):
+    x, t = batch
+
+    def gradients(model):
+        logits = call_for_per_sample_grads(model)(x)
+        loss = nn.functional.cross_entropy(logits, t % 2, reduction="sum")
+        loss.backward()
+        samples = [p.grad_sample for p in model.parameters()]
+        for p in model.parameters():
+            del p.grad_sample
+        return loss, *samples
+
+    truth = gradients(small)
+    swap(small, head=head)
+    assert_agree(gradients(small), truth)
+    assert len(truth[1]) == len(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Opacus
+@pytest.mark.parametrize("is_registered", [False, True])
+def test_per_sample_gradients_of_opacus_agree(small, batch, monkeypatch, is_registered):
+    grad_sample = pytest.importorskip("opacus.grad_sample")
+    samplers = dict(grad_sample.GradSampleModule.GRAD_SAMPLERS)
+    monkeypatch.setattr(grad_sample.GradSampleModule, "GRAD_SAMPLERS", samplers)
+    if is_registered:
+        samplers[torch_nnmath.nn.Linear] = samplers[nn.Linear]
+
+    def gradients(model):
+        wrapped = grad_sample.GradSampleModule(model)
+        nn.functional.cross_entropy(wrapped(batch[0]), batch[1] % 2).backward()
+        return [p.grad_sample for p in wrapped.parameters()]
+
+    truth = gradients(copy.deepcopy(small))
     swap(small)
     assert_agree(gradients(small), truth)
 

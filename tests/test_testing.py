@@ -167,6 +167,18 @@ class SavesOnContext(Product):
         return dy @ W, dy.T @ x
 
 
+class KeepsStateOnClass(Product):
+    @staticmethod
+    def setup_context(ctx, inputs, y):
+        Product.setup_context(ctx, inputs, y)
+        KeepsStateOnClass.saved_tensors = inputs
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, W = KeepsStateOnClass.saved_tensors
+        return dy @ W, dy.T @ x
+
+
 class UnpacksSavedTensorsTwice(Product):
     @staticmethod
     def backward(ctx, dy):
@@ -364,6 +376,7 @@ FAULTS = [
     (NoGradientBesideFrozenInput, ZERO, ["frozen inputs"], ["gradient", "forward mode"]),
     (GradientOfOtherDtype, WRONG, ["types of gradients"], ["forward mode"]),
     (SavesOnContext, WRONG, ["edited before backward"], ["gradient", "retained graph"]),
+    (KeepsStateOnClass, WRONG, ["interleaved calls"], ["gradient", "second order", "vmap(grad)"]),
     (UnpacksSavedTensorsTwice, RAISES, ["checkpoint"], ["gradient", "second order"]),
     (OnceDifferentiable, ZERO, ["second order"], ["gradient"]),
     (OnceDifferentiable, WRONG, ["gradgradcheck"], ["gradient"]),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -355,6 +356,28 @@ def test_disable_torch_function():
         assert isinstance(torch.add(subclass, 1), Tensor)
 
 
+def test_share_per_sample_gradient():
+    def linear(input, weight):
+        return torch.overrides.handle_torch_function(linear, (weight,), input, weight)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(3))
+
+        def forward(self, input):
+            return linear(input, self.weight)
+
+    layer, rows = Layer(), torch.arange(6.0).view(2, 3)
+    with pytest.raises(RuntimeError, match="cannot handle function linear"):
+        call_for_per_sample_grads(layer)(rows)
+    _torch.share_per_sample_gradient(torch.sigmoid, linear)  # has no rule
+    _torch.share_per_sample_gradient(torch.nn.functional.linear, linear)
+    call_for_per_sample_grads(layer)(rows).sum().backward()
+    expected = rows[:, None].expand(2, 3, 3)
+    torch.testing.assert_close(layer.weight.grad_sample, expected, rtol=0, atol=0)
+
+
 def test_disable_dispatch_modes():
     with DispatchMode() as mode:
         torch.add(x, 1)
@@ -364,21 +387,32 @@ def test_disable_dispatch_modes():
         assert mode.calls == 1
 
 
+@pytest.mark.parametrize(
+    ("call", "is_random"),
+    [
+        (lambda: torch.nn.functional.dropout(x), True),
+        (lambda: torch.rand(2, generator=torch.Generator()), True),
+        (lambda: torch.empty(2).normal_(), True),
+        (lambda: x.sin(), False),
+    ],
+)
+def test_random_operator_watch(call, is_random):
+    with _torch.RandomOperatorWatch() as watch:
+        call()
+    assert watch.is_random == is_random
+
+
 def test_tree_leaves():
     assert _torch.tree_leaves([1, (2, {"a": 3})]) == [1, 2, 3]
 
 
+def test_tree_leaves_with_keys():
+    leaves = _torch.tree_leaves_with_keys([1, {"a": (2, None)}])
+    assert leaves == [("[0]", 1), ("[1]['a'][0]", 2), ("[1]['a'][1]", None)]
+
+
 def test_tree_map():
     assert _torch.tree_map(lambda v: v + 1, [1, (2, {"a": 3})]) == [2, (3, {"a": 4})]
-
-
-def test_get_buffers():
-    module = torch.nn.Module()
-    module.register_buffer("unset", None)
-    module.register_buffer("calls", x)
-    assert _torch.get_buffers(module) == {"unset": None, "calls": x}
-    _torch.get_buffers(module)["calls"] = None
-    assert module.calls is None
 
 
 def test_make_fake_tensor_mode():

@@ -192,7 +192,10 @@ def test_verify_imports_user_module_from_working_directory(tmp_path):
     [
         (["math:sin"], "a function requires --inputs"),
         (["--inputs", "math:sin"], "--inputs requires a function"),
-        (["--reference", "math:sin"], "--reference requires a function"),
+        (["--reference", "math:sin"], "--reference and --surrogate require a function"),
+        (["--surrogate", "math:sin"], "--reference and --surrogate require a function"),
+        (["--pytorch", "--device", "cuda"], "cuda"),
+        (["--pytorch", "math:sin", "--inputs", "math:pi"], "--pytorch takes neither"),
         (["mathsin", "--inputs", "math:sin"], "not of the form PACKAGE.MODULE:FUNCTION"),
         (["nowhere:sin", "--inputs", "math:sin"], "No module named 'nowhere'"),
         (["math:sinus", "--inputs", "math:sin"], "no attribute 'sinus'"),

@@ -26,7 +26,8 @@ NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a public function so that it honours `__torch_function__` of every argument.
 
-    This includes arguments inside a list or a tuple.
+    This includes arguments inside a list or a tuple. `call_for_per_sample_grads` works as with
+    PyTorch's function of the same name.
     """
 
     @functools.wraps(function)
@@ -39,6 +40,8 @@ def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
             return handle_torch_function(public_function, flat, *args, **kwargs)
         return function(*args, **kwargs)
 
+    torch_function = getattr(torch.nn.functional, function.__name__, None)
+    _torch.share_per_sample_gradient(torch_function, public_function)
     return public_function
 
 

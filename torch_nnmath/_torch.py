@@ -18,8 +18,9 @@ from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function, forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.nn.utils._expanded_weights.expanded_weights_impl import HANDLED_FUNCTIONS
 from torch.utils import _pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Which transforms, modes and tracers are active
 
@@ -103,6 +104,16 @@ def is_fx_tracing() -> bool:
 def has_dispatch_mode() -> bool:
     """Whether a `TorchDispatchMode` is active. No public function tells."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+class RandomOperatorWatch(TorchDispatchMode):
+    """Records whether an operator draws random numbers. The base class is in a private module."""
+
+    is_random = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.is_random |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 def is_legacy_batch(x: Tensor) -> bool:
@@ -198,6 +209,16 @@ def disable_torch_function() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+def share_per_sample_gradient(torch_function: Any, function: Any) -> None:
+    """Gives `function` the rule of `torch_function` for per-sample gradients, if there is one.
+
+    `call_for_per_sample_grads` looks rules up in a private table.
+    """
+    rule = HANDLED_FUNCTIONS.get(torch_function)
+    if rule is not None:
+        HANDLED_FUNCTIONS[function] = rule
+
+
 def disable_dispatch_modes() -> AbstractContextManager[Any]:
     """Operations inside skip every active `TorchDispatchMode`. No public function does this."""
     return _disable_current_modes()
@@ -213,6 +234,11 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     return _pytree.tree_map(function, tree)
 
 
+def tree_leaves_with_keys(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves, each after its keys, such as `[0]['a']`. PyTorch's pytree module is private."""
+    return [(_pytree.keystr(keys), leaf) for keys, leaf in _pytree.tree_leaves_with_path(tree)]
+
+
 # Modules
 
 
@@ -225,11 +251,6 @@ def get_attribute(module: torch.nn.Module, name: str, default: Any) -> Any:
         if name in owner:
             return owner[name]
     return default
-
-
-def get_buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
-    """The dict of a module's own buffers. The public `named_buffers` skips those that are None."""
-    return module._buffers
 
 
 # Tracers and the nodes of the autograd graph, for the checker

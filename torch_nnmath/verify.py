@@ -1,4 +1,4 @@
-"""`python -m torch_nnmath verify`: checks every formula of the catalogue, or a user's function."""
+"""`python -m torch_nnmath verify`: checks the catalogue, a user's function, or PyTorch's own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import itertools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -22,6 +23,7 @@ from torch_nnmath import testing
 from torch_nnmath.catalog import CATALOG, EXAMPLES, Input, Row, Sample
 from torch_nnmath.reference import Elementary, Form
 from torch_nnmath.testing import Report, Verdict
+from torch_nnmath.testing._pytorch import make_examples
 from torch_nnmath.testing._report import Wrong, describe_error, shorten
 
 SYMBOLIC = Elementary(
@@ -94,6 +96,7 @@ SEVERITY = (
     Verdict.NOT_APPLICABLE,
     Verdict.RIGHT,
     Verdict.CANNOT,
+    Verdict.UNKNOWN,
     Verdict.WRITES,
     Verdict.RAISES,
     Verdict.WRONG,
@@ -102,6 +105,7 @@ SEVERITY = (
 SHORT_TEXTS = {
     Verdict.NOT_APPLICABLE: "-",
     Verdict.CANNOT: "cannot",
+    Verdict.UNKNOWN: "unknown",
     Verdict.WRITES: "writes",
     Verdict.SILENT_ZERO: "zero",
 }
@@ -139,7 +143,9 @@ class Outcome:
             f"{self.row.name}{f' ({sample})' if sample else ''}: {name}: {verdict}: {detail}"
             for name in self.names
             for sample, verdict, detail in self.list_verdicts(name)
-            if verdict.is_fault or (verdict is Verdict.CANNOT and name not in BEYOND_PYTORCH)
+            if verdict.is_fault
+            or verdict is Verdict.UNKNOWN
+            or (verdict is Verdict.CANNOT and name not in BEYOND_PYTORCH)
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -229,14 +235,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m torch_nnmath verify",
         description="Checks every formula of the catalogue: by a symbolic proof, against its NumPy "
-        "forms and under every transform of PyTorch. Or checks a function of yours under every "
-        "transform.",
+        "forms and under every transform of PyTorch. Or checks a function of yours, or functions "
+        "of PyTorch, under every transform.",
     )
     metavar = "PACKAGE.MODULE:FUNCTION"
     parser.add_argument("function", nargs="?", metavar=metavar, help="a function of yours")
     parser.add_argument("--inputs", metavar=metavar, help="a function that returns its inputs")
     parser.add_argument(
         "--reference", metavar=metavar, help="a function that returns the right value"
+    )
+    parser.add_argument(
+        "--surrogate", metavar=metavar, help="a function with the derivatives that yours declares"
+    )
+    parser.add_argument(
+        "--pytorch", action="store_true", help="check functions and modules of PyTorch"
     )
     parser.add_argument("--quick", action="store_true", help="run only the essential transforms")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -246,14 +258,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: PyTorch finds no CUDA device")
     if (arguments.function is None) != (arguments.inputs is None):
         parser.error("a function requires --inputs, and --inputs requires a function")
-    if arguments.function is None and arguments.reference is not None:
-        parser.error("--reference requires a function")
+    if arguments.function is None and (arguments.reference or arguments.surrogate):
+        parser.error("--reference and --surrogate require a function")
+    if arguments.pytorch and (arguments.function or arguments.device != "cpu"):
+        parser.error("--pytorch takes neither a function nor a device")
     start = time.perf_counter()
     if arguments.function:
         try:
             results, is_right = _check_user_function(arguments)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             parser.error(str(error))
+    elif arguments.pytorch:
+        results, is_right = _check_pytorch(arguments)
     else:
         results, is_right = _check_catalog(arguments)
     seconds = time.perf_counter() - start
@@ -274,13 +290,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_user_function(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     function, make_inputs = _import_name(arguments.function), _import_name(arguments.inputs)
     reference = _import_name(arguments.reference) if arguments.reference else None
+    surrogate = _import_name(arguments.surrogate) if arguments.surrogate else None
     inputs = make_inputs() if callable(make_inputs) else make_inputs
     inputs = [inputs] if isinstance(inputs, Tensor) else inputs
     inputs = [x.to(arguments.device) if isinstance(x, Tensor) else x for x in inputs]
     transforms = testing.QUICK if arguments.quick else testing.TRANSFORMS
-    report = testing.check(function, inputs, reference=reference, transforms=transforms)
+    report = testing.check(
+        function, inputs, reference=reference, surrogate=surrogate, transforms=transforms
+    )
     print(report)
     return report.to_dict(), report.right
+
+
+def _check_pytorch(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Prints a line for each function of PyTorch, and below it each fault."""
+    reports = {}
+    for name, (function, inputs) in make_examples().items():
+        transforms = QUICK if arguments.quick else TRANSFORMS
+        report = reports[name] = testing.check(function, inputs, transforms=transforms)
+        counts = Counter(row.verdict for row in report)
+        counts.pop(Verdict.NOT_APPLICABLE, None)
+        texts = [f"{count} {verdict}" for verdict, count in counts.items()]
+        print(f"{name:24}{', '.join(texts)}", flush=True)
+        for row in report:
+            if row.verdict.is_fault or row.verdict is Verdict.UNKNOWN:
+                fault = f"{row.transform}: {row.verdict}: {row.detail}"
+                print(f"    {shorten(fault, 160)}", flush=True)
+    wrong = sum(not report.right for report in reports.values())
+    print(f"\n{len(reports)} functions and modules of PyTorch, {wrong} of them with a fault")
+    functions = {name: report.to_dict()["rows"] for name, report in reports.items()}
+    return {"wrong": wrong, "pytorch": functions}, not wrong
 
 
 def _import_name(name: str) -> Any:

@@ -1,5 +1,8 @@
 """GradientCheck: what it compares, with which tolerance, and that training stays as it is."""
 
+import threading
+
+import numpy as np
 import pytest
 import torch
 from lightning_models import (
@@ -226,11 +229,93 @@ class ForwardCounter(torch.nn.Module):
         return x * (1 + self.calls)
 
 
-def test_every_recomputed_loss_starts_with_the_buffers_of_the_batch():
-    body = torch.nn.Sequential(torch.nn.Linear(12, 16), ForwardCounter(), torch.nn.Tanh())
-    make_trainer(check := GradientCheck(1)).fit(model := Classifier(body=body), make_loader())
+class CountsInAttribute(torch.nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * (1 + self.calls)
+
+
+class AddsNoise(torch.nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self, make_generator):
+        super().__init__()
+        self.calls, self.generators = 0, {"noise": make_generator(0)}
+
+    def forward(self, x):
+        self.calls += 1
+        generator = self.generators["noise"]
+        if isinstance(generator, torch.Generator):
+            return x + torch.randn(x.shape, dtype=x.dtype, generator=generator)
+        return x + torch.from_numpy(generator.standard_normal(x.shape)).to(x.dtype)
+
+
+class DecaysWeight(torch.nn.Module):
+    """A frozen parameter that each forward changes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.layer = 0, torch.nn.Linear(16, 16).requires_grad_(False)
+
+    def forward(self, x):
+        self.calls += 1
+        self.layer.weight.mul_(0.5)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "make_layer",
+    [
+        ForwardCounter,
+        CountsInAttribute,
+        lambda: AddsNoise(np.random.default_rng),
+        lambda: AddsNoise(torch.Generator().manual_seed),
+        DecaysWeight,
+    ],
+    ids=["buffer", "attribute", "numpy.Generator", "torch.Generator", "frozen parameter"],
+)
+def test_every_recomputed_loss_starts_with_the_state_of_the_batch(make_layer):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = torch.nn.Sequential(torch.nn.Linear(12, 16), make_layer(), torch.nn.Tanh())
+    check = GradientCheck(1, parameters=7, entries=7)
+    make_trainer(check).fit(model := Classifier(body=body), make_loader())
     assert check.errors["gradient_error/uncertainty"] < 1e-3
+    assert check.errors["gradient_error/numerical"] < 1e-5
     assert model.body[1].calls == 4
+
+
+class HoldsTensors:
+    """An object of the user, which no search in lists and dicts enters."""
+
+    logits = None
+
+
+@pytest.mark.filterwarnings("ignore::torch_nnmath.deferred.MaterializedLogits")
+def test_module_that_keeps_its_logits_in_an_object_is_copied():
+    class Keeper(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.kept = HoldsTensors()
+
+        def training_step(self, batch, batch_idx):
+            self.kept.logits = self.head(self.body(batch[0]))
+            return F.cross_entropy(self.kept.logits, batch[1])
+
+    make_trainer(check := GradientCheck(2), SwapFormulas()).fit(model := Keeper(), make_loader())
+    assert check.errors["gradient_error/numerical"] < 1e-5
+    assert model.kept.logits.grad_fn is not None
+
+
+@pytest.mark.parametrize("obstacle", [threading.Lock(), (x for x in ())], ids=["lock", "generator"])
+def test_module_that_cannot_be_copied_raises_with_the_attribute(obstacle):
+    model = Classifier()
+    model.body[2].tools = {"held": obstacle}
+    message = "GradientCheck copies the module, .* its attribute 'body.2.tools' of type dict"
+    with pytest.raises(RuntimeError, match=message):
+        make_trainer(GradientCheck(1)).fit(model, make_loader())
 
 
 def test_choice_of_entries_depends_on_step_and_seed_alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -84,6 +85,23 @@ def draw_network(
     return Problem(parameters, constants)
 
 
+def draw_images(
+    random: RandomTensors, rows: int, width: int, channels: int, classes: int
+) -> Problem:
+    """Images in channels_last, and the parameters of two convolutions and a head."""
+    shapes = (channels, 3, 3, 3), (channels, channels, 3, 3), (classes, channels)
+    parameters = [
+        parameter
+        for shape in shapes
+        for parameter in (
+            random.normal(*shape) / math.prod(shape[1:]) ** 0.5,
+            random.normal(shape[0]),
+        )
+    ]
+    images = random.normal(rows, 3, width, width).contiguous(memory_format=torch.channels_last)
+    return Problem(tuple(parameters), (images, random.class_indices(rows, classes)))
+
+
 # Floors
 
 
@@ -157,18 +175,23 @@ def head_none_ignored(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
     return functional.linear_cross_entropy(x, W, t.clamp(min=0))
 
 
-def make_training_step(
-    change_classes: Callable[[torch.nn.Module, torch.nn.Module], object], problem: Problem
-) -> Callable[[], Results]:
-    """Returns a step of SGD of a network with one hidden layer.
+ChangeClasses = Callable[[torch.nn.Module, torch.nn.Module], object]
 
-    The step returns the loss and the gradients. `change_classes` gets the network and its loss.
+
+def make_training_step(
+    make_layers: Callable[..., Sequence[torch.nn.Module]],
+    change_classes: ChangeClasses,
+    problem: Problem,
+) -> Callable[[], Results]:
+    """Returns a step of SGD of a network.
+
+    The step returns the loss and the gradients. `make_layers` gets the values of the parameters,
+    `change_classes` the network and its loss.
     """
-    W1, _, W2, _ = problem.leaves
     x, y = problem.constants
-    network = torch.nn.Sequential(
-        torch.nn.Linear(*W1.T.shape), torch.nn.ReLU(), torch.nn.Linear(*W2.T.shape)
-    ).to(x)
+    network = torch.nn.Sequential(*make_layers(*problem.leaves)).to(x)
+    if x.dim() == 4:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():
         for parameter, value in zip(network.parameters(), problem.leaves, strict=True):
             parameter.copy_(value)
@@ -187,10 +210,33 @@ def make_training_step(
     return step
 
 
-def make_step_contender(
-    change_classes: Callable[[torch.nn.Module, torch.nn.Module], object],
-) -> Contender:
-    return Contender(functools.partial(make_training_step, change_classes))  # type: ignore[arg-type]
+def make_hidden_layer(W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor) -> list[torch.nn.Module]:
+    return [torch.nn.Linear(*W1.T.shape), torch.nn.ReLU(), torch.nn.Linear(*W2.T.shape)]
+
+
+def make_convolutions(
+    W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, W3: Tensor, b3: Tensor
+) -> list[torch.nn.Module]:
+    layers: list[torch.nn.Module] = []
+    for W in (W1, W2):
+        layers += [torch.nn.Conv2d(W.shape[1], len(W), 3, padding=1), torch.nn.ReLU()]
+    pool = torch.nn.AdaptiveAvgPool2d(1)
+    return [*layers, pool, torch.nn.Flatten(), torch.nn.Linear(*W3.T.shape)]
+
+
+def make_step_contenders(
+    make_layers: Callable[..., Sequence[torch.nn.Module]],
+) -> dict[str, Contender]:
+    changes: dict[str, ChangeClasses] = {
+        "ours": lambda model, loss: (swap(model, head=None), swap(loss)),
+        "eager": lambda model, loss: None,
+        "modules": lambda model, loss: swap(model, head=None),
+        "swapped": lambda model, loss: swap(model),
+    }
+    return {
+        name: Contender(functools.partial(make_training_step, make_layers, change))  # type: ignore[arg-type]
+        for name, change in changes.items()
+    }
 
 
 # Values that are usual in training language models
@@ -455,17 +501,23 @@ fixed = (
         "a training step of a network with one hidden layer; modules: with PyTorch's loss",
         ("ROWS", "IN", "HIDDEN", "CLASSES"),
         draw_network,
-        {
-            "ours": make_step_contender(lambda model, loss: (swap(model, head=None), swap(loss))),
-            "eager": make_step_contender(lambda model, loss: None),
-            "modules": make_step_contender(lambda model, loss: swap(model, head=None)),
-            "swapped": make_step_contender(lambda model, loss: swap(model)),
-        },
+        make_step_contenders(make_hidden_layer),
         sizes=((32, 64, 32, 10),),
         cuda_sizes=(),
         targets=(Target(1.6, "eager"), Target(1.1, "modules", contender="swapped")),
         is_training_step=True,
     ),
+)
+convolutions = Work(
+    "convolutions",
+    "a training step of a small convolutional network; modules: with PyTorch's loss",
+    ("ROWS", "WIDTH", "CHANNELS", "CLASSES"),
+    draw_images,
+    make_step_contenders(make_convolutions),
+    sizes=((16, 32, 32, 10),),
+    cuda_sizes=(),
+    targets=(Target(1.05, "eager"), Target(1.05, "eager", contender="swapped")),
+    is_training_step=True,
 )
 WORKS = {
     work.name: work
@@ -475,6 +527,7 @@ WORKS = {
         sigmoid_squared_error,
         *elementwise,
         linear,
+        convolutions,
         *fixed,
         scaling,
     )

@@ -34,7 +34,7 @@ class ReLUProduct(Formula):
     @staticmethod
     @accelerate_with(kernels.relu_product)
     def forward(a: Tensor, v: Tensor) -> Tensor:
-        return v.masked_fill(a <= 0, 0)
+        return torch.where(a <= 0, 0, v)  # in a's memory format
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, product: Tensor) -> None:

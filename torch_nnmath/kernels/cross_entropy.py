@@ -88,21 +88,26 @@ def cross_entropy(
 
 
 def cross_entropy_cost(
-    n: float, z: Tensor, y: Any, p: Any, t: Any, keep: Any, dim: int, base: float
+    n: Any, z: Tensor, y: Any, p: Any, t: Any, keep: Any, dim: int, base: float
 ) -> Any:
     """As `cross_entropy` with dc = 1/n, and the cost Σ c / n; None for others than the following.
 
-    One block of rows, whose targets are classes of weight 1, none of them ignored.
+    One block of rows, whose targets are classes. What an ignored row holds changes no bit.
     """
-    if y is None or t is not None or keep is not None or z.numel() > 4 * SLICE_SIZE:
-        return None
-    if p.dim() or p.item() != 1:
+    if y is None or t is not None or z.numel() > 4 * SLICE_SIZE:
         return None
     k = 1 / (n * math.log(base))
     l = cast(z, wide_type(z.dtype)).log_softmax(dim)
-    cost = l.gather(dim, y).sum().mul_(-k)
-    dz = l.exp_().scatter_add_(dim, y, l.new_full(y.shape, -1)).mul_(k)
-    return cost, dz
+    l_y = l.gather(dim, y)
+    dz = l.exp_().scatter_add_(dim, y, l.new_full(y.shape, -1))
+    if p.dim() or p.item() != 1:
+        l_y = zero_safe_product(p, l_y)
+        dz.mul_(p)
+    if keep is not None:
+        ignored_mask = ~keep
+        l_y.masked_fill_(ignored_mask, 0)
+        dz.masked_fill_(ignored_mask, 0)
+    return l_y.sum().mul_(-k), dz.mul_(k)
 
 
 def allocate_value_and_gradient(

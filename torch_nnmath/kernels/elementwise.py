@@ -20,13 +20,26 @@ from torch_nnmath.kernels._library import SLICE_SIZE, register_operator
 INTEGER_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
-def _allocate_product(a: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(v, memory_format=torch.contiguous_format)
+def allocate_product(a: Tensor, v: Tensor) -> Tensor:
+    """Memory for an elementwise product, in the memory format of a."""
+    return torch.empty_like(a, dtype=v.dtype)
+
+
+def order_by_memory(result: Tensor, *operands: Tensor) -> list[Tensor]:
+    """The tensors in contiguous memory, with their axes in the order of the result's memory.
+
+    The result, which `allocate_product` returned, is not copied.
+    """
+    tensors = (result, *operands)
+    if not result.is_contiguous():
+        axes = sorted(range(result.dim()), key=result.stride, reverse=True)
+        tensors = tuple(x.permute(axes) for x in tensors)
+    return [x.contiguous() for x in tensors]
 
 
 @register_operator(
     "sigmoid_product(Tensor a, Tensor v) -> Tensor",
-    _allocate_product,
+    allocate_product,
     gpu_module="triton_elementwise",
     is_fast_if_small=True,
 )
@@ -45,7 +58,7 @@ def _write_sigmoid_product(out: Tensor, a: Tensor, v: Tensor) -> None:
 
 @register_operator(
     "tanh_product(Tensor a, Tensor v) -> Tensor",
-    _allocate_product,
+    allocate_product,
     gpu_module="triton_elementwise",
     is_fast_if_small=True,
 )
@@ -65,7 +78,7 @@ def _write_tanh_product(out: Tensor, a: Tensor, v: Tensor) -> None:
 
 @register_operator(
     "relu_product(Tensor a, Tensor v) -> Tensor",
-    _allocate_product,
+    allocate_product,
     gpu_module="triton_elementwise",
     is_fast_if_small=True,
 )
@@ -81,12 +94,13 @@ def relu_product(a: Tensor, v: Tensor) -> Tensor:
 def _write_relu_product(out: Tensor, a: Tensor, v: Tensor) -> None:
     integers = INTEGER_TYPES[v.element_size()]
     bits = torch.le(a, get_constant(0.0, a.dtype), out=out).view(integers)  # those of 0.0 or 1.0
+    v = v.resolve_neg()  # its bits would be those of -v
     torch.bitwise_left_shift(v.view(integers), bits, out=bits)
 
 
 @register_operator(
     "softmax_product(Tensor a, Tensor v, int dim=-1) -> Tensor",
-    _allocate_product,
+    lambda a, v, dim=-1: torch.empty_like(v, memory_format=torch.contiguous_format),
     gpu_module="triton_softmax",
     is_fast_if_small=True,
 )
@@ -114,12 +128,18 @@ def _write_tiles(
     dtype: torch.dtype,
     dim: int | None = None,
 ) -> Tensor:
-    """Calls `write(result, a, v)` for each tile; a tile holds all of the axis `dim`."""
-    result = torch.empty_like(v, memory_format=torch.contiguous_format)
+    """Calls `write(result, a, v)` for each tile; a tile holds all of the axis `dim`.
+
+    The result has a's memory format; with a `dim` it is contiguous.
+    """
+    if dim is None:
+        result = allocate_product(a, v)
+    else:
+        result = torch.empty_like(v, memory_format=torch.contiguous_format)
     if v.numel() <= SLICE_SIZE:  # one tile
         write(result, a, v)
         return cast(result, dtype)
-    tensors = [x.contiguous() for x in (result, a, v)]
+    tensors = order_by_memory(result, a, v)
     if dim is None:
         tensors, size = [x.view(-1) for x in tensors], SLICE_SIZE
     elif v.dim() and dim % v.dim():
@@ -129,6 +149,31 @@ def _write_tiles(
     for tile in zip(*(x.split(size) if x.dim() else (x,) for x in tensors), strict=True):
         write(*tile)
     return result.to(dtype)
+
+
+def keep_memory_format(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates `compute(dc, a, t, axes, ...)` so that its results have a's memory format.
+
+    `compute` gets tensors whose axes are in the order of a's memory. Where this order would mix the
+    axes of an example with others, the results are contiguous.
+    """
+
+    @functools.wraps(compute)
+    def run(dc: Any, a: Tensor, t: Tensor, axes: int, *options: Any) -> Any:
+        if a.is_contiguous():
+            return compute(dc, a, t, axes, *options)
+        order, leading = sorted(range(a.dim()), key=a.stride, reverse=True), a.dim() - axes
+        if sorted(order[:leading]) != [*range(leading)]:
+            return compute(dc, a, t, axes, *options)
+        original_order = [order.index(axis) for axis in range(a.dim())]
+        if isinstance(dc, Tensor) and dc.dim():
+            dc = dc.permute(order)
+        results = compute(dc, a.permute(order), t.permute(order), axes, *options)
+        if results is None:
+            return None
+        return tuple(x.permute(original_order) if x.dim() == a.dim() else x for x in results)
+
+    return run
 
 
 @register_operator(
@@ -161,6 +206,7 @@ def sigmoid_squared_error(
     return _compute_squared_error(dc, z, t, axes, 1.0, True, needs_c)
 
 
+@keep_memory_format
 def _compute_squared_error(
     dc: Tensor | None,
     a: Tensor,
@@ -204,6 +250,7 @@ def _compute_squared_error(
     return c.mul_(scale / 2), da
 
 
+@keep_memory_format
 def squared_error_cost(n: float, a: Tensor, t: Tensor, axes: int, scale: float) -> Any:
     """As `squared_error` of one example and dc = 1/n, with the cost c/n; None for larger inputs."""
     if axes < a.dim() or a.numel() > SLICE_SIZE:
@@ -213,6 +260,7 @@ def squared_error_cost(n: float, a: Tensor, t: Tensor, axes: int, scale: float) 
     return cost, error.mul_(scale / n)
 
 
+@keep_memory_format
 def sigmoid_squared_error_cost(n: float, z: Tensor, t: Tensor, axes: int) -> Any:
     """As `sigmoid_squared_error` and dc = 1/n, with the cost c/n; None for larger inputs."""
     if axes < z.dim() or z.numel() > SLICE_SIZE:
@@ -234,6 +282,7 @@ def _sum_squares(x: Tensor) -> Tensor:
     return entries.dot(entries)
 
 
+@keep_memory_format
 def allocate_loss(
     dc: Tensor | None, a: Tensor, t: Tensor, axes: int, needs_c: bool
 ) -> tuple[Tensor, Tensor]:

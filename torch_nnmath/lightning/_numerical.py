@@ -27,7 +27,7 @@ class NumericalCheck:
         norms = [g.norm().nan_to_num(0, 0).item() for g in gradients.by_name.values()]
         self._norm = math.hypot(*norms)
         self._parameters = dict(replay.pl_module.named_parameters())
-        self._displaced_loss = replay.make_displaced_loss()
+        self._replay = replay
 
     def compare_entry(self, name: str, index: int) -> Comparison:
         """Compares an entry of a parameter's gradient, given by its index in row-major order."""
@@ -69,7 +69,9 @@ class NumericalCheck:
         return self._compare("", (), float(found), difference, self._norm)
 
     def _differentiate(self, displacement: Displacement, h: float) -> Difference:
-        return central_difference(lambda step: self._displaced_loss(displacement, step), h)
+        return central_difference(
+            lambda step: self._replay.compute_displaced_loss(displacement, step), h
+        )
 
     def _compare(
         self,

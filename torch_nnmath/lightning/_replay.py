@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from torch_nnmath import _torch
 from torch_nnmath.lightning._lightning import DummyLogger, apply_to_collection, isolate_rng
 from torch_nnmath.lightning._swap_state import use_pytorch_classes
 
@@ -68,34 +67,35 @@ class LossReplay:
         by_name = {n: gradients.get(n, torch.zeros_like(parameters[n])) for n in names}
         return Gradients(by_name, largest)
 
-    def make_displaced_loss(self) -> Callable[[Displacement, float], float]:
-        """Returns the function (v, h) -> c(w + h v), computed by PyTorch's modules in float64."""
+    def compute_displaced_loss(self, displacement: Displacement, h: float) -> float:
+        """Returns c(w + h v), computed by PyTorch's modules in float64.
+
+        Each call copies the module anew, since a step may change any of its state: buffers,
+        counters, generators of random numbers, parameters that average others.
+        """
         module = self._copy_module(is_pytorch=True, is_double=True)
-        for p in module.parameters():
+        parameters = dict(module.named_parameters())
+        for segment, v in displacement:
+            p = parameters[segment.parameter]
             p.data = p.data.contiguous()
-        flat = {name: p.detach().view(-1) for name, p in module.named_parameters()}
-        buffers = [_torch.get_buffers(m) for m in module.modules()]
-        saved_buffers = [_copy_deeply(b) for b in buffers]
-
-        def displaced_loss(displacement: Displacement, h: float) -> float:
-            for current, saved_buffer in zip(buffers, saved_buffers, strict=True):
-                current.update(_copy_deeply(saved_buffer))
-            displaced_entries = [flat[s.parameter][s.start : s.stop] for s, _ in displacement]
-            saved_entries = [w.clone() for w in displaced_entries]
-            for w, (_, v) in zip(displaced_entries, displacement, strict=True):
-                w.add_(v, alpha=h)
-            with isolate_rng():
-                c = self._compute_loss(module, is_double=True).item()
-            for w, saved_entry in zip(displaced_entries, saved_entries, strict=True):
-                w.copy_(saved_entry)
-            return c
-
-        return displaced_loss
+            p.data.view(-1)[segment.start : segment.stop].add_(v, alpha=h)
+        with isolate_rng():
+            c: float = self._compute_loss(module, is_double=True).item()
+        return c
 
     def _copy_module(self, is_pytorch: bool, is_double: bool) -> Any:
-        """Returns a copy of the module whose logging is discarded."""
-        attributes = [vars(module) for module in self.pl_module.modules()]
-        module_copy = _copy_deeply(self.pl_module, attributes)
+        """Returns a copy of the module whose logging is discarded.
+
+        Raises RuntimeError with the name of an attribute that cannot be copied.
+        """
+        try:
+            module_copy = _copy_deeply(self.pl_module)
+        except Exception as error:  # an attribute's own code may raise anything
+            raise RuntimeError(
+                "GradientCheck copies the module, but cannot copy "
+                f"{_describe_obstacle(self.pl_module)}: create it in training_step, leave it out "
+                "of the module's __getstate__, or give its class a __deepcopy__"
+            ) from error
         if getattr(module_copy, "_compiler_ctx", None):  # its methods are bound to the original
             for name in ("forward", "training_step"):
                 vars(module_copy).pop(name, None)
@@ -186,15 +186,33 @@ def _ignore_warnings() -> Iterator[None]:
         yield
 
 
-def _copy_deeply(x: Any, tree: Any = None) -> Any:
-    """Copies x deeply. Non-leaf tensors, which `deepcopy` refuses, are detached.
+def _describe_obstacle(module: Any) -> str:
+    """Names the attribute of a module, or of its submodules, that cannot be copied."""
+    modules = list(module.modules())
+    for name, submodule in module.named_modules():
+        for attribute, value in submodule.__getstate__().items():
+            try:
+                _copy_deeply(value, {id(m): m for m in modules})
+            except Exception as error:  # as above
+                path = f"{name}.{attribute}".removeprefix(".")
+                return f"its attribute {path!r} of type {type(value).__name__} ({error})"
+    return "it as a whole"
 
-    They are searched in `tree`, by default in x.
-    """
-    leaves = _torch.tree_leaves(x if tree is None else tree)
-    non_leaves = [t for t in leaves if isinstance(t, Tensor) and not t.is_leaf]
-    memo: Any = {id(t): t.detach().clone() for t in non_leaves}
-    return copy.deepcopy(x, memo)
+
+class _CopyMode(TorchFunctionMode):
+    """Lets `deepcopy` copy tensors of a graph, which it refuses: their copies are detached."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            x, memo = args
+            memo[id(x)] = x.detach().clone()
+            return memo[id(x)]
+        return func(*args, **(kwargs or {}))
+
+
+def _copy_deeply(x: Any, memo: dict[int, Any] | None = None) -> Any:
+    with _CopyMode():
+        return copy.deepcopy(x, memo)
 
 
 def _discard(*args: Any, **kwargs: Any) -> None:

@@ -48,7 +48,8 @@ class GradientCheck(Callback):
     """Compares gradients with PyTorch's and with numerical differentiation during training.
 
     Before every n-th step, copies of the module compute the batch's loss by `training_step`. Each
-    copy starts with the module's mode and the same random state, so that dropout is the same.
+    copy starts with the module's mode and state, its counters and generators of random numbers
+    included, and with the same global random state, so that dropout is the same.
 
     - The first comparison is in the training's precision, with a copy that has PyTorch's own
       modules. The gradients of some parameters are compared entry by entry.
@@ -70,7 +71,9 @@ class GradientCheck(Callback):
         gradient_error/uncertainty  uncertainty of the differences
 
     The gradient is that of the loss that `training_step` returns. Changes by parameter hooks,
-    `on_after_backward`, clipping or an override of `backward` are not checked.
+    `on_after_backward`, clipping or an override of `backward` are not checked. Numerical
+    differentiation does not know `detach`: for a loss that depends on parameters through a
+    detached tensor, skip the second comparison by `entries=0`.
 
     Training is the same as without the check: weights, gradients, buffers, metrics, random numbers
     and optimizers do not change. The copies repeat other side effects of `training_step`, such as
@@ -103,7 +106,8 @@ class GradientCheck(Callback):
         ValueError: an invalid argument; when fit starts, a strategy that shards parameters, manual
             optimization, or a training step that takes an iterator.
         GradientError: an error above its tolerance.
-        RuntimeError: the training step failed in float64.
+        RuntimeError: an attribute of the module cannot be copied, such as a lock or a Python
+            generator, or the training step failed in float64.
 
     >>> GradientCheck(every_n_steps=500, on_error="warn").errors
     {}

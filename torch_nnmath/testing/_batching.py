@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from torch_nnmath.testing._calls import compute_gradients, make_loss, stack_members
-from torch_nnmath.testing._case import Case, Tensors
+from torch_nnmath.testing._case import Case
+from torch_nnmath.testing._functions import Tensors
 from torch_nnmath.testing._transforms import transform
 
 MAX_CHOICES = 50  # of batched tensors and differentiated inputs

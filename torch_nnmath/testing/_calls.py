@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_nnmath import _torch
-from torch_nnmath.testing._case import Case, Tensors, dot
+from torch_nnmath.testing._case import Case, dot
+from torch_nnmath.testing._functions import Tensors
 
 # Inputs, to which the function must not write
 

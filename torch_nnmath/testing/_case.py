@@ -17,7 +17,21 @@ from torch import Tensor
 from torch.func import functional_call
 
 from torch_nnmath import _torch
-from torch_nnmath.testing._report import NotApplicable, SilentZero, WritesInput, Wrong
+from torch_nnmath.testing._differences import (
+    STEPS,
+    Estimate,
+    estimate_derivative,
+    limit_by_magnitude,
+    max_distance,
+)
+from torch_nnmath.testing._functions import (
+    Tensors,
+    copy_state,
+    is_real_tensor,
+    nest_inputs,
+    select_real_tensors,
+)
+from torch_nnmath.testing._report import NotApplicable, SilentZero, Unknown, WritesInput, Wrong
 
 # For the value and the derivatives of order 1 to 3, relative to the exact tensor's largest entry.
 TOLERANCES = {
@@ -26,18 +40,17 @@ TOLERANCES = {
     torch.float16: (1e-2, 2e-2, 5e-2, 2e-1),
     torch.bfloat16: (5e-2, 5e-2, 2e-1, 5e-1),
 }
-STEPS = (0.0, 1e-4, 5e-4, 4e-3)  # of numerical differentiation, for each order
 EPS = torch.finfo(torch.float64).eps
-
-Tensors = tuple[Tensor, ...]
 
 
 @dataclass(eq=False)
 class Case:
     """A function and its inputs; the differentiable ones are at `positions`.
 
-    `exact_function` is the reference or the function itself. If the function is a module, the
-    inputs begin with the parameters that `parameter_names` lists.
+    `exact_function` is the reference or the function itself. The surrogate is a function with the
+    derivatives that the function declares. If the function is a module, the inputs begin with its
+    parameters. `names` are those of all inputs in messages. `nesting` is the argument of
+    `nest_inputs`.
     """
 
     function: Callable[..., Any]
@@ -45,8 +58,12 @@ class Case:
     positions: tuple[int, ...]
     dtype: torch.dtype
     reference: Callable[..., Any] | None = None
+    surrogate: Callable[..., Any] | None = None
     module: torch.nn.Module | None = None
-    parameter_names: tuple[str, ...] = ()
+    parameter_count: int = 0
+    names: tuple[str, ...] = ()
+    nesting: Any = None
+    is_pytorch_function: bool = False
     _max_value: float = field(default=0.0, init=False)  # of all values computed so far
     _protected: list[tuple[str, Tensor, Tensor, int]] = field(default_factory=list, init=False)
 
@@ -113,8 +130,7 @@ class Case:
     @property
     def labels(self) -> tuple[str, ...]:
         """The names of the differentiable inputs in messages."""
-        names, count = self.parameter_names, len(self.parameter_names)
-        return tuple(names[i] if i < count else f"input {i - count}" for i in self.positions)
+        return tuple(self.names[i] for i in self.positions)
 
     def make_leaves(self, protect: bool = True) -> Tensors:
         """Returns copies of the differentiable inputs that require gradients."""
@@ -155,8 +171,9 @@ class Case:
 
     @cached_property
     def tangents(self) -> Tensors:
-        """A random tangent for each differentiable input."""
-        return tuple(_random_like(x, 101 + i) for i, x in enumerate(self.differentiable_inputs))
+        """A random tangent for each differentiable input, small for entries close to 0."""
+        pairs = enumerate(self.differentiable_inputs)
+        return tuple(limit_by_magnitude(_random_like(x, 101 + i), x) for i, x in pairs)
 
     def draw_directions(self) -> None:
         """Draws the directions now: a transform would batch or trace the random numbers."""
@@ -171,12 +188,19 @@ class Case:
 
     def evaluate_exact(self, *xs: Tensor) -> Tensors:
         """Returns the exact outputs in float64, with xs as the differentiable inputs."""
+        return self._evaluate(self.exact_function, xs)
+
+    def _evaluate_surrogate(self, *xs: Tensor) -> Tensors:
+        """Returns the outputs of the function that numerical differentiation differentiates."""
+        return self._evaluate(self.surrogate or self.exact_function, xs)
+
+    def _evaluate(self, function: Callable[..., Any], xs: Sequence[Tensor]) -> Tensors:
         arguments = [x.double() if is_real_tensor(x) else x for x in self.inputs]
         for position, x in zip(self.positions, xs, strict=True):
             arguments[position] = x
         arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments]
         with torch.no_grad():
-            values = tuple(y.clone() for y in select_real_tensors(self.exact_function(*arguments)))
+            values = tuple(y.clone() for y in select_real_tensors(function(*arguments)))
         self._max_value = max(self._max_value, *map(_max_magnitude, values), 0.0)
         return values
 
@@ -186,44 +210,85 @@ class Case:
         point = tuple(x.double() for x in self.differentiable_inputs)
         outputs, second_outputs = self.evaluate_exact(*point), self.evaluate_exact(*point)
         if not outputs:
-            raise Wrong("the function returns no tensor of real numbers")
+            raise Wrong("the function returns no tensor of real or complex numbers")
+        if self.surrogate is not None:
+            shapes = [y.shape for y in self._evaluate_surrogate(*point)]
+            if shapes != [y.shape for y in outputs]:
+                raise Wrong(f"the surrogate returns tensors of shapes {[*map(tuple, shapes)]}")
         for y, second_y in zip(outputs, second_outputs, strict=True):
             if not are_equal(y, second_y):
                 raise Wrong(
-                    "the function returns another value at each call: seed random numbers inside it"
+                    "the function returns another value at each call: seed random numbers inside "
+                    "it, and call eval() of a module with dropout"
                 )
         return outputs
 
-    @cached_property
+    @property
     def jacobian(self) -> list[list[Tensor]]:
         """The exact Jacobian: a matrix for each output (row) and differentiable input (column)."""
-        columns = [list(self._partial_derivatives(i, 1)) for i in range(len(self.positions))]
-        return [
-            [
-                torch.stack([column[o].flatten() for column in input_columns], 1)
-                if input_columns
-                else y.new_zeros(y.numel(), 0)
-                for input_columns in columns
-            ]
-            for o, y in enumerate(self.exact_outputs)
-        ]
+        blocks, errors = self._jacobian_with_errors
+        for o, (row, row_errors) in enumerate(zip(blocks, errors, strict=True)):
+            for i, (block, error) in enumerate(zip(row, row_errors, strict=True)):
+                self._require(error, block, 1, f"output {o} along {self.labels[i]}")
+        return blocks
 
     @cached_property
+    def _jacobian_with_errors(self) -> tuple[list[list[Tensor]], list[list[float]]]:
+        columns = [
+            [self._differentiate([direction]) for direction in self._list_unit_directions(i)]
+            for i in range(len(self.positions))
+        ]
+        blocks, errors = [], []
+        for o, y in enumerate(self.exact_outputs):
+            blocks.append(
+                [
+                    torch.stack([each.derivatives[o].flatten() for each in estimates], 1)
+                    if estimates
+                    else y.new_zeros(y.numel(), 0)
+                    for estimates in columns
+                ]
+            )
+            errors.append(
+                [max((each.errors[o] for each in estimates), default=0.0) for estimates in columns]
+            )
+        return blocks, errors
+
+    @property
     def hessian_product(self) -> Tensors:
         """The exact Hessian of Σ upstream · f times the tangents, for each input."""
-
-        def compute(i: int, x: Tensor) -> Tensor:
-            if not x.numel():
-                return x.double()
-            entries = [dot(self.upstream, column) for column in self._partial_derivatives(i, 2)]
-            return torch.stack(entries).view_as(x)
-
-        return tuple(compute(i, x) for i, x in enumerate(self.differentiable_inputs))
+        for label, estimate in zip(self.labels, self._hessian_product_with_errors, strict=True):
+            self._require(*estimate, 2, label)
+        return tuple(product for _, product in self._hessian_product_with_errors)
 
     @cached_property
+    def _hessian_product_with_errors(self) -> list[tuple[float, Tensor]]:
+        results = []
+        for i, x in enumerate(self.differentiable_inputs):
+            directions = self._list_unit_directions(i)
+            estimates = [self._differentiate([d, self.tangents]) for d in directions]
+            entries = [each.derivatives[0] for each in estimates]
+            product = torch.stack(entries).view_as(x) if entries else x.double()
+            results.append((max((each.errors[0] for each in estimates), default=0.0), product))
+        return results
+
+    @property
     def third_derivative(self) -> Tensor:
         """The exact third derivative of Σ upstream · f along the tangents."""
-        return dot(self.upstream, self._directional_derivative(self.tangents, 3, 3))
+        (derivative,), (error,) = self._third_derivative_with_error
+        self._require(error, derivative, 3, "the tangents")
+        return derivative
+
+    @cached_property
+    def _third_derivative_with_error(self) -> Estimate:
+        return self._differentiate([self.tangents] * 3)
+
+    def _require(self, error: float, exact: Tensor, order: int, name: str) -> None:
+        """Raises Unknown if the error of numerical differentiation is not below the tolerance."""
+        if not error <= 0.5 * self.tolerance(exact, order):
+            raise Unknown(
+                f"numerical differentiation of order {order} does not converge, of {name}: is "
+                "there a kink, a singularity, or arithmetic of less than float64?"
+            )
 
     def compute_gradient(self, upstream: Sequence[Tensor]) -> Tensors:
         """Returns the exact gradient: the upstream gradients times the Jacobian."""
@@ -240,43 +305,29 @@ class Case:
             for row, y in zip(self.jacobian, self.exact_outputs, strict=True)
         )
 
-    def _partial_derivatives(self, i: int, order: int) -> Iterator[Tensors]:
-        """Yields the outputs' derivative in each entry of input i.
-
-        For order 2, that derivative is differentiated along the tangents.
-        """
+    def _list_unit_directions(self, i: int) -> Iterator[list[Tensor]]:
+        """Yields the direction of each entry of input i."""
         for entry in range(self.differentiable_inputs[i].numel()):
             direction = [
                 torch.zeros_like(x, dtype=torch.float64) for x in self.differentiable_inputs
             ]
             direction[i].view(-1)[entry] = 1
-            yield self._directional_derivative(direction, 1, order)
+            yield direction
 
-    def _directional_derivative(
-        self, direction: Sequence[Tensor], times: int, order: int
-    ) -> Tensors:
-        """Differentiates the outputs `times` times along the direction.
+    def _differentiate(self, directions: Sequence[Sequence[Tensor]]) -> Estimate:
+        """Differentiates along each direction the outputs or, beyond order 1, Σ upstream · f."""
+        order = len(directions)
 
-        The other differentiations, up to the order, are along the tangents.
-        Reduces the step until the derivative no longer changes, so that it crosses no kink nearby.
-        """
-        directions = [direction] * times + [self.tangents] * (order - times)
+        def compute_loss(*xs: Tensor) -> Tensors:
+            return (dot(self.upstream, self._evaluate_surrogate(*xs)),)
+
+        f = self._evaluate_surrogate if order == 1 else compute_loss
         point = [x.double() for x in self.differentiable_inputs]
-        step, previous = STEPS[order], None
-        for _ in range(5):
-            derivative = _differentiate(self.evaluate_exact, point, directions, step)
-            if previous is not None and all(
-                max_distance(a, b) <= 0.1 * self.tolerance(b, order, step)
-                for a, b in zip(previous, derivative, strict=True)
-            ):
-                return previous
-            step, previous = step / 4, derivative
-        raise Wrong("numerical differentiation of the value does not converge: is there a kink?")
+        return estimate_derivative(f, point, directions, lambda d: self.tolerance(d, order))
 
-    def tolerance(self, exact: Tensor, order: int, step: float = 0.0) -> float:
+    def tolerance(self, exact: Tensor, order: int) -> float:
         """Returns the allowed distance: the dtype's tolerance plus the rounding of differences."""
-        step = step or STEPS[order] / 4
-        noise = 50 * EPS * self._max_value / step**order if order else 0.0
+        noise = 50 * EPS * self._max_value / (STEPS[order] / 4) ** order if order else 0.0
         return TOLERANCES[self.dtype][order] * _max_magnitude(exact) + noise
 
     # Comparisons
@@ -295,9 +346,12 @@ class Case:
         for the label.
         """
         labels = labels or range(len(exact_results))
+        # In half precision a result may cancel what is rounded at the size of the others.
+        is_half = torch.finfo(self.dtype).bits == 16
+        largest = max(map(_max_magnitude, exact_results), default=0.0) if is_half else 0.0
         for label, result, exact in zip(labels, results, exact_results, strict=True):
             name = description.format(label)
-            tolerance = self.tolerance(exact, order)
+            tolerance = self.tolerance(exact, order) + TOLERANCES[self.dtype][order] * largest
             if result is None or (result.numel() and not result.detach().any()):
                 if _max_magnitude(exact) > tolerance:
                     kind = "no graph" if result is None else "zeros"
@@ -309,7 +363,9 @@ class Case:
             if not max_distance(result, exact) <= tolerance:
                 worst = ((result - exact).abs().nan_to_num(math.inf)).argmax()
                 entry, expected = result.flatten()[worst].item(), exact.flatten()[worst].item()
-                raise Wrong(f"{name} is {entry:.6g}, expected {expected:.6g}")
+                pairs = ((f"{entry:.{n}g}", f"{expected:.{n}g}") for n in (6, 9, 12, 17))
+                texts = next(pair for pair in pairs if pair[0] != pair[1])
+                raise Wrong("{} is {}, expected {}".format(name, *texts))
 
     def compare_outputs(self, outputs: Sequence[Tensor]) -> None:
         """Raises a Finding unless the outputs are near the exact ones."""
@@ -388,7 +444,7 @@ class Case:
     @property
     def rows(self) -> int:
         """The number of rows of the batch."""
-        for x in self.inputs[len(self.parameter_names) :]:
+        for x in self.inputs[self.parameter_count :]:
             if isinstance(x, Tensor) and x.numel() and x.ndim:
                 return len(x)
         raise NotApplicable("no input has rows")
@@ -396,7 +452,7 @@ class Case:
     @property
     def batched_inputs(self) -> list[bool]:
         """For each input, whether its first dimension is the batch."""
-        n, first = self.rows, len(self.parameter_names)
+        n, first = self.rows, self.parameter_count
         return [
             i >= first and isinstance(x, Tensor) and x.ndim > 0 and len(x) == n
             for i, x in enumerate(self.inputs)
@@ -412,9 +468,34 @@ class Case:
         return len(values) == len(self.exact_outputs)
 
     def to_dtype(self, dtype: torch.dtype) -> Case:
-        """Returns the case with its real inputs in another precision."""
+        """Returns the case with its real inputs in another precision, and other tolerances."""
         inputs = tuple(x.to(dtype) if is_real_tensor(x) else x for x in self.inputs)
         return replace(self, inputs=inputs, dtype=dtype)
+
+    def with_exact_values_of(self, case: Case) -> Case:
+        """Returns the case with the exact values of a more precise case of the same function.
+
+        The inputs of the two differ by less than the tolerance.
+        """
+        copy = replace(self)
+        for name in ("exact_outputs", "_jacobian_with_errors"):
+            copy.__dict__[name] = getattr(case, name)
+        copy._max_value = case._max_value
+        return copy
+
+    def updates_buffers(self) -> bool:
+        """Whether a call of the module writes to its buffers."""
+        module, names = self.module, self.names[: self.parameter_count]
+        if module is None:
+            return False
+        state = copy_state(module, names, self.dtype)
+        parameters = dict(zip(names, self.inputs[: self.parameter_count], strict=True))
+
+        def call(*inputs: Any) -> Any:
+            return functional_call(module, {**state, **parameters}, inputs)
+
+        nest_inputs(call, self.nesting, 0)(*self.inputs[self.parameter_count :])
+        return any(_torch.get_version(x) for x in state.values())
 
     def make_control(self, operation: Callable[[Tensor], Tensor]) -> Case:
         """Returns a case that applies the operation to each differentiable input instead.
@@ -433,58 +514,13 @@ class Case:
             _random_like(x, 301 + i).to(x.dtype) if is_real_tensor(x) else x
             for i, x in enumerate(self.inputs)
         )
-        return Case(control, inputs, positions, self.dtype)
-
-
-def make_module_function(
-    module: torch.nn.Module, parameter_names: Sequence[str], dtypes: Sequence[torch.dtype]
-) -> Callable[..., Any]:
-    """Returns the module as a function of the named parameters, then of its inputs.
-
-    It holds a copy of the other parameters and of the buffers for each dtype, and uses that of its
-    first real argument.
-    """
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    other_tensors = {name: x.detach() for name, x in state.items() if name not in parameter_names}
-    states = {}
-    for dtype in dtypes:
-        copies = {
-            name: x.to(dtype, copy=True) if is_real_tensor(x) else x.clone()
-            for name, x in other_tensors.items()
-        }
-        states[dtype, False] = copies
-        states[dtype, True] = {name: x.to("meta") for name, x in copies.items()}
-    count = len(parameter_names)
-
-    def call(*inputs: Any) -> Any:
-        key = next((x.dtype, x.is_meta) for x in inputs if is_real_tensor(x))
-        parameters = dict(zip(parameter_names, inputs[:count], strict=True))
-        return functional_call(module, {**states[key], **parameters}, inputs[count:])
-
-    return call
-
-
-def select_real_tensors(result: Any) -> Tensors:
-    """Returns the floating-point tensors among a function's results."""
-    parts = result if isinstance(result, (tuple, list)) else (result,)
-    return tuple(filter(is_real_tensor, parts))
-
-
-def is_real_tensor(x: Any) -> bool:
-    """Whether x is a floating-point tensor."""
-    return isinstance(x, Tensor) and x.is_floating_point()
+        return Case(control, inputs, positions, self.dtype, names=self.names)
 
 
 def dot(us: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """Returns Σ u · y over several tensors."""
     terms = [(u.to(y.dtype) * y).sum() for u, y in zip(us, ys, strict=True)]
     return torch.stack(terms).sum()
-
-
-def max_distance(x: Tensor, y: Tensor) -> float:
-    """Returns the largest |x - y|, 0 for equal infinities and for nan in both."""
-    distance = (x - y).abs().masked_fill((x == y) | (x.isnan() & y.isnan()), 0)
-    return distance.max().item() if distance.numel() else 0.0
 
 
 def are_equal(x: Tensor, y: Tensor) -> bool:
@@ -502,18 +538,3 @@ def _random_like(x: Tensor, seed: int) -> Tensor:
     size = 0.4 + 0.8 * torch.rand(x.shape, generator=generator, dtype=torch.float64)
     sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
     return (size * sign).to(x.device)
-
-
-def _differentiate(
-    f: Callable[..., Tensors], point: Sequence[Tensor], directions: Sequence[Any], step: float
-) -> Tensors:
-    """Returns f's derivative along each direction in turn, by fourth-order central differences."""
-    if not directions:
-        return f(*point)
-    first, *rest = directions
-    total: Any = None
-    for k, weight in ((1, 2 / 3), (-1, -2 / 3), (2, -1 / 12), (-2, 1 / 12)):
-        moved = [x + k * step * d for x, d in zip(point, first, strict=True)]
-        terms = [weight / step * y for y in _differentiate(f, moved, rest, step)]
-        total = terms if total is None else [a + b for a, b in zip(total, terms, strict=True)]
-    return tuple(total)

@@ -24,7 +24,8 @@ from torch_nnmath.testing._calls import (
     make_loss,
     stack_members,
 )
-from torch_nnmath.testing._case import Case, Tensors, select_real_tensors
+from torch_nnmath.testing._case import Case
+from torch_nnmath.testing._functions import Tensors, select_real_tensors
 from torch_nnmath.testing._report import Cannot, NotApplicable, Wrong, describe_error
 from torch_nnmath.testing._transforms import transform
 
@@ -105,7 +106,7 @@ def check_compile_with_dynamic_shapes(case: Case) -> None:
         raise Wrong(f"{count} graphs for batches of {sizes} rows, {control_count} for torch.sin")
 
 
-@transform("compile, dynamic=True", quick=True)
+@transform("compile, dynamic=True")
 def check_compile_with_symbolic_numbers(case: Case) -> None:
     """Checks `torch.compile(dynamic=True)`: sizes and Python's numbers are symbols."""
     _check_compiled(case, _compile(case.call, dynamic=True))

@@ -19,12 +19,16 @@ class Verdict(StrEnum):
     RAISES = "raises"
     WRITES = "writes its input"
     CANNOT = "PyTorch cannot"
+    UNKNOWN = "truth unknown"
     NOT_APPLICABLE = "not applicable"
 
     @property
     def is_fault(self) -> bool:
         """Whether the function is at fault."""
-        return self not in (Verdict.RIGHT, Verdict.CANNOT, Verdict.NOT_APPLICABLE)
+        return self not in (*ACCEPTED_VERDICTS, Verdict.UNKNOWN)
+
+
+ACCEPTED_VERDICTS = (Verdict.RIGHT, Verdict.CANNOT, Verdict.NOT_APPLICABLE)
 
 
 class Finding(Exception):
@@ -47,6 +51,10 @@ class WritesInput(Finding):
 
 class Cannot(Finding):
     verdict = Verdict.CANNOT
+
+
+class Unknown(Finding):
+    verdict = Verdict.UNKNOWN
 
 
 class NotApplicable(Finding):
@@ -72,8 +80,8 @@ class Report:
 
     @property
     def right(self) -> bool:
-        """Whether no row is a fault of the function."""
-        return not any(row.verdict.is_fault for row in self.rows)
+        """Whether no row is a fault of the function, and each expected value is known."""
+        return all(row.verdict in ACCEPTED_VERDICTS for row in self.rows)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -103,9 +111,9 @@ class Report:
         }
 
     def raise_on_failure(self) -> None:
-        """Raises AssertionError with the first row that is a fault of the function."""
-        for row in self.rows:
-            if row.verdict.is_fault:
+        """Raises AssertionError with the first row that is a fault, or whose truth is unknown."""
+        for row in sorted(self.rows, key=lambda row: not row.verdict.is_fault):
+            if row.verdict not in ACCEPTED_VERDICTS:
                 message = f"{self.function}: {row.transform}: {row.verdict}"
                 raise AssertionError(f"{message}: {row.detail}" if row.detail else message)
 

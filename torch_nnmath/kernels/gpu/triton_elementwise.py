@@ -15,7 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_nnmath.kernels.elementwise import allocate_loss
+from torch_nnmath.kernels.elementwise import (
+    allocate_loss,
+    allocate_product,
+    keep_memory_format,
+    order_by_memory,
+)
 from torch_nnmath.kernels.gpu.launch import use_device
 
 MIN_EXPONENT = tl.constexpr(-104.0)  # e^-104 rounds to 0 in float32
@@ -69,13 +74,13 @@ def relu_product(a: Tensor, v: Tensor) -> Tensor:
 
 
 def _multiply(a: Tensor, v: Tensor, activation: str) -> Tensor:
-    result = torch.empty_like(v, memory_format=torch.contiguous_format)
+    product = allocate_product(a, v)
     n, tile = v.numel(), choose_tiles().flat
     if n > 0:
-        tensors = a.contiguous(), v.contiguous(), result
+        result, a, v = order_by_memory(product, a, v)
         programs = triton.cdiv(n, tile)
-        _launch(product_kernel, programs, v, *tensors, n, ACTIVATION=activation, TILE=tile)
-    return result
+        _launch(product_kernel, programs, v, a, v, result, n, ACTIVATION=activation, TILE=tile)
+    return product
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -139,6 +144,7 @@ class Coefficients(NamedTuple):
     kind: str  # "none", "shared", "row" or "entry"
 
 
+@keep_memory_format
 def _compute_squared_error(
     dc: Tensor | None,
     a: Tensor,
