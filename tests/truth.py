@@ -25,7 +25,7 @@ def scale_and_cap(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Returns v = (κ/τ) tanh(s z / κ), or (s/τ) z without a cap."""
+    """Returns v = (κ/θ) tanh(s z / κ), or (s/θ) z without a cap."""
     v = z * logit_scale
     v = v if softcap is None else softcap * torch.tanh(v / softcap)
     return v / temperature

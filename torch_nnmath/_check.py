@@ -98,10 +98,13 @@ def logits(scale: Any, cap: Any, temperature: Any) -> None:
             raise ValueError(f"logit_scale must be a number or a tensor of shape (), got {got}")
     else:
         finite("logit_scale", scale)
-    for name, number in drop_none(softcap=cap, temperature=temperature).items():
-        finite(name, number)
-        if number <= 0:
-            raise ValueError(f"{name} must be positive, got {number}")
+    if cap is not None:
+        finite("softcap", cap)
+        if cap <= 0:
+            raise ValueError(f"softcap must be positive, got {cap}")
+    finite("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
 
 
 def output_dtype(dtype: Any) -> None:

@@ -67,7 +67,7 @@ def read_logit_options(
     """Checks the public options of logits.
 
     A temperature after the cap is a smaller scale and a smaller cap:
-    (κ tanh(s z / κ)) / τ = (κ/τ) tanh((s/τ) z / (κ/τ)).
+    (κ tanh(s z / κ)) / θ = (κ/θ) tanh((s/θ) z / (κ/θ)).
     """
     check.base(base)
     check.logits(logit_scale, softcap, temperature)
