@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import jvp, vjp
+from torch.func import functionalize, grad, jvp, vjp
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from torch_nnmath import formulas, nn
 from torch_nnmath import functional as F
@@ -259,6 +260,44 @@ def test_feedforward_in_half_precision_with_float32_softmax_stays_accurate(monke
     for result, expected in zip(results, compute_results(torch.float64), strict=True):
         scale = expected.detach().abs().max().item()
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=0.05 * scale)
+
+
+FUNCTIONALIZED = {
+    "linear": lambda z, W: F.linear(z, W),
+    "relu_": lambda z, W: F.relu(z @ W, inplace=True),
+    "head": lambda z, W: F.linear_cross_entropy(z, W, Y, z_loss=0.1, reduction="sum"),
+    "log-probabilities": lambda z, W: sum(F.linear_log_probs(z, W, Y, return_entropy=True)),
+    "cross_entropy": lambda z, W: F.cross_entropy(z @ W, Y),
+    "squared_error": lambda z, W: F.squared_error(z @ W, z.cos()),
+    "log-sum-exp": lambda z, W: F.linear_log_sum_exp(z, W, softcap=2.0, temperature=0.7),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONALIZED)
+def test_functionalized_function_has_value_and_two_orders(name):
+    """Alone, inside and outside of grad, on leaves of autograd, and under make_fx."""
+    z, W = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+
+    def compute(z, W):
+        return FUNCTIONALIZED[name](z, W).sin().sum()
+
+    def differentiate(f):
+        gradient = grad(f, (0, 1))
+        return grad(lambda z, W: sum(g.cos().sum() for g in gradient(z, W)), (0, 1))
+
+    functional, outer = functionalize(compute), functionalize(differentiate(compute))
+    expected = compute(z, W), *differentiate(compute)(z, W)
+    for value, gradients in [
+        (functional, outer),
+        (functional, differentiate(functional)),
+        (make_fx(functional)(z, W), make_fx(outer)(z, W)),
+    ]:
+        torch.testing.assert_close((value(z, W), *gradients(z, W)), expected)
+    leaves = [x.clone().requires_grad_() for x in (z, W)]
+    torch.testing.assert_close(
+        torch.autograd.grad(functional(*leaves), leaves),
+        grad(compute, (0, 1))(z, W),
+    )
 
 
 PROBS = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])

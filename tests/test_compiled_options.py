@@ -130,6 +130,8 @@ def test_compiled_function_takes_every_number(name, dynamic):
         assert_compiled_agrees(function, inputs, calls, backend="eager", dynamic=dynamic)
 
 
+# PyTorch's own call
+@pytest.mark.filterwarnings("ignore:.*_prims_common.check. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of Dynamo
 @DYNAMIC
 @pytest.mark.parametrize("name", F.__all__)

@@ -1,5 +1,6 @@
 """Kernels: registered correctly, used where nothing can observe them, equal to the formulas."""
 
+import functools
 import importlib
 import itertools
 import subprocess
@@ -100,6 +101,9 @@ OPERATORS = {
         (p, z, t, 1, 2.0, True),
         (one, z, t, 2, 1.0, False),
         (z, t, z, 0, 1.0, False),
+        (z.T, t.T, z, 0, 1.0, True),
+        (one, z.T, t, 2, 1.0, True),
+        (p[:1].expand(len(z.T), 1), z.T, t.T, 1, 1.0, True),
     ],
     "tanh_product": [
         (z.tanh().T, t.T),
@@ -255,6 +259,41 @@ def test_small_cost_of_unusual_layouts_equals_formula(monkeypatch, f, layout):
         results.append((loss.detach(), *torch.autograd.grad(loss * 3, leaf)))
         monkeypatch.setattr(cost, "find_kernel_obstacle", lambda *_, **__: "wanted")
     torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+SQUARED_ERRORS = {
+    **{
+        f"mse_loss, {reduction}": functools.partial(G.mse_loss, reduction=reduction)
+        for reduction in ("none", "mean", "sum")
+    },
+    **{
+        f"{f.__name__}, {reduction}, {axes}": functools.partial(f, reduction=reduction, dim=axes)
+        for f in (G.squared_error, G.sigmoid_squared_error)
+        for reduction in ("none", "mean")
+        for axes in ((-3, -2, -1), (-3,), (0, 1, 2, 3))
+    },
+}
+
+
+@pytest.mark.parametrize("name", SQUARED_ERRORS)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 192, 240), (2, 3, 2, 4, 5)])
+def test_gradients_of_squared_errors_keep_channels_last(name, shape):
+    f, memory_format = SQUARED_ERRORS[name], torch.channels_last
+    if len(shape) == 5:
+        memory_format = torch.channels_last_3d
+        if "(-3, -2, -1)" in name or "(0, 1" in name:
+            f = functools.partial(f, dim=tuple(range(-4, 0)))
+    a = draw(*shape).contiguous(memory_format=memory_format).requires_grad_()
+    copy = a.detach().contiguous().requires_grad_()
+    goal = draw(*shape, seed=1)
+    for t in (goal, goal.contiguous(memory_format=memory_format)):
+        for create_graph in (False, True):
+            c, expected_c = f(a, t), f(copy, goal)
+            dc = draw(*c.shape, seed=2)
+            (da,) = torch.autograd.grad(c, a, dc, create_graph=create_graph)
+            (expected,) = torch.autograd.grad(expected_c, copy, dc, create_graph=create_graph)
+            assert da.stride() == a.stride()
+            torch.testing.assert_close([c, da], [expected_c, expected], rtol=1e-11, atol=1e-13)
 
 
 def test_training_step_of_a_loss_is_one_function():

@@ -277,13 +277,25 @@ def test_without_autocast_mixed_types_of_a_head_raise(entry):
 
 @every_entry
 def test_without_autocast_class_weights_of_another_type_raise(entry):
+    """But float32 weights beside half inputs give the loss in the inputs' type."""
+    y = draw_labels(entry.batch)
     for half, label_smoothing in itertools.product(HALF, (0.0, 0.1)):
-        options = {
-            "weight": make_class_weight(torch.float32),
-            "label_smoothing": label_smoothing,
-        }
-        with pytest.raises(RuntimeError, match="float32"):
-            entry.compute_loss(draw_leaves(entry.shapes, half), draw_labels(entry.batch), **options)
+        for dtype, weight_dtype in ((half, torch.float64), (torch.float32, half)):
+            options = {
+                "weight": make_class_weight(weight_dtype),
+                "label_smoothing": label_smoothing,
+            }
+            with pytest.raises(RuntimeError, match=str(weight_dtype)):
+                entry.compute_loss(draw_leaves(entry.shapes, dtype), y, **options)
+        leaves = draw_leaves(entry.shapes, half)
+        loss = entry.compute_loss(
+            leaves, y, **options | {"weight": make_class_weight(torch.float32)}
+        )
+        assert loss.dtype == half
+        exact = [x.detach().double() for x in leaves]
+        options["weight"] = make_class_weight(torch.float64)
+        expected = compute_truth(entry, exact, y, **options)
+        assert_close(loss.double(), expected, 4 * torch.finfo(half).eps)
 
 
 @pytest.mark.parametrize("name", ["logits", "head"])

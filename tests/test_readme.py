@@ -1,6 +1,7 @@
 """The README's table, links and examples, and the example of docs/swapping.md."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch_nnmath.catalog import CATALOG
@@ -42,7 +43,8 @@ def test_example_of_swapping_prints_output_of_page(capsys):
     namespace = {}
     (text,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(code, namespace)
+        if "opacus" not in code or find_spec("opacus") is not None:
+            exec(code, namespace)
     assert 0 <= namespace["accuracy"] <= 1
     assert namespace["report"].heads["3"].fused == 2
     assert not namespace["report"].heads["3"].materialized

@@ -731,6 +731,25 @@ def test_call_for_per_sample_grads_agrees(small, batch, head):
     assert len(truth[1]) == len(x)
 
 
+@pytest.mark.filterwarnings("ignore")  # of Opacus
+@pytest.mark.parametrize("is_registered", [False, True])
+def test_per_sample_gradients_of_opacus_agree(small, batch, monkeypatch, is_registered):
+    grad_sample = pytest.importorskip("opacus.grad_sample")
+    samplers = dict(grad_sample.GradSampleModule.GRAD_SAMPLERS)
+    monkeypatch.setattr(grad_sample.GradSampleModule, "GRAD_SAMPLERS", samplers)
+    if is_registered:
+        samplers[torch_nnmath.nn.Linear] = samplers[nn.Linear]
+
+    def gradients(model):
+        wrapped = grad_sample.GradSampleModule(model)
+        nn.functional.cross_entropy(wrapped(batch[0]), batch[1] % 2).backward()
+        return [p.grad_sample for p in wrapped.parameters()]
+
+    truth = gradients(copy.deepcopy(small))
+    swap(small)
+    assert_agree(gradients(small), truth)
+
+
 def test_optimizer_made_before_swap_trains_alike(model, batch):
     other = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)

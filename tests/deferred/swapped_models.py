@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import torch_nnmath
 from torch_nnmath.deferred import MaterializedLogits
+from torch_nnmath.deferred import logits as deferred_logits
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
@@ -40,6 +41,11 @@ TOKENS_OF_BATCH = (ROWS * LENGTH, ROWS * (LENGTH - 1))
 
 # Whether `swap` comes before or after the user's change of the model.
 SWAP_BEFORE_OR_AFTER = pytest.mark.parametrize("when", ["before", "after"])
+
+
+def defer_small_logits() -> None:
+    """Defers logits of any size in this process, as a fixture does in the tests' own process."""
+    deferred_logits.MIN_DEFERRED_BYTES = deferred_logits.MIN_CLASSES_PER_FEATURE = 0
 
 
 class Step(NamedTuple):

@@ -70,6 +70,9 @@ LOSSES: dict[str, Any] = {
     "class weights": lambda z, o: ce(z.float(), o.y, weight=o.weight.float()),
     "probabilities": lambda z, o: F.cross_entropy(z.mT, o.probs.mT),
     "z-loss": lambda z, o: functional.cross_entropy(z.mT, o.y, z_loss=0.1, softcap=5.0),
+    "wide result": lambda z, o: functional.cross_entropy(
+        z.mT, o.y, reduction="sum", output_dtype=torch.float32
+    ),
     "gather": lambda z, o: z.log_softmax(-1).gather(-1, o.all_y[..., None]),
     "gather of wide": lambda z, o: F.log_softmax(z, -1, dtype=torch.float32).gather(
         -1, o.all_y[..., None]

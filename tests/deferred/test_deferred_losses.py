@@ -175,6 +175,9 @@ FUSED: dict[str, Any] = {
     "function of nnmath, scaled": lambda z, o: functional.cross_entropy(
         (z * 0.5).flatten(0, 1), o.y.flatten(), logit_scale=o.s, softcap=5.0, label_smoothing=0.1
     ),
+    "function of nnmath, temperature": lambda z, o: functional.cross_entropy(
+        (z * o.s).mT, o.y, softcap=4.0, temperature=0.7, z_loss=1e-2
+    ),
     "function of nnmath, capped": lambda z, o: functional.cross_entropy(
         4 * torch.tanh(z.mT * o.s / 4), o.y, z_loss=1e-2, weight=o.weight
     ),

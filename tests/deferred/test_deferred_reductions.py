@@ -221,7 +221,8 @@ def test_reduction_after_the_logits_were_computed_reads_them():
 
 @pytest.mark.parametrize("step", ["none", "shifted", "moved", "masked", "capped", "cast"])
 @pytest.mark.parametrize("is_inference", [True, False])
-def test_selected_logits_equal_those_that_are_computed_later(step, is_inference):
+@pytest.mark.parametrize("detach", [lambda z: z, lambda z: z.detach().detach()])
+def test_selected_logits_equal_those_that_are_computed_later(step, is_inference, detach):
     """A product of other rows may be rounded differently: then no logit equals the largest one."""
     seed(0)
     head = nn.Sequential(nn.Linear(3, 200), nn.Linear(200, C))
@@ -231,12 +232,45 @@ def test_selected_logits_equal_those_that_are_computed_later(step, is_inference)
     with torch.inference_mode(is_inference), torch.no_grad(), limit_head_blocks():
         z = head(o.x)
         v = apply(z, o)
-        largest, top = v.max(axis, keepdim=True).values, v.topk(3, axis).values
+        y = v.argmax(axis, keepdim=True) * 7 % C
+        gathered = detach(v).gather(axis, y)
+        index = y.clone()
+        y.zero_()
+        largest = detach(v).max(axis, keepdim=True).values
+        top = detach(v).topk(3, axis).values
         assert ((v == largest).sum(axis) == 1).all()
         assert ((v >= top.amin(axis, keepdim=True)).sum(axis) == 3).all()
+        assert (v.gather(axis, index) == gathered).all()
         if step == "shifted":  # its logits share memory with all others
             assert (z[:, :-1] == v).all()
         torch.testing.assert_close(v + 0, apply(head(o.x) + 0, o))
+
+
+def compute_log_probabilities(z, labels):
+    """As trainers do to save memory: the log-sum-exp of one example at a time."""
+    selected = z.gather(-1, labels.unsqueeze(-1))
+    log_sum_exp = torch.stack([row.logsumexp(-1) for row in z])
+    return (selected - log_sum_exp.unsqueeze(-1)).squeeze(-1)
+
+
+def test_preference_loss_and_its_metrics_need_no_logits():
+    results = []
+    plain, swapped, log = make_pair()
+    for model in (plain, swapped):
+        o = make_inputs(examples=4)
+        z, mask = model(o.x), o.all_y[:, 1:] % 3 > 0
+        log_probs = compute_log_probabilities(z[:, :-1], o.all_y[:, 1:])
+        totals = (log_probs * mask).sum(-1) / mask.sum(-1)
+        chosen = z[:2, :-1].contiguous().view(-1, C)
+        odds = totals[:2] - totals[2:] - (-totals[:2].expm1()).log() + (-totals[2:].expm1()).log()
+        loss = F.cross_entropy(chosen, o.all_y[:2, 1:].flatten()) - F.logsigmoid(odds).mean()
+        loss.backward()
+        metrics = [z[:2].detach().mean(), z[2:, :-1].detach().mean()]
+        metrics += [z[:, :-1][mask].mean(-1).sum().detach(), z[2:].argmax(-1).double()]
+        results.append([loss, *metrics, *(p.grad for p in model.parameters())])
+    assert_agree(*results)
+    assert log.reduced == 4
+    assert not log.materialized
 
 
 def test_reduction_of_observed_logits_keeps_their_gradient():

@@ -15,6 +15,7 @@ from swapped_models import (
     IGNORED_WARNINGS,
     Pair,
     assert_agree,
+    defer_small_logits,
     make_batch,
     make_lm,
     run_step,
@@ -97,6 +98,7 @@ def run_case(case, when, ids, labels):
 
 def run_process(rank, path):
     torch.set_num_threads(1)
+    defer_small_logits()
     warnings.simplefilter("ignore")
     store, limit = f"file://{path}/store", datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)

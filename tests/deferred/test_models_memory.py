@@ -29,7 +29,7 @@ def measure(kind, path):
         loss, _ = model(ids[:, :length], labels[:, :length])
         results[:] = loss.detach(), *torch.autograd.grad(loss, [*parameters.values()])
 
-    run(8)  # loads what a first call loads
+    run(64)  # loads what a first call loads
     before = reset_peak(CPU)
     run()
     used = read_peak(CPU) - before - sum(x.nbytes for x in results)

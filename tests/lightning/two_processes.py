@@ -69,7 +69,7 @@ def max_difference(a, b):
 
 def train_with_ddp(plain, folder):
     model = Plain()
-    swap, check, peak = SwapFormulas(), GradientCheck(1), PeakMemory(1)
+    swap, check, peak = SwapFormulas(head="head"), GradientCheck(1), PeakMemory(1)
     logger = CSVLogger(folder, "", "")
     fit(model, swap, check, peak, logger=logger, log_every_n_steps=1)
     return {
@@ -88,7 +88,7 @@ def train_with_wrong_gradient_in_one_process(rank):
     if rank == 1:
         model.body = make_wrong_body()
     try:
-        fit(model, SwapFormulas(), GradientCheck(1, parameters=4, entries=16))
+        fit(model, SwapFormulas(head="head"), GradientCheck(1, parameters=4, entries=16))
         message = ""
     except GradientError as error:
         message = str(error)
@@ -96,7 +96,7 @@ def train_with_wrong_gradient_in_one_process(rank):
 
 
 def train_with_fsdp(plain):
-    model, swap = Sharded(), SwapFormulas()
+    model, swap = Sharded(), SwapFormulas(head="net.2")
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     fit(model, swap, PeakMemory(1), strategy=strategy)
     return {

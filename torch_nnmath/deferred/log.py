@@ -12,20 +12,24 @@ import torch
 
 from torch_nnmath import _check as check
 
+_ENTROPY = (
+    "an entropy needs no logits: functional.cross_entropy(logits, target, return_stats=True) "
+    "returns it, and functional.linear_log_probs(..., return_entropy=True) one with a gradient"
+)
+_KEPT = "drop logits before the step, or keep a reduction, such as logits.detach().mean()"
+REMEDIES = {
+    "exp": _ENTROPY,
+    "_softmax": _ENTROPY,
+    "sub": "logits.log_softmax(-1) is not computed, logits - logits.logsumexp(-1, True) is",
+    "_log_softmax_backward_data": "only gather of one class, nll_loss, sum and mean of "
+    "log-probabilities have a gradient without logits",
+    "detach, whose result an optimizer's step would invalidate,": _KEPT,
+    "use after the training step": _KEPT,
+}  # by the operation that computed logits
+
 
 class MaterializedLogits(UserWarning):
     """The logits of a head were computed in training, so that no memory was saved."""
-
-
-_ENTROPY = (
-    "an entropy without logits: functional.cross_entropy(..., return_stats=True), or, with a "
-    "gradient, functional.linear_log_probs(..., return_entropy=True)"
-)
-REMEDIES = {  # by the first word of a reason
-    "exp": _ENTROPY,
-    "_softmax": _ENTROPY,
-    "detach,": "drop detached logits before the optimizer's step, or keep a result such as argmax",
-}
 
 
 class HeadLog:
@@ -53,23 +57,31 @@ class HeadLog:
             lines.append(f"  computed {self.reduced} x from blocks of logits: argmax and the like")
         for reason, count in self.materialized.most_common():
             lines.append(f"  logits computed {count} x: {reason}")
-            remedy = REMEDIES.get(reason.partition(" ")[0])
-            lines += [f"    {remedy}"] if remedy else []
+            remedy = find_remedy(reason)
+            if remedy is not None:
+                lines.append(f"    {remedy}")
         return "\n".join(lines)
 
     def count_materialization(self, reason: str, *, is_training: bool = False) -> None:
         """Counts a materialisation by its reason. Warns at the first one in training."""
         if is_training and not self.has_warned:
             self.has_warned = True
+            remedy = find_remedy(reason)
+            hint = "" if remedy is None else f" ({remedy})"
             warnings.warn(
                 f"the logits of head {self.name or '(root)'} were computed, and memory was not "
-                f"saved: {reason}. docs/swapping.md lists remedies; the report of swap() counts "
-                "how often it happens. If another Linear computes the logits, pass its name: "
-                "swap(model, head=NAME). With swap(model, head=None) no logits are deferred",
+                f"saved: {reason}{hint}. docs/swapping.md lists remedies; the report of swap() "
+                "counts how often it happens. If another Linear computes the logits, pass its "
+                "name: swap(model, head=NAME). With swap(model, head=None) no logits are deferred",
                 MaterializedLogits,
                 stacklevel=find_user_frame()[0],
             )
         self.materialized[reason] += 1
+
+
+def find_remedy(reason: str) -> str | None:
+    """Says what to do instead of the operation that computed logits; None if nothing is known."""
+    return REMEDIES.get(reason.split(" at ")[0])
 
 
 _LIBRARY_FOLDERS = tuple(

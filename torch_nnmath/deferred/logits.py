@@ -61,14 +61,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
             return linear_between_graphs(input, weight, bias, module)
         else:
             log_unbroken_graph(module)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _are_plain_and_untraced(input, weight, bias):
         return F.linear(input, weight, bias)
     log = get_head_log(module)
     assert log is not None
     reason = None if log.is_named else find_reason_for_plain_logits(input, weight)
     if reason is not None:
         log.count_materialization(reason)
-    if reason is not None or not _are_plain_and_untraced(input, weight, bias):
         return F.linear(input, weight, bias)
     if _torch.has_forward_hooks(module):
         is_training = module.training and torch.is_grad_enabled()
@@ -214,6 +213,9 @@ class HeadCall:
             for recipe, blocks in selected:
                 with torch.inference_mode(recipe.is_inference):
                     recipe.overwrite_by(blocks)
+            for recipe in recipes:
+                with torch.inference_mode(recipe.is_inference):
+                    recipe.write_gathered()
         self.is_materialized = True
         self.operands, self.recipes, self.versions = (), [], []
 
@@ -239,6 +241,7 @@ class Recipe:
         self.call, self.result, self.parent, self.operation = call, result, parent, operation
         self.form, self.layout = result.form, result.layout
         self.tensor: Tensor | None = None
+        self.gathered: list[tuple[Tensor, Tensor]] = []  # classes, and logits that users have
         call.recipes.append(weakref.ref(self))
 
     def materialize(self, operands: Operands) -> None:
@@ -273,6 +276,22 @@ class Recipe:
         assert blocks is not None
         logits = self.tensor.movedim(self.form.axis, -1)
         logits.copy_(torch.cat(blocks.map(lambda _, values: values)).view(logits.shape))
+
+    def write_gathered(self) -> None:
+        """Overwrites those logits that a fused head returned, for the reason of `overwrite_by`."""
+        assert self.tensor is not None
+        for index, values in self.gathered:
+            self.tensor.scatter_(self.form.axis, index, values)
+        self.gathered = []
+
+    def find_original(self) -> Recipe:
+        """Returns the recipe that this one is an alias of; it may live longer."""
+        recipe = self
+        while recipe.parent is not None and recipe.operation is not None:
+            if recipe.operation.func not in (aten.alias.default, aten.detach.default):
+                break
+            recipe = recipe.parent
+        return recipe
 
     def list_steps(self) -> list[Recipe]:
         """Returns the recipes from the first one after the head to this one."""
@@ -498,7 +517,7 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
             return None
         result = compute(blocks)
     call.log.reduced += 1
-    recipe.has_selection |= func in SELECTIONS
+    recipe.find_original().has_selection |= func in SELECTIONS
     return result
 
 

@@ -290,7 +290,9 @@ def gather(
         if form.log_sign
         else head.compute_class_logits()
     )
-    return result.to(input.dtype).unsqueeze(axis)
+    result = result.to(input.dtype).unsqueeze(axis)
+    input.recipe.find_original().gathered.append((index.clone(), result.detach().clone()))
+    return result
 
 
 MEANS = (torch.mean, Tensor.mean)

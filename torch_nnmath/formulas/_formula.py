@@ -72,7 +72,8 @@ class Formula(Function):
         """Like `apply`, but skips its Python overhead, and autograd where no gradient is needed.
 
         Functions and backwards call this; `apply` is for a Function whose inputs are known to need
-        gradients. Inside a transform Dynamo cannot trace a Function, so `unfused` runs.
+        gradients. `unfused` runs where PyTorch takes no Function: where Dynamo traces a transform,
+        and under `functionalize`.
         """
         if torch.compiler.is_compiling():
             if _torch.is_transformed():  # traced inside a transform
@@ -83,6 +84,8 @@ class Formula(Function):
             if not torch.is_grad_enabled():  # eager without a derivative
                 return cls.forward(*inputs)
             return _torch.apply_without_signature(cls, inputs)  # eager
+        elif _torch.is_functionalized():
+            return cls.unfused(*inputs)
         return cls.apply(*inputs)  # an eager transform, or traced with a derivative
 
     @classmethod

@@ -73,6 +73,8 @@ class ReLUInPlace(ReLU):
 
 def relu_(z: Tensor) -> Tensor:
     """Overwrites z with F2; works on a copy if a transform is active or a compiler traces."""
+    if not torch.compiler.is_compiling() and _torch.is_functionalized():
+        return z.relu_()  # PyTorch cannot differentiate a functionalized `copy_`
     if torch.compiler.is_compiling() or _torch.is_transformed():
         return z.copy_(ReLU.evaluate(z))
     return ReLUInPlace.apply(z)

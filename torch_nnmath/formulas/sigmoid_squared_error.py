@@ -37,7 +37,7 @@ class SigmoidSquaredError(Formula):
         z, t = map(widen, saved)
         needs_z, needs_t, _ = ctx.needs_input_grad
         dz = SigmoidSquaredError.gradient(dc, z, t, ctx.axes) if needs_z else None
-        dt = dc * (t - SigmoidPair.evaluate(z)[0]) if needs_t else None
+        dt = (t - SigmoidPair.evaluate(z)[0]) * dc if needs_t else None
         pairs = zip((dz, dt), saved, strict=True)
         return *(g if g is None else g.to(x.dtype) for g, x in pairs), None
 
@@ -46,7 +46,7 @@ class SigmoidSquaredError(Formula):
     def gradient(dc: Tensor, z: Tensor, t: Tensor, axes: int) -> Tensor:
         """dc (a - t) a (1 - a)."""
         a, complement = SigmoidPair.evaluate(widen(z))
-        return dc * (a - widen(t)) * a * complement
+        return (a - widen(t)) * dc * a * complement  # in z's memory format
 
     @staticmethod
     def tangent(ctx: Any, dz: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:

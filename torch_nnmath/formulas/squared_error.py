@@ -23,7 +23,7 @@ class SquaredError(Formula):
     @staticmethod
     @accelerate_with(kernel.value)
     def forward(a: Tensor, t: Tensor, axes: int, scale: int) -> Tensor:
-        return multiply(sum_last_axes((widen(t) - widen(a)).square(), axes), scale / 2)
+        return multiply(sum_last_axes((widen(a) - widen(t)).square(), axes), scale / 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, c: Tensor) -> None:
@@ -41,7 +41,7 @@ class SquaredError(Formula):
     @accelerate_with(kernel.gradient)
     def gradient(dc: Tensor, a: Tensor, t: Tensor, axes: int, scale: int) -> Tensor:
         """scale dc (a - t)."""
-        return scale * dc * (widen(a) - widen(t))
+        return (widen(a) - widen(t)) * (scale * dc)  # in a's memory format
 
     @staticmethod
     def tangent(ctx: Any, da: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:

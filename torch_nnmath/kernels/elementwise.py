@@ -94,6 +94,7 @@ def relu_product(a: Tensor, v: Tensor) -> Tensor:
 def _write_relu_product(out: Tensor, a: Tensor, v: Tensor) -> None:
     integers = INTEGER_TYPES[v.element_size()]
     bits = torch.le(a, get_constant(0.0, a.dtype), out=out).view(integers)  # those of 0.0 or 1.0
+    v = v.resolve_neg()  # its bits would be those of -v
     torch.bitwise_left_shift(v.view(integers), bits, out=bits)
 
 
@@ -150,6 +151,31 @@ def _write_tiles(
     return result.to(dtype)
 
 
+def keep_memory_format(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates `compute(dc, a, t, axes, ...)` so that its results have a's memory format.
+
+    `compute` gets tensors whose axes are in the order of a's memory. Where this order would mix the
+    axes of an example with others, the results are contiguous.
+    """
+
+    @functools.wraps(compute)
+    def run(dc: Any, a: Tensor, t: Tensor, axes: int, *options: Any) -> Any:
+        if a.is_contiguous():
+            return compute(dc, a, t, axes, *options)
+        order, leading = sorted(range(a.dim()), key=a.stride, reverse=True), a.dim() - axes
+        if sorted(order[:leading]) != [*range(leading)]:
+            return compute(dc, a, t, axes, *options)
+        original_order = [order.index(axis) for axis in range(a.dim())]
+        if isinstance(dc, Tensor) and dc.dim():
+            dc = dc.permute(order)
+        results = compute(dc, a.permute(order), t.permute(order), axes, *options)
+        if results is None:
+            return None
+        return tuple(x.permute(original_order) if x.dim() == a.dim() else x for x in results)
+
+    return run
+
+
 @register_operator(
     "squared_error(Tensor? dc, Tensor a, Tensor t, int axes, float scale, bool needs_c)"
     " -> (Tensor, Tensor)",
@@ -180,6 +206,7 @@ def sigmoid_squared_error(
     return _compute_squared_error(dc, z, t, axes, 1.0, True, needs_c)
 
 
+@keep_memory_format
 def _compute_squared_error(
     dc: Tensor | None,
     a: Tensor,
@@ -223,6 +250,7 @@ def _compute_squared_error(
     return c.mul_(scale / 2), da
 
 
+@keep_memory_format
 def squared_error_cost(n: float, a: Tensor, t: Tensor, axes: int, scale: float) -> Any:
     """As `squared_error` of one example and dc = 1/n, with the cost c/n; None for larger inputs."""
     if axes < a.dim() or a.numel() > SLICE_SIZE:
@@ -232,6 +260,7 @@ def squared_error_cost(n: float, a: Tensor, t: Tensor, axes: int, scale: float) 
     return cost, error.mul_(scale / n)
 
 
+@keep_memory_format
 def sigmoid_squared_error_cost(n: float, z: Tensor, t: Tensor, axes: int) -> Any:
     """As `sigmoid_squared_error` and dc = 1/n, with the cost c/n; None for larger inputs."""
     if axes < z.dim() or z.numel() > SLICE_SIZE:
@@ -253,6 +282,7 @@ def _sum_squares(x: Tensor) -> Tensor:
     return entries.dot(entries)
 
 
+@keep_memory_format
 def allocate_loss(
     dc: Tensor | None, a: Tensor, t: Tensor, axes: int, needs_c: bool
 ) -> tuple[Tensor, Tensor]:

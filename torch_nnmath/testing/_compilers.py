@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.export import Dim
-from torch.func import jvp, vmap
+from torch.func import functionalize, jvp, vmap
 
 from torch_nnmath import _torch
 from torch_nnmath.testing._calls import (
@@ -26,7 +26,7 @@ from torch_nnmath.testing._calls import (
 )
 from torch_nnmath.testing._case import Case
 from torch_nnmath.testing._functions import Tensors, select_real_tensors
-from torch_nnmath.testing._report import NotApplicable, Wrong
+from torch_nnmath.testing._report import Cannot, NotApplicable, Wrong, describe_error
 from torch_nnmath.testing._transforms import transform
 
 TRACING_BACKEND = "aot_eager"  # traces forward and backward like Inductor, but generates no code
@@ -54,6 +54,22 @@ def check_make_fx(case: Case) -> None:
         other.compare_outputs(graph(*other.tensors))
         graph = _torch.trace_with_fx(make_gradient(case), mode)(*case.tensors)
         other.compare_gradient(graph(*other.tensors), case.upstream)
+
+
+@transform("functionalize", quick=True)
+def check_functionalize(case: Case) -> None:
+    """Checks `torch.func.functionalize` of value and gradient, alone and under `make_fx`."""
+    value, gradient = (functionalize(f) for f in (case.call_tensors, make_gradient(case)))
+    other = case.batch_members[1]
+    try:
+        case.compare_outputs(value(*case.tensors))
+        case.compare_gradient(gradient(*case.tensors), case.upstream)
+        graph = _torch.trace_with_fx(gradient, "real")(*case.tensors)
+    except RuntimeError as error:
+        if "functionalize rule" in str(error).lower():  # PyTorch refuses every Function
+            raise Cannot(describe_error(error)) from error
+        raise
+    other.compare_gradient(graph(*other.tensors), case.upstream)
 
 
 @transform("compile", quick=True)

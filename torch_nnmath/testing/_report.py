@@ -49,6 +49,10 @@ class WritesInput(Finding):
     verdict = Verdict.WRITES
 
 
+class Cannot(Finding):
+    verdict = Verdict.CANNOT
+
+
 class Unknown(Finding):
     verdict = Verdict.UNKNOWN
 

@@ -15,7 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_nnmath.kernels.elementwise import allocate_loss, allocate_product, order_by_memory
+from torch_nnmath.kernels.elementwise import (
+    allocate_loss,
+    allocate_product,
+    keep_memory_format,
+    order_by_memory,
+)
 from torch_nnmath.kernels.gpu.launch import use_device
 
 MIN_EXPONENT = tl.constexpr(-104.0)  # e^-104 rounds to 0 in float32
@@ -139,6 +144,7 @@ class Coefficients(NamedTuple):
     kind: str  # "none", "shared", "row" or "entry"
 
 
+@keep_memory_format
 def _compute_squared_error(
     dc: Tensor | None,
     a: Tensor,
