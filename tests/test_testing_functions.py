@@ -419,3 +419,26 @@ def test_surrogate_must_fit_the_function():
     assert report["gradient"].detail == "the surrogate returns tensors of shapes [()]"
     with pytest.raises(TypeError, match="the surrogate of a module must be a module"):
         testing.check(nn.Linear(3, 2), draw(3, 3), surrogate=identity)
+
+
+# Cost
+
+
+def test_quick_check_differentiates_at_few_points():
+    """At four points: the inputs, two other members of a batch, and another sample."""
+    count = 0
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(draw(10))
+
+        def forward(self, x):
+            nonlocal count
+            count += 1
+            return (self.weight.sin() * x).sum()
+
+    transforms = ["gradient", "autocast bfloat16", "vmap(grad)", "per-sample gradients"]
+    testing.assert_right(Scale(), draw(10), transforms=transforms)
+    evaluations_for_each_entry = 8
+    assert count < 4.5 * evaluations_for_each_entry * 20
