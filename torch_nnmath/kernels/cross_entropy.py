@@ -103,11 +103,12 @@ def cross_entropy_cost(
     if p.dim() or p.item() != 1:
         l_y = zero_safe_product(p, l_y)
         dz.mul_(p)
+    dz.mul_(k)
     if keep is not None:
         ignored_mask = ~keep
         l_y.masked_fill_(ignored_mask, 0)
-        dz.masked_fill_(ignored_mask, 0)
-    return l_y.sum().mul_(-k), dz.mul_(k)
+        dz.masked_fill_(ignored_mask, 0)  # last: a mean over no rows has an infinite k
+    return l_y.sum().mul_(-k), dz
 
 
 def allocate_value_and_gradient(
