@@ -168,7 +168,7 @@ def _make_controls(case: Case) -> Iterator[tuple[str, Callable[[Tensor], Tensor]
     if watch.is_random:
         yield "dropout with a seed", drop_with_seed
     if updates_buffers:
-        yield "a running mean", make_running_mean()
+        yield "a running mean", make_running_mean(case.dtype)
     functions = find_autograd_functions(outputs)
     if any(function.jvp is not torch.autograd.Function.jvp for function in functions):
         yield "a correct Function with a jvp", Sine.apply
@@ -180,12 +180,12 @@ def drop_with_seed(x: Tensor) -> Tensor:
     return torch.nn.functional.dropout(x, 0.5)
 
 
-def make_running_mean() -> Callable[[Tensor], Tensor]:
+def make_running_mean(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Returns a function that writes to a copy of its buffer, as a module under test does."""
-    buffer = torch.zeros(())
+    buffer = torch.zeros((), dtype=dtype)
 
     def update_running_mean(x: Tensor) -> Tensor:
-        mean = buffer.to(x.device, x.dtype, copy=True)
+        mean = buffer.to(x.device, x.dtype).clone()
         mean.lerp_(x.detach().mean(), 0.1)
         return x.sin()
 
