@@ -26,6 +26,8 @@ def check_vmap_of_subsets(case: Case) -> None:
 
     If there are more choices than `MAX_CHOICES`, as many are drawn.
     """
+    for member in case.batch_members:
+        _ = member.jacobian  # unknown at a kink, where vmap may take another subgradient
     stacked = stack_members(case)
     loops: dict[tuple[int, ...], list[tuple[Tensors, dict[int, Tensor]]]] = {}
     for batched, differentiated in draw_choices(len(stacked), case.tensor_argnums):

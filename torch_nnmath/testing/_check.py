@@ -168,7 +168,7 @@ def _make_controls(case: Case) -> Iterator[tuple[str, Callable[[Tensor], Tensor]
     if watch.is_random:
         yield "dropout with a seed", drop_with_seed
     if updates_buffers:
-        yield "a running mean", update_running_mean
+        yield "a running mean", make_running_mean(case.dtype)
     functions = find_autograd_functions(outputs)
     if any(function.jvp is not torch.autograd.Function.jvp for function in functions):
         yield "a correct Function with a jvp", Sine.apply
@@ -180,11 +180,16 @@ def drop_with_seed(x: Tensor) -> Tensor:
     return torch.nn.functional.dropout(x, 0.5)
 
 
-def update_running_mean(x: Tensor) -> Tensor:
-    """Returns the sine of x and writes to a buffer, as batch normalisation does."""
-    mean = torch.zeros((), dtype=x.dtype, device=x.device)
-    mean.lerp_(x.detach().mean(), 0.1)
-    return x.sin()
+def make_running_mean(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Returns a function that writes to a copy of its buffer, as a module under test does."""
+    buffer = torch.zeros((), dtype=dtype)
+
+    def update_running_mean(x: Tensor) -> Tensor:
+        mean = buffer.to(x.device, x.dtype).clone()
+        mean.lerp_(x.detach().mean(), 0.1)
+        return x.sin()
+
+    return update_running_mean
 
 
 def _run(transform: Transform, case: Case) -> tuple[Verdict, str]:
