@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import cast, wide_type, zero_safe_product
+from torch_nnmath._records import Target
 from torch_nnmath.kernels._library import SLICE_SIZE, compute_log_probability, register_operator
 
 
@@ -90,25 +91,30 @@ def cross_entropy(
 def cross_entropy_cost(
     n: Any, z: Tensor, y: Any, p: Any, t: Any, keep: Any, dim: int, base: float
 ) -> Any:
-    """As `cross_entropy` with dc = 1/n, and the cost Σ c / n; None for others than the following.
+    """As `cross_entropy` with dc = 1/n, and the cost Σ c / n; None for more than one block.
 
-    One block of rows, whose targets are classes. What an ignored row holds changes no bit.
+    The cost has the bits of the formula as it is written. What an ignored row holds changes none.
     """
-    if y is None or t is not None or z.numel() > 4 * SLICE_SIZE:
+    if z.numel() > 4 * SLICE_SIZE:
         return None
-    k = 1 / (n * math.log(base))
+    ln, target = math.log(base), Target(y, p, t, dim)
     l = cast(z, wide_type(z.dtype)).log_softmax(dim)
-    l_y = l.gather(dim, y)
-    dz = l.exp_().scatter_add_(dim, y, l.new_full(y.shape, -1))
-    if p.dim() or p.item() != 1:
-        l_y = zero_safe_product(p, l_y)
-        dz.mul_(p)
-    dz.mul_(k)
+    if t is None and y is not None:
+        l_y = l.gather(dim, y)
+        dz = l.exp_().scatter_add_(dim, y, l.new_full(y.shape, -1))
+        if p.dim() or p.item() != 1:
+            l_y = zero_safe_product(p, l_y)
+            dz.mul_(p)
+        c = l_y.neg_().div_(ln)
+    else:
+        c = target.dot(l).neg_().div_(ln)
+        dz = target.subtract_from(l.exp_().mul_(target.total()))
+    dz.mul_(1 / (n * ln))
     if keep is not None:
         ignored_mask = ~keep
-        l_y.masked_fill_(ignored_mask, 0)
-        dz.masked_fill_(ignored_mask, 0)  # last: a mean over no rows has an infinite k
-    return l_y.sum().mul_(-k), dz
+        c.masked_fill_(ignored_mask, 0)
+        dz.masked_fill_(ignored_mask, 0)  # last: a mean over no rows has an infinite 1/n
+    return c.sum() / n, dz
 
 
 def allocate_value_and_gradient(
