@@ -8,6 +8,8 @@ import pytest
 import torch
 from scripts import EXAMPLES, has_ink, import_scripts, list_files, run_script
 
+from torch_nnmath.deferred import logits as deferred_logits
+
 # A model that learns in seconds: 600 tokens, 30 000 weights.
 SMALL = [
     *("--vocabulary", "600", "--width", "32", "--layers", "1", "--heads", "2"),
@@ -235,7 +237,9 @@ def test_both_halves_of_pictures_have_ink(trained, swapped):
 def swapped(swap_transformers, tmp_path_factory):
     out = tmp_path_factory.mktemp("swap_transformers")
     arguments = [*SMALL, "30", "--lr", "1e-2", "--vocabulary", "4096", "--out", str(out)]
-    return swap_transformers.main(arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deferred_logits, "MIN_DEFERRED_BYTES", 0)  # the model is small
+        return swap_transformers.main(arguments)
 
 
 def test_swapped_model_has_equal_losses(swapped):

@@ -615,7 +615,7 @@ def test_correct_function_is_right(name):
     allowed = BEYOND_PYTORCH
     if name == "Function":  # what PyTorch does not support for a Function with a jvp
         compilers = {"compile", "compile by Inductor", "compile, dynamic shapes"}
-        compilers.add("compile, dynamic=True")
+        compilers |= {"compile, dynamic=True", "functionalize"}
         allowed = {*allowed, *compilers, "forward over forward"}
         if torch.__version__ >= "2.15":  # Dynamo refuses a jvp inside `torch.func`, too
             allowed.add("torch.func inside compile")

@@ -125,6 +125,19 @@ def test_is_dynamo_loaded():
     assert printed.split() == ["False", "True"]
 
 
+def test_is_exporting():
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if _torch.is_exporting() else x + 2
+
+    x, module = torch.zeros(2), Module()
+    assert module(x)[0] == 2
+    assert torch.compile(module, backend="eager", fullgraph=True)(x)[0] == 2
+    for strict in (False, True):
+        exported = torch.export.export(module, (x,), strict=strict).module()
+        assert exported(x)[0] == 1
+
+
 def test_may_break_graph():
     """False where a break raises an error."""
 

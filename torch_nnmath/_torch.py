@@ -88,6 +88,17 @@ def may_break_graph() -> bool:
 may_break_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` traces, a constant of the graph.
+
+    Dynamo of PyTorch 2.11 replaces the public function by True.
+    """
+    return torch.compiler.is_exporting()
+
+
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_jit_tracing() -> bool:
     """Whether `torch.jit.trace` records.
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from torch_nnmath import formulas
 from torch_nnmath.kernels import _library, dispatch
 from torch_nnmath.kernels._library import GPU_IMPLEMENTATIONS
 
@@ -101,10 +102,13 @@ def select_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return load(name)
 
-    def find_obstacle_on_gpu(tensors, is_gpu_only=False):
+    def find_obstacle_on_gpu(tensors, is_gpu_only=False, is_fast_if_small=False):
         return find_obstacle(tensors) or dispatch.find_triton_obstacle(tensors)
 
     monkeypatch.setattr(dispatch, "MIN_KERNEL_SIZE", 0)
+    monkeypatch.setattr(dispatch, "CPU_FUNCTIONS", {})
+    for formula in (formulas.CrossEntropy, formulas.SquaredError, formulas.SigmoidSquaredError):
+        monkeypatch.setattr(formula.kernel, "small_cost", None)
     monkeypatch.setattr(dispatch, "find_kernel_obstacle", find_obstacle_on_gpu)
     monkeypatch.setattr(_library, "_load_gpu_function", load_and_note)
     return names

@@ -19,7 +19,7 @@ class OnGpu:
 
     def __init__(self, dtype: torch.dtype, size: int = LARGE):
         self.dtype, self.size = dtype, size
-        self.device = torch.device("cuda")
+        self.device, self.is_cpu, self.is_cuda = torch.device("cuda"), False, True
 
     def numel(self) -> int:
         return self.size

@@ -212,9 +212,8 @@ def test_head_with_one_read_equals_the_head_on_the_cpu(is_cost, monkeypatch):
 
 def test_sum_over_rows_has_factors_of_float32():
     generator = torch.Generator().manual_seed(0)
-    x, W, p = torch.empty(40, 3), torch.empty(33, 3, dtype=torch.bfloat16), torch.ones(40, 1)
-    inputs = HeadInputs(x, W, None, Target(p.long(), p, None), None, math.e, None)
-    rows = single_read.SingleRead(inputs, 40)
+    W, p = torch.empty(33, 3, dtype=torch.bfloat16), torch.ones(40, 1)
+    rows = single_read.SingleRead(W, Target(p.long(), p, None), 40, 40)
     rows.factors.exact.copy_(torch.randn(40, 1, generator=generator) * 1e-6)
     E = torch.randn(16, 33, generator=generator).exp().bfloat16()
     with gpu_head():
@@ -249,7 +248,7 @@ def test_one_read_is_as_exact_as_the_plain_expression(N, deviation, mean, monkey
     x, y = normal(N, D).bfloat16(), torch.randint(C, (N, 1), generator=generator)
     W = (deviation / math.sqrt(D) * (normal(C, D) + mean * normal(D))).bfloat16()
     b = normal(C).bfloat16()
-    inputs = x, W, b, y, torch.ones(N, 1), None, None, math.e, None
+    inputs = HeadInputs(x, W, b, Target(y, torch.ones(N, 1), None), None).flatten()
     needs = [True, True, True, False, False]
     with gpu_head(has_triton=True, reads_once=True):
         results = kernels.head(*inputs, torch.tensor(1 / N), *[None] * 3, [False] * 2, needs)
@@ -293,7 +292,7 @@ def test_upstream_gradients_of_any_stride_reach_triton(stride):
     flat = torch.randn(3, 10, generator=generator)
     upstream = [v.as_strided((5, 1), (stride, 1), v.storage_offset()) for v in flat]
     needs = [True, True, False, True, False]
-    inputs = [x, W, None, y, p, None, None, 2.0, None]
+    inputs = HeadInputs(x, W, None, Target(y, p, None), None, 2.0).flatten()
     first = [*inputs, *upstream, None, [True, True], needs]
     second = [*inputs, *upstream, x.flip(0), W.flip(0), None, None, None, needs]
     for operator, arguments in ((kernels.head, first), (kernels.head_second_order, second)):

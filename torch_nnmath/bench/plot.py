@@ -28,6 +28,8 @@ COLOURS = {
     "QuACK": "C5",
     "none ignored": "C8",
     "plain": "C6",
+    "modules": "teal",
+    "swapped": "goldenrod",
     "floor": "black",
 }
 

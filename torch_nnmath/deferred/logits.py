@@ -44,7 +44,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
     """F1 with deferred logits where they can be deferred; otherwise `functional.linear`.
 
     `module` is the head; its mark is a `HeadLog`. Where Dynamo may break its graph, it does so at
-    this call, and compiles what comes before and after it.
+    this call, and compiles what comes before and after it. PyTorch 2.11 cannot pass a module to
+    the functions that this needs; its Dynamo takes `is_exporting` for True, so logits are plain.
     """
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
         from torch_nnmath.deferred.compiled import (

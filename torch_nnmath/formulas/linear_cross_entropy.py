@@ -188,7 +188,7 @@ class LinearCrossEntropyCost(Function):
         A transform would not see how the gradients depend on the inputs. An exported program
         differentiates the operator.
         """
-        if _torch.is_transformed() or torch.compiler.is_exporting() or requires_grad(n):
+        if _torch.is_transformed() or _torch.is_exporting() or requires_grad(n):
             return False
         return torch.is_grad_enabled() and any(needs_gradient)
 

@@ -83,13 +83,13 @@ def bypass_operator_on_cpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     The Python layer of an operator takes 10 µs a call. Autocast is left to the operator.
     """
-    function = CPU_FUNCTIONS.get(_get_name(kernel))
-    if function is None:
+    name = _get_name(kernel)
+    if name not in CPU_FUNCTIONS:
         return kernel
 
     def run(first: Tensor | None, x: Tensor, *args: Any) -> Any:
-        if x.is_cpu and not torch.is_autocast_enabled("cpu"):
-            return function(first, x, *args)
+        if x.is_cpu and name in CPU_FUNCTIONS and not torch.is_autocast_enabled("cpu"):
+            return CPU_FUNCTIONS[name](first, x, *args)
         return kernel(first, x, *args)
 
     return run
