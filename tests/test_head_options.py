@@ -178,9 +178,12 @@ def test_drawn_options_of_the_head_in_bfloat16_are_rounded_once(small_blocks):
         results = head.differentiate(head.compute_head)
         expected = head.differentiate(head.compute_truth, Tensor.double)
         names = "value", *head.leaves
+        # float32 rounds 1 - a of a class whose probability a is nearly 1
+        floats = [v for v in head.tensors.values() if v.is_floating_point()]
+        cancellation = 2.0**-23 * max(v.abs().max().item() for v in floats)
         for name, result, exact in zip(names, results, expected, strict=True):
             if name != "logit_scale":
-                half_eps, atol = 2.0**-8, 1e-3 * exact.abs().max().item()
+                half_eps, atol = 2.0**-8, 1e-3 * exact.abs().max().item() + cancellation
                 torch.testing.assert_close(result.double(), exact, rtol=half_eps, atol=atol)
 
     search()
