@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_nnmath._precision import cast, wide_type, zero_safe_product
 from torch_nnmath._records import Target
+from torch_nnmath.kernels import dispatch
 from torch_nnmath.kernels._library import SLICE_SIZE, compute_log_probability, register_operator
 
 
@@ -91,11 +92,11 @@ def cross_entropy(
 def cross_entropy_cost(
     n: Any, z: Tensor, y: Any, p: Any, t: Any, keep: Any, dim: int, base: float
 ) -> Any:
-    """As `cross_entropy` with dc = 1/n, and the cost Σ c / n; None for more than one block.
+    """As `cross_entropy` with dc = 1/n, and the cost Σ c / n; None for more than a few entries.
 
     The cost has the bits of the formula as it is written. What an ignored row holds changes none.
     """
-    if z.numel() > 4 * SLICE_SIZE:
+    if z.numel() > dispatch.MIN_KERNEL_SIZE:
         return None
     ln, target = math.log(base), Target(y, p, t, dim)
     l = cast(z, wide_type(z.dtype)).log_softmax(dim)
