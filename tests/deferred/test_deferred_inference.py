@@ -1,6 +1,5 @@
 """Deferred logits in inference mode, whose tensors have no versions."""
 
-import copy
 import itertools
 import math
 from typing import Any
@@ -21,9 +20,6 @@ from deferred_helpers import (
     make_pair,
     make_params,
 )
-from torch import nn
-
-from torch_nnmath import swap
 
 pytestmark = MARKS
 
@@ -194,22 +190,6 @@ def test_weight_that_is_an_inference_tensor_gives_plain_logits():
         swapped.lm_head.weight.zero_()  # which no version tells
         assert_agree([z], [plain(o.x)])
     assert not log.fused
-
-
-def test_head_with_no_more_classes_than_features_gives_plain_logits_in_inference_mode():
-    """The copy of its features would take as much memory as the logits."""
-    head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
-    plain, log = copy.deepcopy(head), swap(head).heads["1"]
-    x = torch.randn(5, 4, dtype=F64)
-    with torch.inference_mode():
-        z = head(x)
-        assert type(z) is torch.Tensor
-        assert_agree([z], [plain(x)])
-    (reason,) = log.materialized
-    assert "no more classes than features" in reason
-    with torch.no_grad():
-        ce(head(x), torch.tensor([0, 1, 2, 3, 0]))
-    assert log.fused == 1
 
 
 def test_features_are_not_copied_where_they_have_versions():

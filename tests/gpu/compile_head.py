@@ -92,7 +92,7 @@ def compile_rows(
         types |= {"cap": "fp32", "cap_reciprocal": "fp32"}
     lanes, num_warps, num_stages = configuration
     constants = {n: None for n in kernel.arg_names if n not in types} | constants
-    constants |= dict.fromkeys(("SCALE_STRIDE", "γ_STRIDE", "ω_STRIDE"), 1)
+    constants |= dict.fromkeys(("scale_STRIDE", "γ_STRIDE", "ω_STRIDE"), 1)
     constants |= {"LANES": lanes, "VECTOR": VECTOR, "STAGES": num_stages}
     strides = [n for n in types if n.endswith("_stride")]
     divisible = (*strides, "columns", *(("C",) if is_divisible else ()))

@@ -38,7 +38,7 @@ def compile_case(case: str, target: str) -> bool:
     configuration = choose_tile(128256, is_hip)
     lanes, num_warps, num_stages = configuration
     constants = {n: None for n in _process_rows.arg_names if n not in types}
-    constants |= dict.fromkeys(("SCALE_STRIDE", "γ_STRIDE", "ω_STRIDE", "η_STRIDE"), 1)
+    constants |= dict.fromkeys(("scale_STRIDE", "γ_STRIDE", "ω_STRIDE", "η_STRIDE"), 1)
     constants |= {"T_STRIDE": int("t" in arguments), "τ_STRIDE": int("τ" in arguments)}
     constants |= {"HAS_ENTROPY": "η" in arguments, "LANES": lanes, "VECTOR": VECTOR}
     constants |= {"STAGES": num_stages}

@@ -19,9 +19,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 triton_head_single = pytest.importorskip("torch_nnmath.kernels.gpu.triton_head_single")
+triton_logits = pytest.importorskip("torch_nnmath.kernels.gpu.triton_logits")
 
 LANES = 4  # tiles of 16 classes, so that few classes fill several
-TILE = LANES * triton_head_single.VECTOR
+TILE = LANES * triton_logits.VECTOR
 MAX_DISTANCE = triton_head_single.MAX_DISTANCE.value
 NAMES = "loss", "lse", "squared_lse", "sums", "dc_dp"
 

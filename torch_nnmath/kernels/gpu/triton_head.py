@@ -27,7 +27,7 @@ from torch_nnmath.kernels.gpu.triton_logits import (
     count_programs,
     exp,
     find_first_class,
-    get_row_stride,
+    get_launch_options,
     load_class_logit,
     load_logits,
     load_target,
@@ -99,18 +99,9 @@ def process_rows(
             η,
             sums,
             *outputs,
-            SCALE_STRIDE=get_row_stride(scale),
             T_STRIDE=0 if t is None or len(t) == 1 else 1,
-            γ_STRIDE=get_row_stride(γ),
-            ω_STRIDE=get_row_stride(ω),
-            η_STRIDE=get_row_stride(η),
             HAS_ENTROPY=has_entropy,
-            LANES=configuration.lanes,
-            VECTOR=VECTOR,
-            STAGES=configuration.num_stages,
-            num_warps=configuration.num_warps,
-            num_stages=configuration.num_stages,
-            enable_fp_fusion=True,
+            **get_launch_options(configuration, scale=scale, γ=γ, ω=ω, η=η),
         )
 
 
@@ -250,7 +241,7 @@ def _process_rows(
     predicted,
     sums,
     dc_dp,
-    SCALE_STRIDE: tl.constexpr,
+    scale_STRIDE: tl.constexpr,
     T_STRIDE: tl.constexpr,
     γ_STRIDE: tl.constexpr,
     ω_STRIDE: tl.constexpr,
@@ -278,7 +269,7 @@ def _process_rows(
                 t_row = t + row * C
             scale_row = None
             if scale is not None:
-                scale_row = tl.load(scale + row * SCALE_STRIDE)
+                scale_row = tl.load(scale + row * scale_STRIDE)
 
             # first read: the sums
             row_ev, row_tv, row_st = 0.0, 0.0, 0.0

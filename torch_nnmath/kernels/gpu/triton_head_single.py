@@ -22,12 +22,11 @@ from torch_nnmath.kernels.gpu.triton_logits import (
     LN_2,
     LOWEST,
     MAX_WARPS,
-    VECTOR,
     Configuration,
     count_programs,
     exp,
     find_first_class,
-    get_row_stride,
+    get_launch_options,
     load_class_logit,
     load_logits,
 )
@@ -107,15 +106,7 @@ def process_rows(
             outputs.dc_dp,
             class_entries,
             *factors,
-            SCALE_STRIDE=get_row_stride(scale),
-            γ_STRIDE=get_row_stride(γ),
-            ω_STRIDE=get_row_stride(ω),
-            LANES=configuration.lanes,
-            VECTOR=VECTOR,
-            STAGES=configuration.num_stages,
-            num_warps=configuration.num_warps,
-            num_stages=configuration.num_stages,
-            enable_fp_fusion=True,
+            **get_launch_options(configuration, scale=scale, γ=γ, ω=ω),
         )
     if class_entries is not None:
         assert y is not None
@@ -176,7 +167,7 @@ def _process_rows(
     softmax_factor,
     exact_factor,
     class_error,
-    SCALE_STRIDE: tl.constexpr,
+    scale_STRIDE: tl.constexpr,
     γ_STRIDE: tl.constexpr,
     ω_STRIDE: tl.constexpr,
     LANES: tl.constexpr,
@@ -201,7 +192,7 @@ def _process_rows(
             z_row = z + i * z_stride
             scale_row = None
             if scale is not None:
-                scale_row = tl.load(scale + row * SCALE_STRIDE)
+                scale_row = tl.load(scale + row * scale_STRIDE)
 
             # one read, and a second one if the reference is far below the maximum, or -inf
             v, _ = load_logits(z_row, k, C, columns, scale_row, b, cap, cap_reciprocal, True)

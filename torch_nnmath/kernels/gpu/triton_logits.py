@@ -35,6 +35,22 @@ class Configuration(NamedTuple):
     num_stages: int
 
 
+def get_launch_options(configuration: Configuration, **row_values: Tensor | None) -> dict[str, int]:
+    """The constants and options with which a row kernel of this configuration is launched.
+
+    `row_values` are the arguments of which each row has one, or all rows share one.
+    """
+    strides = {f"{name}_STRIDE": get_row_stride(value) for name, value in row_values.items()}
+    return strides | {
+        "LANES": configuration.lanes,
+        "VECTOR": VECTOR,
+        "STAGES": configuration.num_stages,
+        "num_warps": configuration.num_warps,
+        "num_stages": configuration.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
 def get_row_stride(value: Tensor | None) -> int:
     """1 for a value of each row, 0 for one that all rows share."""
     return 0 if value is None or value.dim() == 0 else 1

@@ -25,7 +25,7 @@ from torch_nnmath.kernels.gpu.triton_logits import (
     Configuration,
     count_programs,
     exp,
-    get_row_stride,
+    get_launch_options,
     load_class_logit,
     load_logits,
     load_target,
@@ -88,19 +88,10 @@ def process_rows(
             π,
             τ,
             *outputs,
-            SCALE_STRIDE=get_row_stride(scale),
             T_STRIDE=0 if t is None or len(t) == 1 else 1,
             τ_STRIDE=0 if τ is None or len(τ) == 1 else 1,
-            γ_STRIDE=get_row_stride(γ),
-            ω_STRIDE=get_row_stride(ω),
-            η_STRIDE=get_row_stride(η),
             HAS_ENTROPY=η is not None or outputs.ρ_h is not None,
-            LANES=configuration.lanes,
-            VECTOR=VECTOR,
-            STAGES=configuration.num_stages,
-            num_warps=configuration.num_warps,
-            num_stages=configuration.num_stages,
-            enable_fp_fusion=True,
+            **get_launch_options(configuration, scale=scale, γ=γ, ω=ω, η=η),
         )
 
 
@@ -242,7 +233,7 @@ def _process_rows(
     ρ_q,
     ρ_h,
     dp,
-    SCALE_STRIDE: tl.constexpr,
+    scale_STRIDE: tl.constexpr,
     T_STRIDE: tl.constexpr,
     τ_STRIDE: tl.constexpr,
     γ_STRIDE: tl.constexpr,
@@ -276,7 +267,7 @@ def _process_rows(
                 τ_row = τ + row * C
             scale_row = None
             if scale is not None:
-                scale_row = tl.load(scale + row * SCALE_STRIDE)
+                scale_row = tl.load(scale + row * scale_STRIDE)
 
             # first read: the sums
             m = tl.full((LANES,), LOWEST, tl.float32)
