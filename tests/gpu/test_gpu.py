@@ -1,5 +1,6 @@
 """What only a GPU shows: synchronisation, CUDA graphs, repeated bits, memory, and its rounding."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from torch_nnmath import formulas, kernels
 from torch_nnmath import functional as F
-from torch_nnmath import kernels
 from torch_nnmath._memory import read_peak, reset_peak
 
 DEVICE = torch.device("cuda")
@@ -179,7 +180,33 @@ CASES = [
         lambda z, y: plain_cross_entropy(z, y, softcap=8.0, z_loss=1e-2, label_smoothing=0.1),
         draw_logits,
     ),
+    Case(
+        "linear_log_sum_exp",
+        lambda x, W, y: F.linear_log_sum_exp(x, W),
+        lambda x, W, y: (x @ W.T).logsumexp(1),
+        draw_head,
+    ),
     Case("softmax", lambda z: F.softmax(z, 1), softmax, draw_elements),
+    Case("softmax of columns", lambda z: F.softmax(z, 0), lambda z: softmax(z.T).T, draw_elements),
+    Case(
+        "log_softmax",
+        # a rounded result would have rounded the probabilities of the backward
+        lambda z: formulas.LogSoftmax.evaluate(z.float(), 1),
+        lambda z: z.log_softmax(1),
+        draw_elements,
+    ),
+    Case(
+        "entropy",
+        lambda z: formulas.Entropy.evaluate(z, 1, 2.0),
+        lambda z: -(z.softmax(1) * z.log_softmax(1)).sum(1, keepdim=True) / math.log(2),
+        draw_elements,
+    ),
+    Case(
+        "z_loss",
+        lambda z: formulas.ZLoss.evaluate(z, 1),
+        lambda z: z.logsumexp(1, keepdim=True).square(),
+        draw_elements,
+    ),
     Case("sigmoid", F.sigmoid, lambda z: 1 / (1 + (-z).exp()), draw_elements),
     Case("tanh", F.tanh, torch.tanh, draw_elements),
     Case("relu", F.relu, lambda z: z.clamp(min=0), draw_elements),
