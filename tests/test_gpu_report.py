@@ -25,10 +25,11 @@ def toy(tmp_path_factory):
     """The folder of a report with tiny sizes, and what the command printed."""
     folder = tmp_path_factory.mktemp("report")
     command = [sys.executable, "-m", "torch_nnmath", "bench", "--toy", "--report", str(folder)]
+    command += ["--minutes", "60"]  # no stage is stopped on a loaded machine
     # No pool of workers on a small machine, and nothing of this session's pytest.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(gpu_report.PACKAGE_PARENT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
