@@ -1,6 +1,7 @@
 """The formulas inside a user's graph: in-place edits, saved tensors, autocast, infinite logits."""
 
 import functools
+import inspect
 import math
 
 import pytest
@@ -10,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize, grad, jvp, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torch_nnmath import formulas, nn
+from torch_nnmath import _torch, formulas, nn
 from torch_nnmath import functional as F
+from torch_nnmath.formulas._formula import Formula
 from torch_nnmath.formulas.feedforward import ACTIVATIONS
 
 Y = torch.tensor([0, 1, 2, 0])
@@ -352,3 +354,44 @@ def test_tangents_of_a_float32_loss_are_float32(name, reduction):
     assert {x.dtype for x in results[0]} == {torch.float32}
     for result, expected in zip(*results, strict=True):
         torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def list_formulas(base=Formula):
+    for formula in base.__subclasses__():
+        yield formula
+        yield from list_formulas(formula)
+
+
+def test_signature_of_every_forward_is_derived_once():
+    """PyTorch's `apply` asks for it in each call."""
+    forwards = [vars(f)["forward"].__func__ for f in list_formulas() if "forward" in vars(f)]
+    assert len(forwards) > 15
+    for forward in forwards:
+        names = inspect.getfullargspec(inspect.unwrap(forward))
+        parameters = [*names.args, *[names.varargs] * (names.varargs is not None)]
+        assert [*vars(forward)["__signature__"].parameters] == parameters, forward
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_plain_cross_entropy_asks_once_whether_it_is_observed(monkeypatch, reduction):
+    z = torch.randn(4, 3, requires_grad=True)
+    questions, is_observed = [], _torch.is_observed
+    monkeypatch.setattr(_torch, "is_observed", lambda: questions.append(0) or is_observed())
+    loss = F.cross_entropy(z, Y, reduction=reduction)
+    assert len(questions) == 1
+    with_options = F.cross_entropy(z, Y, reduction=reduction, ignore_index=2)  # is in Y
+    assert len(questions) > 2
+    losses = F.cross_entropy(z, Y, reduction="none")
+    expected = losses.mean() if reduction == "mean" else losses.sum()
+    torch.testing.assert_close(loss, expected)
+    rows = losses[Y != 2]
+    torch.testing.assert_close(with_options, rows.mean() if reduction == "mean" else rows.sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": torch.ones(3)}, {"temperature": 2.0}])
+@pytest.mark.parametrize("bad_class", [3, -1])
+def test_class_out_of_range_raises_the_same_with_and_without_options(options, bad_class):
+    z, y = torch.randn(4, 3, requires_grad=True), Y.clone()
+    y[1] = bad_class
+    with pytest.raises(IndexError, match=f"Target {bad_class} is out of bounds.*ignore_index=-100"):
+        F.cross_entropy(z, y, **options)

@@ -177,7 +177,7 @@ def product(
         )
     dtypes = [input.dtype, weight_dtype or weight.dtype]
     dtypes += [] if bias is None else [bias.dtype]
-    if len(set(dtypes)) > 1 and not is_autocast(input):
+    if dtypes.count(dtypes[0]) < len(dtypes) and not is_autocast(input):
         raise RuntimeError(
             f"input, {name} and bias must have one dtype, got {', '.join(map(str, dtypes))}: cast "
             "them, or use torch.autocast"

@@ -138,8 +138,9 @@ def is_legacy_batch(x: Tensor) -> bool:
 def apply_without_signature(function: type[Function], inputs: Any) -> Any:
     """`function.apply(*inputs)` outside of transforms.
 
-    `Function.apply` itself calls `inspect.signature` each time, which takes 10 µs. Since PyTorch
-    2.14, this call does so too. A wrapper that a transform left behind is unwrapped, as there.
+    `Function.apply` itself calls `inspect.signature` and binds the inputs, which takes 6 to 10 µs.
+    Since PyTorch 2.14, this call does so too. A wrapper that a transform left behind is unwrapped,
+    as there.
     """
     apply: Any = super(Function, function).apply  # type: ignore[misc]  # untyped
     return apply(*[unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs])

@@ -67,7 +67,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> linear(torch.ones(1, 2), torch.tensor([[1., 2.], [3., 4.]]))
     tensor([[3., 7.]])
     """
-    check.real(input=input, weight=weight, **check.drop_none(bias=bias))
+    check.real(input=input, weight=weight)
+    if bias is not None:
+        check.real(bias=bias)
     check.product("weight", input, weight, bias, dims=(1, 2))
     input, weight, bias = cast_for_product(input, weight, bias)
     if weight.dim() == 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +67,13 @@ class Formula(Function):
     generate_vmap_rule = True
     jvp = _TangentRule()
     kernel: LossKernel | None = None  # of a loss
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "forward" in vars(cls):
+            # `apply` calls `inspect.signature`, which takes 5 µs less where it finds this
+            forward: Any = cls.forward
+            forward.__signature__ = inspect.signature(forward)
 
     @classmethod
     def evaluate(cls, *inputs: Any) -> Any:

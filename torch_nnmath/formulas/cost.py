@@ -65,9 +65,13 @@ class CostWithGradient(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, others: Any) -> Tensor:
         ctx.f, ctx.n, constants = others
-        tensors = [v if isinstance(v, Tensor) else None for v in constants]
-        ctx.save_for_backward(x, *tensors)
-        ctx.options = [None, *[None if isinstance(v, Tensor) else v for v in constants]]
+        tensors: list[Tensor | None] = [x]
+        ctx.options = [None]
+        for v in constants:
+            is_tensor = isinstance(v, Tensor)
+            tensors.append(v if is_tensor else None)
+            ctx.options.append(None if is_tensor else v)
+        ctx.save_for_backward(*tensors)
         C, ctx.gradient = ctx.f.kernel.cost_and_gradient(ctx.n, x, *constants)
         return C
 
@@ -96,7 +100,12 @@ class CostWithGradient(Function):
         # rounding before the multiplication costs the CPU a digit, and float16 its range
         if x.dtype in HALF and not (x.dtype == torch.bfloat16 and x.is_cuda):
             return False
-        tensors = [v for v in (n, *constants) if isinstance(v, Tensor)]
-        if not x.requires_grad or any(v.requires_grad for v in tensors):
+        if not x.requires_grad or not x.numel():
             return False
-        return x.numel() > 0 and find_kernel_obstacle([x, *tensors], is_fast_if_small=True) is None
+        tensors = [x]
+        for v in (n, *constants):
+            if isinstance(v, Tensor):
+                if v.requires_grad:
+                    return False
+                tensors.append(v)
+        return find_kernel_obstacle(tensors, is_fast_if_small=True) is None

@@ -6,7 +6,11 @@ call `class_indices`. `elementwise` has the kernels of several formulas, `_block
 head share.
 """
 
-from torch_nnmath.kernels.class_indices import class_indices, read_kept_indices
+from torch_nnmath.kernels.class_indices import (
+    class_indices,
+    read_kept_indices,
+    read_plain_indices,
+)
 from torch_nnmath.kernels.cross_entropy import cross_entropy, cross_entropy_cost
 from torch_nnmath.kernels.dispatch import explain
 from torch_nnmath.kernels.elementwise import (
@@ -35,6 +39,7 @@ __all__ = [
     "log_softmax_product",
     "log_sum_exp",
     "read_kept_indices",
+    "read_plain_indices",
     "relu_product",
     "set_memory_budget",
     "sigmoid_product",

@@ -51,9 +51,17 @@ def read_kept_indices(target: Tensor, classes: int, ignore_index: int) -> Tensor
     None if one is not, or if they cannot be read. One pass over the values takes the place of the
     operator's several.
     """
-    if not target.numel() or not are_plain_cpu_tensors(target):
+    if not are_plain_cpu_tensors(target):
         return None
-    low, high = (v.item() for v in target.aminmax())
+    return read_plain_indices(target, classes, ignore_index)
+
+
+def read_plain_indices(target: Tensor, classes: int, ignore_index: int) -> Tensor | None:
+    """As `read_kept_indices`, of a plain tensor on the CPU."""
+    if not target.numel():
+        return None
+    minimum, maximum = target.aminmax()
+    low, high = minimum.item(), maximum.item()
     if low < 0 or high >= classes or low <= ignore_index <= high:
         return None
     return target.clone() if target.is_inference() else cast(target, torch.int64)

@@ -98,24 +98,27 @@ def cross_entropy_cost(
     """
     if z.numel() > dispatch.MIN_KERNEL_SIZE:
         return None
-    ln, target = math.log(base), Target(y, p, t, dim)
+    ln = math.log(base)
     l = cast(z, wide_type(z.dtype)).log_softmax(dim)
     if t is None and y is not None:
-        l_y = l.gather(dim, y)
-        dz = l.exp_().scatter_add_(dim, y, l.new_full(y.shape, -1))
+        c = l.gather(dim, y)
+        dz = l.exp_().scatter_(dim, y, -1, reduce="add")
         if p.dim() or p.item() != 1:
-            l_y = zero_safe_product(p, l_y)
+            c = zero_safe_product(p, c)
             dz.mul_(p)
-        c = l_y.neg_().div_(ln)
     else:
-        c = target.dot(l).neg_().div_(ln)
+        target = Target(y, p, t, dim)
+        c = target.dot(l)
         dz = target.subtract_from(l.exp_().mul_(target.total()))
+    c.neg_()
+    if ln != 1:  # a division takes 2 µs
+        c.div_(ln)
     dz.mul_(1 / (n * ln))
     if keep is not None:
         ignored_mask = ~keep
         c.masked_fill_(ignored_mask, 0)
         dz.masked_fill_(ignored_mask, 0)  # last: a mean over no rows has an infinite 1/n
-    return c.sum() / n, dz
+    return c.sum().div_(n), dz
 
 
 def allocate_value_and_gradient(

@@ -45,15 +45,13 @@ def order_by_memory(result: Tensor, *operands: Tensor) -> list[Tensor]:
 )
 def sigmoid_product(a: Tensor, v: Tensor) -> Tensor:
     """F6: a (1 - a) v."""
-
     return _write_tiles(_write_sigmoid_product, widen(a), widen(v), v.dtype)
 
 
-def _write_sigmoid_product(out: Tensor, a: Tensor, v: Tensor) -> None:
+def _write_sigmoid_product(out: Tensor | None, a: Tensor, v: Tensor) -> Tensor:
     if _has_fused_addcmul():
-        torch.addcmul(a, a, a, value=-1, out=out).mul_(v)
-    else:
-        torch.sub(a.new_ones(()), a, out=out).mul_(a).mul_(v)
+        return torch.addcmul(a, a, a, value=-1, out=out).mul_(v)
+    return torch.sub(a.new_ones(()), a, out=out).mul_(a).mul_(v)
 
 
 @register_operator(
@@ -64,16 +62,14 @@ def _write_sigmoid_product(out: Tensor, a: Tensor, v: Tensor) -> None:
 )
 def tanh_product(a: Tensor, v: Tensor) -> Tensor:
     """F2: (1 - a²) v."""
-
     return _write_tiles(_write_tanh_product, widen(a), widen(v), v.dtype)
 
 
-def _write_tanh_product(out: Tensor, a: Tensor, v: Tensor) -> None:
+def _write_tanh_product(out: Tensor | None, a: Tensor, v: Tensor) -> Tensor:
     if _has_fused_addcmul():  # of w = (1 - a) v and (1 + a) w
-        torch.addcmul(v, a, v, value=-1, out=out)
-        out.addcmul_(a, out)
-    else:
-        torch.sub(a.new_ones(()), a, out=out).mul_(1 + a).mul_(v)
+        w = torch.addcmul(v, a, v, value=-1, out=out)
+        return w.addcmul_(a, w)
+    return torch.sub(a.new_ones(()), a, out=out).mul_(1 + a).mul_(v)
 
 
 @register_operator(
@@ -91,11 +87,13 @@ def relu_product(a: Tensor, v: Tensor) -> Tensor:
     return _write_tiles(_write_relu_product, a, v, v.dtype)
 
 
-def _write_relu_product(out: Tensor, a: Tensor, v: Tensor) -> None:
+def _write_relu_product(out: Tensor | None, a: Tensor, v: Tensor) -> Tensor:
+    out = allocate_product(a, v) if out is None else out
     integers = INTEGER_TYPES[v.element_size()]
     bits = torch.le(a, get_constant(0.0, a.dtype), out=out).view(integers)  # those of 0.0 or 1.0
     # the bits of a lazily negated tensor have the wrong sign
     torch.bitwise_left_shift(v.resolve_neg().view(integers), bits, out=bits)
+    return out
 
 
 @register_operator(
@@ -107,9 +105,9 @@ def _write_relu_product(out: Tensor, a: Tensor, v: Tensor) -> None:
 def softmax_product(a: Tensor, v: Tensor, dim: int = -1) -> Tensor:
     """F7: a (v - a·v), over dim."""
 
-    def write(out: Tensor, a: Tensor, v: Tensor) -> None:
-        torch.mul(a, v, out=out)
-        out.addcmul_(a, out.sum(dim, keepdim=True), value=-1)
+    def write(out: Tensor | None, a: Tensor, v: Tensor) -> Tensor:
+        out = torch.mul(a, v, out=out)
+        return out.addcmul_(a, out.sum(dim, keepdim=True), value=-1)
 
     return _write_tiles(write, widen(a), widen(v), v.dtype, dim)
 
@@ -122,7 +120,7 @@ def _has_fused_addcmul() -> bool:
 
 
 def _write_tiles(
-    write: Callable[[Tensor, Tensor, Tensor], None],
+    write: Callable[[Tensor | None, Tensor, Tensor], Tensor],
     a: Tensor,
     v: Tensor,
     dtype: torch.dtype,
@@ -130,8 +128,11 @@ def _write_tiles(
 ) -> Tensor:
     """Calls `write(result, a, v)` for each tile; a tile holds all of the axis `dim`.
 
-    The result has a's memory format; with a `dim` it is contiguous.
+    The result has a's memory format; with a `dim` it is contiguous. `write` returns the result, and
+    allocates it if it gets None.
     """
+    if v.numel() <= SLICE_SIZE and a.is_contiguous() and v.is_contiguous():
+        return cast(write(None, a, v), dtype)
     if dim is None:
         result = allocate_product(a, v)
     else:
