@@ -36,8 +36,9 @@ from torch_nnmath.testing._calls import (
     record_dtype_errors,
     stack_members,
 )
-from torch_nnmath.testing._case import Case, dot
+from torch_nnmath.testing._case import Case
 from torch_nnmath.testing._functions import Tensors
+from torch_nnmath.testing._point import dot
 from torch_nnmath.testing._report import NotApplicable, Wrong
 
 FACTORS = (1.0, -2.0, 0.5)  # of the members of a batch of directions
