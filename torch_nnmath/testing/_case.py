@@ -16,7 +16,18 @@ from torch_nnmath import _torch
 from torch_nnmath.testing._differences import max_distance
 from torch_nnmath.testing._functions import Tensors, copy_state, is_real_tensor, nest_inputs
 from torch_nnmath.testing._point import TOLERANCES, Point, are_equal, max_magnitude, random_like
-from torch_nnmath.testing._report import NotApplicable, SilentZero, WritesInput, Wrong
+from torch_nnmath.testing._report import (
+    Finding,
+    NotApplicable,
+    SilentZero,
+    Unknown,
+    WritesInput,
+    Wrong,
+)
+from torch_nnmath.testing._rounding import add_rounding
+
+# With rounding errors: a branch that one in four takes otherwise is seen in 97 of 100 cases.
+NEIGHBOURS = 12
 
 
 @dataclass(eq=False)
@@ -75,37 +86,97 @@ class Case(Point):
     def compare(
         self,
         results: Sequence[Tensor | None],
-        exact_results: Sequence[Tensor],
+        compute_exact: Callable[[Case], Sequence[Tensor]],
         description: str,
         order: int = 1,
         labels: Sequence[Any] | None = None,
     ) -> None:
-        """Raises a Finding unless each result is near the exact one.
+        """Raises a Finding unless each result is near the exact one, which a case computes.
 
         A result of None means that autograd found no dependence. `description` is a format string
         for the label.
         """
+        exact_results = compute_exact(self)
         labels = labels or range(len(exact_results))
         # In half precision a result may cancel what is rounded at the size of the others.
         is_half = torch.finfo(self.dtype).bits == 16
         largest = max(map(max_magnitude, exact_results), default=0.0) if is_half else 0.0
-        for label, result, exact in zip(labels, results, exact_results, strict=True):
-            name = description.format(label)
+        for i, (result, exact) in enumerate(zip(results, exact_results, strict=True)):
+            name = description.format(labels[i])
             tolerance = self.tolerance(exact, order) + TOLERANCES[self.dtype][order] * largest
-            if result is None or (result.numel() and not result.detach().any()):
-                if max_magnitude(exact) > tolerance:
-                    kind = "no graph" if result is None else "zeros"
-                    raise SilentZero(f"{name} is 0 ({kind}), expected {max_magnitude(exact):.3g}")
-                continue
+            is_zero = result is None or (result.numel() > 0 and not result.detach().any())
+            if is_zero:
+                kind = "no graph" if result is None else "zeros"
+                finding = f"{name} is 0 ({kind}), expected {max_magnitude(exact):.3g}"
+                error: Finding = SilentZero(finding)
+                result, exact = torch.zeros_like(exact), exact.nan_to_num(0, 0, 0)
+            assert result is not None
             if result.shape != exact.shape:
                 raise Wrong(f"{name} has shape {tuple(result.shape)}, not {tuple(exact.shape)}")
             result = result.detach().double().to(exact.device)
-            if not max_distance(result, exact) <= tolerance:
-                worst = ((result - exact).abs().nan_to_num(math.inf)).argmax()
-                entry, expected = result.flatten()[worst].item(), exact.flatten()[worst].item()
-                pairs = ((f"{entry:.{n}g}", f"{expected:.{n}g}") for n in (6, 9, 12, 17))
-                texts = next(pair for pair in pairs if pair[0] != pair[1])
-                raise Wrong("{} is {}, expected {}".format(name, *texts))
+            if max_distance(result, exact) <= tolerance:
+                continue
+
+            def compute_entry(case: Case, i: int = i) -> Tensor:
+                return compute_exact(case)[i]
+
+            if self._may_be_rounded(name, result, exact, tolerance, compute_entry):
+                continue
+            if not is_zero:
+                error = Wrong(f"{name} is {describe_difference(result, exact)}")
+            raise error
+
+    def _may_be_rounded(
+        self,
+        name: str,
+        result: Tensor,
+        exact: Tensor,
+        tolerance: float,
+        compute_exact: Callable[[Case], Tensor],
+    ) -> bool:
+        """Whether rounding explains a distance above the tolerance, as near a kink.
+
+        There the result in float64 changes where the operations have rounding errors of the dtype.
+        An entry may differ by twice the largest change. If this leaves no entry to be compared,
+        raises Unknown.
+        """
+        if self.dtype == torch.float64:
+            return False
+        distance = (result - exact).abs()
+        change = torch.zeros_like(exact)
+        unrounded = replace(self, is_neighbour=True)
+        for neighbour in self._neighbours:
+            try:
+                new_change = (compute_exact(neighbour) - compute_exact(unrounded)).abs()
+            except Unknown:
+                raise
+            except Exception:  # the function may refuse inexact numbers by any exception
+                return False
+            change = torch.maximum(change, new_change)
+            if (distance <= tolerance + 2 * change).all():
+                if (2 * change >= max_magnitude(exact)).all():
+                    raise Unknown(f"rounding to {self.dtype} changes {name} by {change.max():.3g}")
+                return True
+        return False
+
+    @cached_property
+    def _neighbours(self) -> list[Case]:
+        """This point of the functions with rounding errors of the dtype, each with other errors."""
+        eps = torch.finfo(self.dtype).eps
+
+        def add(function: Any, seed: int) -> Any:
+            return None if function is None else add_rounding(function, eps, seed)
+
+        return [
+            replace(
+                self,
+                function=add(self.function, seed),
+                reference=add(self.reference, seed),
+                surrogate=add(self.surrogate, seed),
+                is_neighbour=True,
+            )
+            for seed in range(NEIGHBOURS)
+        ]
 
     def compare_outputs(self, outputs: Sequence[Tensor]) -> None:
         """Raises a Finding unless the outputs are near the exact ones."""
@@ -113,7 +184,7 @@ class Case(Point):
             raise Wrong(
                 f"the function returns {len(outputs)} tensors, not {len(self.exact_outputs)}"
             )
-        self.compare(outputs, self.exact_outputs, "output {}", 0)
+        self.compare(outputs, lambda case: case.exact_outputs, "output {}", 0)
 
     def compare_gradient(
         self, gradients: Sequence[Tensor | None], upstream: Sequence[Tensor] | None = None
@@ -123,29 +194,44 @@ class Case(Point):
         for label, gradient, x in triples:
             if gradient is not None and gradient.dtype != x.dtype:
                 raise Wrong(f"the gradient of {label} is {gradient.dtype}, {label} is {x.dtype}")
-        exact = self.compute_gradient(upstream or self.upstream)
-        self.compare(gradients, exact, "the gradient of {}", labels=self.labels)
+
+        def compute_gradient(case: Case) -> Tensors:
+            return case.compute_gradient(upstream or self.upstream)
+
+        self.compare(gradients, compute_gradient, "the gradient of {}", labels=self.labels)
 
     def compare_tangents(
         self, results: Sequence[Tensor | None], tangents: Sequence[Tensor] | None = None
     ) -> None:
         """Raises a Finding unless the outputs' tangents are near the exact ones."""
-        exact = self.compute_output_tangents(tangents or self.tangents)
-        self.compare(results, exact, "the tangent of output {}")
 
-    def compare_hessian_product(self, products: Sequence[Tensor | None]) -> None:
-        """Raises a Finding unless the products are near `hessian_product`."""
-        description = "the Hessian-vector product of {}"
-        self.compare(products, self.hessian_product, description, 2, self.labels)
+        def compute_tangents(case: Case) -> Tensors:
+            return case.compute_output_tangents(tangents or self.tangents)
+
+        self.compare(results, compute_tangents, "the tangent of output {}")
+
+    def compare_hessian_product(
+        self, products: Sequence[Tensor | None], factor: float = 1.0, kind: str = ""
+    ) -> None:
+        """Raises a Finding unless the products are near the factor times `hessian_product`."""
+
+        def compute_products(case: Case) -> Sequence[Tensor]:
+            return [factor * h for h in case.hessian_product]
+
+        description = f"the {kind}Hessian-vector product of {{}}"
+        self.compare(products, compute_products, description, 2, self.labels)
 
     def compare_jacobian(self, blocks: Sequence[Sequence[Tensor]]) -> None:
         """Raises a Finding unless the Jacobian's blocks are near the exact ones."""
-        for o, (row, exact_row) in enumerate(zip(blocks, self.jacobian, strict=True)):
-            shape = self.exact_outputs[o].shape
-            pairs = zip(exact_row, self.differentiable_inputs, strict=True)
-            exact = [J.view(shape + x.shape) for J, x in pairs]
+        for o, row in enumerate(blocks):
+
+            def list_blocks(case: Case, o: int = o) -> Sequence[Tensor]:
+                shape = case.exact_outputs[o].shape
+                pairs = zip(case.jacobian[o], case.differentiable_inputs, strict=True)
+                return [J.view(shape + x.shape) for J, x in pairs]
+
             description = f"the Jacobian of output {o} with respect to {{}}"
-            self.compare(row, exact, description, labels=self.labels)
+            self.compare(row, list_blocks, description, labels=self.labels)
 
     # Other points
 
@@ -255,3 +341,11 @@ class Case(Point):
             for i, x in enumerate(self.inputs)
         )
         return Case(control, inputs, positions, self.dtype, names=self.names)
+
+
+def describe_difference(result: Tensor, exact: Tensor) -> str:
+    """Returns the entries that differ most, with as many digits as distinguish them."""
+    worst = ((result - exact).abs().nan_to_num(math.inf)).argmax()
+    entry, expected = result.flatten()[worst].item(), exact.flatten()[worst].item()
+    pairs = ((f"{entry:.{n}g}", f"{expected:.{n}g}") for n in (6, 9, 12, 17))
+    return "{}, expected {}".format(*next(pair for pair in pairs if pair[0] != pair[1]))

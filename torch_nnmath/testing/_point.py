@@ -56,6 +56,7 @@ class Point:
     names: tuple[str, ...] = ()
     nesting: Any = None
     is_pytorch_function: bool = False
+    is_neighbour: bool = False  # takes autograd's derivatives without confirmation
     _max_value: float = field(default=0.0, init=False)  # of all values computed so far
 
     # Calls
@@ -190,7 +191,7 @@ class Point:
 
     @cached_property
     def _jacobian_with_errors(self) -> tuple[list[list[Tensor]], list[list[float]]]:
-        candidate = self._try_autograd(self._compute_rows) if self._is_large else None
+        candidate = self._try_autograd(self._compute_rows)
         columns = []
         for i in range(len(self.positions)):
             blocks = [row[i] for row in candidate] if candidate else None
@@ -224,7 +225,7 @@ class Point:
 
     @cached_property
     def _hessian_product_with_errors(self) -> list[tuple[float, Tensor]]:
-        candidate = self._try_autograd(self._differentiate_own_gradient) if self._is_large else None
+        candidate = self._try_autograd(self._differentiate_own_gradient)
         results = []
         for i, x in enumerate(self.differentiable_inputs):
             if candidate:
@@ -268,7 +269,9 @@ class Point:
         return entries > max(MAX_ENTRIES, sum(y.numel() for y in self.exact_outputs) / 8)
 
     def _try_autograd(self, compute: Callable[[], Any]) -> Any:
-        """Returns what `compute` does, or None if the function's backward raises an error."""
+        """Returns what `compute` does; None at few entries, and if the backward raises an error."""
+        if not (self._is_large or self.is_neighbour):
+            return None
         try:
             return compute()
         except Exception:  # it may raise any exception; differences need no backward
@@ -315,6 +318,8 @@ class Point:
         that is as small against the distance to a kink. The error of numerical differentiation does
         not count: derivatives that agree are not both inexact.
         """
+        if self.is_neighbour:
+            return True
         order = 1 + len(rest)
         for k in range(2):
             direction = [torch.zeros_like(x.double()) for x in self.differentiable_inputs]
