@@ -116,6 +116,15 @@ def test_number_that_rounding_decides_has_no_truth():
     assert [row.verdict for row in report] == [Verdict.UNKNOWN] * 2
 
 
+def test_jump_of_the_value_beside_infinities_is_no_fault():
+    def call(x, W):
+        z = compute_near_zero(x, W).sign()
+        return torch.cat([z, torch.full_like(z[:, :1], -torch.inf)], 1)
+
+    report = testing.check(call, [X, W], transforms=["autocast bfloat16"])
+    assert report["autocast bfloat16"].verdict == Verdict.UNKNOWN  # the infinities' derivative
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_encoder_layer_is_right_under_autocast(seed):
     torch.manual_seed(seed)

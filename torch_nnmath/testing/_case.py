@@ -142,7 +142,7 @@ class Case(Point):
         """
         if self.dtype == torch.float64:
             return False
-        distance = (result - exact).abs()
+        distance = (result - exact).abs().masked_fill(result == exact, 0)  # of infinities
         change = torch.zeros_like(exact)
         unrounded = replace(self, is_neighbour=True)
         for neighbour in self._neighbours:
@@ -152,7 +152,7 @@ class Case(Point):
                 raise
             except Exception:  # the function may refuse inexact numbers by any exception
                 return False
-            change = torch.maximum(change, new_change)
+            change = torch.maximum(change, new_change.nan_to_num(0, torch.inf))
             if (distance <= tolerance + 2 * change).all():
                 if (2 * change >= max_magnitude(exact)).all():
                     raise Unknown(f"rounding to {self.dtype} changes {name} by {change.max():.3g}")
