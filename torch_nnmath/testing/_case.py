@@ -345,7 +345,8 @@ class Case(Point):
 
 def describe_difference(result: Tensor, exact: Tensor) -> str:
     """Returns the entries that differ most, with as many digits as distinguish them."""
-    worst = ((result - exact).abs().nan_to_num(math.inf)).argmax()
+    distance = (result - exact).abs().masked_fill(result == exact, 0)
+    worst = distance.nan_to_num(math.inf).argmax()
     entry, expected = result.flatten()[worst].item(), exact.flatten()[worst].item()
     pairs = ((f"{entry:.{n}g}", f"{expected:.{n}g}") for n in (6, 9, 12, 17))
     return "{}, expected {}".format(*next(pair for pair in pairs if pair[0] != pair[1]))
