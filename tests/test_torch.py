@@ -415,6 +415,17 @@ def test_random_operator_watch(call, is_random):
     assert watch.is_random == is_random
 
 
+def test_result_hook():
+    shapes = []
+    x = torch.ones(2, 3)
+    with _torch.ResultHook(lambda y: shapes.append(tuple(y.shape))):
+        y = (x + torch.zeros(3)).view(6).relu_()
+        y.topk(2)
+    assert shapes == [(2, 3), (6,), (2,), (2,)]
+    with _torch.ResultHook(lambda y: y.mul_(2)):
+        assert torch.equal(x.sum(0), torch.full((3,), 4.0))
+
+
 def test_tree_leaves():
     assert _torch.tree_leaves([1, (2, {"a": 3})]) == [1, 2, 3]
 

@@ -127,6 +127,25 @@ class RandomOperatorWatch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class ResultHook(TorchDispatchMode):
+    """Passes each tensor that an operator computes to a function, which may write to it.
+
+    A view or a constant is not passed. The base class is in a private module.
+    """
+
+    def __init__(self, hook: Callable[[Tensor], object]):
+        super().__init__()
+        self.hook = hook
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and any(isinstance(x, Tensor) for x in tree_leaves(args)):
+            for y in tree_leaves(result):
+                if isinstance(y, Tensor):
+                    self.hook(y)
+        return result
+
+
 def is_legacy_batch(x: Tensor) -> bool:
     """Whether autograd's `is_grads_batched` or `vectorize` batches x. No public function tells."""
     return is_legacy_batchedtensor(x)

@@ -90,18 +90,30 @@ def _compare_with_loop(
         tensors = case.with_tensors(batched, stacked).tensors
         return [x.clone() for x in tensors]
 
+    def run_loop(point: Case) -> list[tuple[Tensors, dict[int, Tensor]]]:
+        return loop if point is case else _loop_over_members(point, batched)
+
+    def stack_outputs(point: Case) -> Sequence[Tensor]:
+        rows = [ys for ys, _ in run_loop(point)]
+        return [torch.stack(ys) for ys in zip(*rows, strict=True)]
+
+    def stack_gradients(point: Case) -> Sequence[Tensor]:
+        members = run_loop(point)
+        return [torch.stack([gs[i] for _, gs in members]) for i in differentiated]
+
+    def sum_gradients(point: Case) -> Sequence[Tensor]:
+        pairs = zip(differentiated, stack_gradients(point), strict=True)
+        return [g if i in batched else g.sum(0) for i, g in pairs]
+
     arguments = copy_arguments()
     xs = [arguments[i].requires_grad_() for i in differentiated]
     outputs = vmap(case.call_tensors, dims)(*arguments)
-    exact_outputs = [torch.stack(ys) for ys in zip(*(ys for ys, _ in loop), strict=True)]
-    case.compare(outputs, exact_outputs, context + "output {}", 0)
+    case.compare(outputs, stack_outputs, context + "output {}", 0)
     us = [u.expand_as(y) for u, y in zip(case.upstream, outputs, strict=True)]
     gradients = compute_gradients(case, outputs, xs, us)
-    exact = [torch.stack([gs[i] for _, gs in loop]) for i in differentiated]
-    pairs = zip(differentiated, exact, strict=True)
-    exact_sums = [g if i in batched else g.sum(0) for i, g in pairs]
-    case.compare(gradients, exact_sums, context + "the gradient of {}", labels=labels)
+    case.compare(gradients, sum_gradients, context + "the gradient of {}", labels=labels)
 
     gradient = torch.func.grad(make_loss(case.call_tensors, case.upstream), differentiated)
     gradients = vmap(gradient, dims)(*copy_arguments())
-    case.compare(gradients, exact, context + "the gradient of {} inside vmap", labels=labels)
+    description = context + "the gradient of {} inside vmap"
+    case.compare(gradients, stack_gradients, description, labels=labels)

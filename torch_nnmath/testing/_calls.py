@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_nnmath import _torch
-from torch_nnmath.testing._case import Case, dot
+from torch_nnmath.testing._case import Case
 from torch_nnmath.testing._functions import Tensors
+from torch_nnmath.testing._point import dot
 
 # Inputs, to which the function must not write
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch_nnmath import _torch
 from torch_nnmath.testing import _batching, _compilers, _state  # noqa: F401  (register transforms)
 from torch_nnmath.testing._calls import find_autograd_functions
-from torch_nnmath.testing._case import TOLERANCES, Case
+from torch_nnmath.testing._case import Case
 from torch_nnmath.testing._functions import (
     is_real_tensor,
     list_leaves,
     make_module_function,
     nest_inputs,
 )
+from torch_nnmath.testing._point import TOLERANCES
 from torch_nnmath.testing._report import Finding, Report, Row, Verdict, describe_error
 from torch_nnmath.testing._transforms import REGISTRY, Transform
 
@@ -44,7 +45,9 @@ def check(
 
     The exact derivatives come from numerical differentiation of the reference's value, or of the
     function's own if there is no reference. This takes several evaluations for each entry of the
-    inputs. Therefore keep the inputs small, as for `torch.autograd.gradcheck`, and away from kinks.
+    inputs, up to 64 entries. Beyond that, derivatives by autograd are the exact ones if numerical
+    differentiation along random directions confirms them. Keep the inputs small nevertheless, as
+    for `torch.autograd.gradcheck`, and away from kinks.
     The function must accept float64, or a reference must.
 
     Args:

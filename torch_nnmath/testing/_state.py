@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 
 from torch_nnmath.testing._calls import compare_first_order, compute_gradients
-from torch_nnmath.testing._case import Case, are_equal
+from torch_nnmath.testing._case import Case
 from torch_nnmath.testing._functions import make_module_function, nest_inputs
+from torch_nnmath.testing._point import are_equal
 from torch_nnmath.testing._report import NotApplicable, Wrong
 from torch_nnmath.testing._transforms import transform
 

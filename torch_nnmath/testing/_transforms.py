@@ -7,7 +7,7 @@ own error.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -36,8 +36,9 @@ from torch_nnmath.testing._calls import (
     record_dtype_errors,
     stack_members,
 )
-from torch_nnmath.testing._case import Case, dot
+from torch_nnmath.testing._case import Case
 from torch_nnmath.testing._functions import Tensors
+from torch_nnmath.testing._point import dot
 from torch_nnmath.testing._report import NotApplicable, Wrong
 
 FACTORS = (1.0, -2.0, 0.5)  # of the members of a batch of directions
@@ -88,14 +89,18 @@ def check_frozen_inputs(case: Case) -> None:
     count = len(case.positions)
     if count == 1:
         raise NotApplicable("there is only one differentiable input")
-    exact = case.compute_gradient(case.upstream)
     argnums = set(case.argnums)
     for subset in [{i} for i in argnums] + [argnums - {i} for i in argnums if count > 2]:
         xs = tuple(x.requires_grad_(i in subset) for i, x in enumerate(copy_inputs(case)))
         gradients = compute_gradients(case, case.call(*xs), [xs[i] for i in sorted(subset)])
         labels = [case.labels[i] for i in sorted(subset)]
+
+        def select_gradients(point: Case, subset: set[int] = subset) -> Sequence[Tensor]:
+            exact = point.compute_gradient(case.upstream)
+            return [exact[i] for i in sorted(subset)]
+
         description = f"with only {' and '.join(labels)} requiring grad, the gradient of {{}}"
-        case.compare(gradients, [exact[i] for i in sorted(subset)], description, labels=labels)
+        case.compare(gradients, select_gradients, description, labels=labels)
 
 
 @transform("types of gradients", quick=True)
@@ -189,9 +194,10 @@ def check_expanded_inputs(case: Case) -> None:
         raise NotApplicable("the function is singular where rows are equal")
     outputs = case.call(*xs)
     # Of order 1, since the rounding of a value that cancels, such as a variance, is not relative.
-    case.compare(outputs, [y.detach().double() for y in expected], "output {}", 1)
+    case.compare(outputs, lambda _: [y.detach().double() for y in expected], "output {}", 1)
     gradients = compute_gradients(case, outputs, xs)
-    case.compare(gradients, expected_gradients, "the gradient of {}", labels=case.labels)
+    description = "the gradient of {}"
+    case.compare(gradients, lambda _: expected_gradients, description, labels=case.labels)
 
 
 @transform("edited before backward", quick=True)
@@ -327,7 +333,8 @@ def check_third_order(case: Case) -> None:
         pairs = zip(gs, case.tangents, strict=True)
         terms = [(g * t.to(g.dtype)).sum() for g, t in pairs if g is not None]
         derivative = torch.stack(terms).sum() if terms else None
-    case.compare([derivative], [case.third_derivative], "the third derivative along a direction", 3)
+    description = "the third derivative along a direction"
+    case.compare([derivative], lambda point: [point.third_derivative], description, 3)
 
 
 @transform("forward mode", quick=True)
@@ -376,9 +383,11 @@ def check_forward_over_forward(case: Case) -> None:
         return jvp(case.call, xs, ts)[1]
 
     derivatives = jvp(compute_tangents, copy_inputs(case), ts)[1]
-    exact = dot(case.tangents, case.hessian_product)
     description = "the second derivative along a direction"
-    case.compare([dot(case.upstream, derivatives)], [exact], description, 2)
+    results = [dot(case.upstream, derivatives)]
+    case.compare(
+        results, lambda point: [dot(point.tangents, point.hessian_product)], description, 2
+    )
 
 
 # Batches of directions
@@ -399,8 +408,7 @@ def check_batched_gradients(case: Case) -> None:
     products = differentiate_gradients(case, gradients, xs, FACTORS)
     for i, factor in enumerate(FACTORS):
         entries = [None if h is None else h[i] for h in products]
-        exact = [factor * h for h in case.hessian_product]
-        case.compare(entries, exact, "the batched Hessian-vector product of {}", 2, case.labels)
+        case.compare_hessian_product(entries, factor, "batched ")
 
 
 @transform("batched tangents", quick=True)
@@ -539,13 +547,18 @@ def check_per_sample_gradients(case: Case) -> None:
         return dot(case.upstream, functional_call(module, parameters, (x,)))
 
     gradients = vmap(torch.func.grad(loss), (None, 0))(parameters, batch)
+    others = [p for p in case.positions if p != first]
+    labels = ["a factor", *(case.labels[case.positions.index(p)] for p in others)]
+
+    def compute_exact(point: Case) -> Sequence[Tensor]:
+        exact = dict(zip(point.positions, point.compute_gradient(case.upstream), strict=True))
+        scale = (exact.pop(first) * point.inputs[first].double()).sum()
+        return [scale, *exact.values()]
+
     for i, sample in enumerate(samples):
-        exact = dict(zip(case.positions, sample.compute_gradient(case.upstream), strict=True))
-        exact_scale = (exact.pop(first) * batch[i].double()).sum()
-        results = [gradients["scale"][i], *(gradients[f"p{position}"][i] for position in exact)]
-        labels = ["a factor", *(case.labels[case.positions.index(p)] for p in exact)]
+        results = [gradients["scale"][i], *(gradients[f"p{p}"][i] for p in others)]
         description = f"the gradient of {{}} for sample {i}"
-        sample.compare(results, [exact_scale, *exact.values()], description, labels=labels)
+        sample.compare(results, compute_exact, description, labels=labels)
 
 
 # Shared by several checks
