@@ -162,7 +162,9 @@ def _scale_logits(x: Tensor, s: Tensor) -> Tensor:
 
 
 def _average(c: Tensor) -> Tensor:
-    return formulas.Cost.evaluate(c, torch.full((), c.shape[0], dtype=c.dtype, device=c.device))
+    return formulas.Cost.evaluate(
+        c, torch.full((), c.shape[0], dtype=c.dtype, device=c.device), None
+    )
 
 
 def _run_network(x: Tensor, *parameters: Tensor, **options: str) -> Tensor:
@@ -249,7 +251,7 @@ CATALOG: tuple[Row, ...] = (
         samples=(
             Sample(_average, {"c": Input((4,), shared=True)}),
             Sample(
-                formulas.Cost.evaluate,
+                lambda c, n: formulas.Cost.evaluate(c, n, None),
                 {"c": Input((4,), shared=True), "n": Input((), "positive", shared=True)},
                 "total weight",
             ),

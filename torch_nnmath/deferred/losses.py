@@ -214,6 +214,7 @@ class CrossEntropyArguments:
     reduction: str = "mean"
     label_smoothing: float = 0.0
     _: KW_ONLY
+    row_weight: Tensor | None = None
     base: float = torch.e
     logit_scale: Any = 1.0
     softcap: float | None = None
@@ -258,7 +259,7 @@ def cross_entropy(
     ignore_index = None if is_distribution else arguments.ignore_index
     head = rows.prepare_head(
         target,
-        TargetOptions(weight, ignore_index, arguments.label_smoothing),
+        TargetOptions(weight, ignore_index, arguments.label_smoothing, arguments.row_weight),
         options,
     ).with_output_dtype(arguments.output_dtype)
     reduction = check.resolve_reduction(
