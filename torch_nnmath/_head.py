@@ -174,7 +174,7 @@ def _compose_cost(
 ) -> Tensor:
     """F3 of the losses over n, plus `z_loss_coefficient` times F3 of F20 over the kept rows.
 
-    With a weight for each row both are F28.
+    With a weight for each row both are F30.
     """
     cost: Tensor = formulas.Cost.evaluate(rows.loss, n, weight)
     if z_loss_coefficient:

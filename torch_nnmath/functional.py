@@ -270,7 +270,7 @@ def categorical_cross_entropy(
         target: class indices, (*, *), or probabilities in the shape of probs.
         base: base of the logarithm; positive, not 1.
         reduction: "none" (a loss for each example), "sum", or "mean" over the examples.
-        row_weight: a factor for each example (F28), in the shape of class indices; as in
+        row_weight: a factor for each example (F30), in the shape of class indices; as in
             `cross_entropy`.
 
     0 log 0 is 0. If the target class has probability 0, the loss is inf.
@@ -323,7 +323,7 @@ def cross_entropy(
         reduction: "none", "sum" or "mean". "mean" divides by the total weight of the target
             classes, or by the number of examples if the target holds probabilities.
         label_smoothing: in [0, 1], the share of the target that is spread evenly.
-        row_weight: a factor for each row's loss, z-loss included (F28), in the shape of class
+        row_weight: a factor for each row's loss, z-loss included (F30), in the shape of class
             indices, of any real type that the loss's arithmetic need not round; may be negative,
             and may require a gradient. "mean" divides by the sum of the weights, each times that
             of its target class. What it holds for an ignored row does not matter.

@@ -18,7 +18,7 @@ from torch_nnmath.kernels.scaling import may_scale_in_place, scale_plain_gradien
 class Cost(Formula):
     r"""F3: C = (1/n) Σ c,  dC/dc = 1/n,  dC/dn = -C/n.
 
-    F28, with a weight r for each example: C = (1/n) Σ r c,  dC/dc = r/n,  dC/dr = c/n.
+    F30, with a weight r for each example: C = (1/n) Σ r c,  dC/dc = r/n,  dC/dr = c/n.
 
     c of any shape, r of the same or None; n the number of examples, their total weight (a scalar
     tensor), or 1 for a sum. A number n is an int, since the tangent of a tensor () divided by a

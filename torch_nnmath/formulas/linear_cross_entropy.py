@@ -106,7 +106,7 @@ class LinearCrossEntropy(KernelFormula):
 
 
 class LinearCrossEntropyCost(Function):
-    r"""F3, F28 of F14, F15: C = (1/n) Σ r c + ω Σ r q;  dC/dx, dC/dW, dC/db, dC/dp, dC/dt are those
+    r"""F3, F30 of F14, F15: C = (1/n) Σ r c + ω Σ r q;  dC/dx, dC/dW, dC/db, dC/dp, dC/dt are those
     of Σ γ c + ω' q with γ = r/n, ω' = ω r (F15 batch);  dC/dr = c/n + ω q, dC/dn = -(1/n²) Σ r c,
     dC/dω = Σ r q.
 
