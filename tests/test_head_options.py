@@ -62,6 +62,7 @@ class DrawnHead:
             draw((), (), (2,)),
         )
         self.has_bias, self.has_weight = draw(False, True), draw(False, True)
+        self.has_row_weight = draw(False, True)
         self.target = draw("classes", "ignored", "probabilities")
         self.scale = draw(1.0, -0.7, 0.0, 20.0, 3, "tensor")
         self.options = {
@@ -95,6 +96,10 @@ class DrawnHead:
             if self.target == "ignored":
                 y[torch.rand(y.shape, generator=generator) < 0.4] = IGNORE
                 y.view(-1)[0] = 0  # the mean over no row is nan
+        if self.has_row_weight:  # a mean of signed weights cancels
+            row_weight = normal(N, *positions)
+            is_mean = self.options["reduction"] == "mean"
+            self.tensors["row_weight"] = row_weight.abs() + 0.1 if is_mean else row_weight
         if self.scale == "tensor":
             self.tensors["logit_scale"] = normal()
         upstream = torch.randn(N, *positions, dtype=F64, generator=generator)
@@ -117,7 +122,8 @@ class DrawnHead:
         return 2.0**-22 * max(scale, 1.0) * max(v.abs().max().item() for v in floats)
 
     def collect_options(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        tensor_options = {k: v for k, v in tensors.items() if k in ("weight", "logit_scale")}
+        names = "weight", "row_weight", "logit_scale"
+        tensor_options = {k: v for k, v in tensors.items() if k in names}
         return {"logit_scale": self.scale, **self.options, **tensor_options}
 
     def compute_truth(self, tensors: dict[str, Tensor]) -> Tensor:

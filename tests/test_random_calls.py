@@ -162,19 +162,25 @@ def draw_categorical_cross_entropy(a: RandomArguments) -> Call:
     dim = a.choose_dim(len(shape))
     base, reduction, has_indices = a.choose(*BASES), a.choose(*REDUCTIONS), a.choose(False, True)
     inputs, y = {"probs": a.positive(*shape)}, None
+    rows = inputs["probs"].sum(dim).shape
     if has_indices and shape and shape[dim]:
-        y = a.indices(inputs["probs"].sum(dim).shape, shape[dim])
+        y = a.indices(rows, shape[dim])
     else:
         inputs["target"] = a.positive(*shape)
+    if math.prod(rows) and a.choose(False, True):
+        inputs["row_weight"] = a.positive(*rows)
+    names = tuple(inputs)
 
-    def compute_expected(p, t=None):
-        l = p.log()
+    def compute_expected(*xs):
+        tensors = dict(zip(names, xs, strict=True))
+        l, t, r = tensors["probs"].log(), tensors.get("target"), tensors.get("row_weight")
         c = l.gather(dim, y.unsqueeze(dim)).squeeze(dim) if t is None else (t * l).sum(dim)
-        return truth.reduce_losses(-c / math.log(base), reduction, c.numel())
+        c, n = (c, c.numel()) if r is None else (r * c, r.sum())
+        return truth.reduce_losses(-c / math.log(base), reduction, n)
 
-    def compute(p, t=None):
-        target = y if t is None else t
-        return ours.categorical_cross_entropy(p, target, base=base, reduction=reduction, dim=dim)
+    def compute(*xs):
+        tensors = {"target": y} | dict(zip(names, xs, strict=True))
+        return ours.categorical_cross_entropy(base=base, reduction=reduction, dim=dim, **tensors)
 
     return Call(inputs, compute, compute_expected)
 
@@ -207,6 +213,10 @@ class CrossEntropyOptions:
             w = a.positive(C)
             has_zeros = reduction != "mean" and a.choose(False, False, True)
             self.inputs["weight"] = torch.zeros_like(w) if has_zeros else w
+        if not is_mean_of_nothing and a.choose(False, True):  # a mean of signed weights cancels
+            self.inputs["row_weight"] = (
+                a.positive(*rows) if reduction == "mean" else a.tensor(*rows)
+            )
         self.named = {
             "reduction": reduction,
             "base": a.choose(*BASES),
