@@ -167,7 +167,7 @@ def draw_categorical_cross_entropy(a: RandomArguments) -> Call:
         y = a.indices(rows, shape[dim])
     else:
         inputs["target"] = a.positive(*shape)
-    if math.prod(rows) and a.choose(False, True):
+    if math.prod(rows) > 1 and a.choose(False, True):
         inputs["row_weight"] = a.positive(*rows)
     names = tuple(inputs)
 
@@ -208,15 +208,16 @@ class CrossEntropyOptions:
             self.inputs["target"] = a.lay_out(t.movedim(-1, class_dim).to(a.dtype))
         reduction = a.choose(*REDUCTIONS)
         # the derivative of 0 / 0 in the class weights is not defined
-        is_mean_of_nothing = reduction == "mean" and not self.has_rows_that_count(rows)
+        is_mean_of_nothing = reduction == "mean" and not self.count_kept(rows)
         if not is_mean_of_nothing and a.choose(False, True):
             w = a.positive(C)
             has_zeros = reduction != "mean" and a.choose(False, False, True)
             self.inputs["weight"] = torch.zeros_like(w) if has_zeros else w
-        if not is_mean_of_nothing and a.choose(False, True):  # a mean of signed weights cancels
-            self.inputs["row_weight"] = (
-                a.positive(*rows) if reduction == "mean" else a.tensor(*rows)
-            )
+        # the mean of one row does not depend on its weight; one of signed weights cancels
+        if reduction != "mean":
+            self.inputs |= {"row_weight": a.tensor(*rows)} if a.choose(False, True) else {}
+        elif self.count_kept(rows) > 1 and a.choose(False, True):
+            self.inputs["row_weight"] = a.positive(*rows)
         self.named = {
             "reduction": reduction,
             "base": a.choose(*BASES),
@@ -234,13 +235,13 @@ class CrossEntropyOptions:
         is_byte_range = not ((y < 0) | (y > 255)).any()
         self.y = a.lay_out(y.to(torch.uint8) if is_byte_range and a.choose(False, True) else y)
         self.ignore_index = ignored
-        if a.has_finite_mean and not self.has_rows_that_count(rows):
+        if a.has_finite_mean and not self.count_kept(rows):
             self.ignore_index = -100
 
-    def has_rows_that_count(self, rows: Sequence[int]) -> bool:
+    def count_kept(self, rows: Sequence[int]) -> int:
         if self.y is None:
-            return math.prod(rows) > 0
-        return bool((self.y.long() != self.ignore_index).any())
+            return math.prod(rows)
+        return int((self.y.long() != self.ignore_index).sum())
 
     def get_target(self, tensors: dict[str, Tensor]) -> Tensor:
         return tensors["target"] if self.y is None else self.y

@@ -121,12 +121,23 @@ class Head(NamedTuple):
 
     def compute_log_sum_exp(self) -> Tensor:
         """ln Σ e^v of each row. The target must be class indices of weight 1."""
+        rows = self._evaluate_log_sum_exp(Requests())
+        return self._stack([r.loss for r in rows]).to(self.output_dtype)
+
+    def compute_expectation(self, is_log: bool) -> Tensor:
+        """Σ a l of each row, or Σ a v of the logits. The target as in `compute_log_sum_exp`."""
+        rows = self._evaluate_log_sum_exp(Requests(entropy=True))
+        values = [-r.entropy if is_log else r.loss - r.entropy for r in rows]
+        return self._stack(values).to(self.output_dtype)
+
+    def _evaluate_log_sum_exp(self, requests: Requests) -> list[RowResults]:
+        """The rows' results, whose loss is the log-sum-exp."""
         rows = []
         for inputs in self.inputs:
-            weight_alone = Target(None, inputs.target.p, None)  # c is then the log-sum-exp
+            weight_alone = Target(None, inputs.target.p, None)
             inputs = inputs._replace(target=weight_alone, base=math.e)
-            rows.append(_evaluate(inputs, Requests()))
-        return self._stack([r.loss for r in rows]).to(self.output_dtype)
+            rows.append(_evaluate(inputs, requests))
+        return rows
 
     def compute_class_logits(self) -> Tensor:
         """The logit of each row's class."""

@@ -32,7 +32,9 @@ from torch_nnmath.deferred.steps import (
     Rule,
     StepResult,
     aten,
+    is_same_value,
     make_packed_layout,
+    multiply,
 )
 from torch_nnmath.formulas.affine import compute_affine_gradients
 from torch_nnmath.kernels.dispatch import PLAIN_TYPES
@@ -225,7 +227,7 @@ class Recipe:
     """How to compute one deferred tensor: by the head's affine map, or by a step on its parent.
 
     After `materialize`, `tensor` has the values, and the parent is released. It is an inference
-    tensor if the deferred tensor is one.
+    tensor if the deferred tensor is one. `factor` is the second factor of a product.
     """
 
     is_inference = False
@@ -238,7 +240,9 @@ class Recipe:
         result: StepResult,
         parent: Recipe | None = None,
         operation: Operation | None = None,
+        factor: Recipe | None = None,
     ):
+        self.factor = factor
         self.call, self.result, self.parent, self.operation = call, result, parent, operation
         self.form, self.layout = result.form, result.layout
         self.tensor: Tensor | None = None
@@ -251,9 +255,12 @@ class Recipe:
             self.tensor = torch.nn.functional.linear(operands.features, weight, operands.bias)
             return
         assert self.parent.tensor is not None
-        tensor = self.operation.apply(self.parent.tensor)
-        self.tensor = tensor.contiguous() if self.operation.func in INDEXING else tensor
-        self.parent = self.operation = None
+        operation = self.operation
+        if self.factor is not None:
+            operation = operation._replace(args=(None, self.factor.tensor))
+        tensor = operation.apply(self.parent.tensor)
+        self.tensor = tensor.contiguous() if operation.func in INDEXING else tensor
+        self.parent = self.operation = self.factor = None
 
     def make_blocks(self) -> LogitBlocks | None:
         """Returns these logits as blocks; None if a step treats rows differently."""
@@ -293,6 +300,17 @@ class Recipe:
                 break
             recipe = recipe.parent
         return recipe
+
+    def list_changes_of_logits(self) -> list[Recipe]:
+        """Returns the steps without softmax and what changes its values, a sign or logarithm."""
+        return [
+            step
+            for step in self.list_steps()
+            if step.parent is None
+            or step.form.is_logits
+            or (step.form.log_sign, step.form.softmax_sign)
+            == (step.parent.form.log_sign, step.parent.form.softmax_sign)
+        ]
 
     def list_steps(self) -> list[Recipe]:
         """Returns the recipes from the first one after the head to this one."""
@@ -455,6 +473,8 @@ def _call_operation(func: Any, args: Any, kwargs: Any) -> Any:
 def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
     """Returns the operation's result as deferred logits; None if the rule does not apply."""
     positions = [i for i, v in enumerate(args) if isinstance(v, DeferredLogits)]
+    if func is aten.mul.Tensor and len(positions) == 2:
+        return _defer_product(*args)
     if len(positions) != 1 or any(isinstance(v, DeferredLogits) for v in kwargs.values()):
         return None
     (position,) = positions
@@ -491,6 +511,29 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
         with set_inference_mode(is_inference):
             outputs.append(DeferredLogits(Recipe(call, result, recipe, step)))
     return outputs if has_several_outputs else outputs[0]
+
+
+def _defer_product(input: DeferredLogits, other: DeferredLogits) -> Any:
+    """Returns the product of probabilities and the logits that they come from, or None."""
+    first, second = input.recipe, other.recipe
+    call = first.call
+    if call.is_materialized or is_traced() or second.call is not call:
+        return None
+    changes, other_changes = first.list_changes_of_logits(), second.list_changes_of_logits()
+    if len(changes) != len(other_changes):
+        return None
+    for step, other_step in zip(changes, other_changes, strict=True):
+        assert step.operation is not None
+        assert other_step.operation is not None
+        is_same = step is other_step or is_same_value(step.operation, other_step.operation)
+        if not is_same:
+            return None
+    p, v = (first, second) if first.form.softmax_sign else (second, first)
+    result = multiply(p.form, v.form, first.layout, second.layout)
+    if result is None:
+        return None
+    operation = Operation(aten.mul.Tensor, (None, None), {}, 0)
+    return DeferredLogits(Recipe(call, result, first, operation, second))
 
 
 def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
