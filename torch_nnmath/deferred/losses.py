@@ -256,7 +256,8 @@ def cross_entropy(
         func is torch.nn.functional.nll_loss,
     )
     form, axis = input.recipe.form, min(input.dim() - 1, 1)
-    if not isinstance(target, Tensor) or form.log_sign < 0:
+    is_plain_target = isinstance(target, Tensor) and not isinstance(target, DeferredLogits)
+    if not is_plain_target or form.log_sign < 0:
         return NotImplemented
     options = arguments.read_logit_options()
     if form.is_capped and (options.cap is not None or is_scaled(options.scale)):

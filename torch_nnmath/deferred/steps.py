@@ -390,15 +390,23 @@ def take_exponential(form: Form, layout: Layout, operation: Operation) -> StepRe
     return _change_values(operation, form._replace(log_sign=0, softmax_sign=1), out)
 
 
+@register_step(aten.special_entr.default)
+def take_terms_of_entropy(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
+    """-a l of each probability a = e^l."""
+    if form.softmax_sign != 1 or form.is_product:
+        return None
+    out = operation.infer_layout(layout)
+    return _change_values(operation, form._replace(log_sign=-1, is_product=True), out)
+
+
 def multiply(p: Form, v: Form, layout: Layout, other_layout: Layout) -> StepResult | None:
     """Probabilities p times the logits or log-probabilities v of the same logits."""
     if not p.softmax_sign or p.is_product or v.softmax_sign or p.axis != v.axis:
         return None
-    if (layout.shape, layout.stride) != (other_layout.shape, other_layout.stride):
+    if layout.shape != other_layout.shape:
         return None
-    dtype = torch.promote_types(layout.dtype, other_layout.dtype)
-    form = p._replace(log_sign=v.log_sign, is_product=True)
-    return StepResult(form, layout._replace(dtype=dtype))
+    out = Operation(aten.mul.Tensor, (None, other_layout), {}, 0).infer_layout(layout)
+    return StepResult(p._replace(log_sign=v.log_sign, is_product=True), out)
 
 
 def is_same_value(operation: Operation, other: Operation) -> bool:
