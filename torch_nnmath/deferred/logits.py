@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -92,6 +92,11 @@ MIN_DEFERRED_BYTES = 2**24
 MIN_CLASSES_PER_FEATURE = 2
 
 
+def has_few_classes(weight: Tensor) -> bool:
+    """Whether the features outweigh the logits, whatever the number of rows."""
+    return weight.shape[0] < MIN_CLASSES_PER_FEATURE * weight.shape[-1]
+
+
 def find_reason_for_plain_logits(features: Tensor, weight: Tensor) -> str | None:
     """Returns why deferral would cost more time than its memory is worth; None if it would not.
 
@@ -100,7 +105,7 @@ def find_reason_for_plain_logits(features: Tensor, weight: Tensor) -> str | None
     a fused loss is as fast as one with plain logits from about these limits on.
     """
     classes, row_length = weight.shape[0], weight.shape[-1]
-    if classes < MIN_CLASSES_PER_FEATURE * row_length:
+    if has_few_classes(weight):
         return (
             f"by rule: fewer than {MIN_CLASSES_PER_FEATURE} classes for each feature, so logits "
             "are small beside the features"
@@ -160,6 +165,7 @@ class HeadCall:
     log: HeadLog
     grad_fn: Any  # the node of the logits in the graph; None if they do not require grad
     is_training = False
+    term_dtypes: Collection[torch.dtype] = ()  # of the terms, if the logits are a sum
 
     def __init__(self, operands: Operands):
         self.operands: Any = operands
@@ -503,8 +509,9 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
         if result is None or result.layout.shape[result.form.axis] != class_count:
             return None
         dtype = result.layout.dtype
-        if torch.promote_types(dtype, layout.dtype) != dtype:
-            return None  # a cast to a narrower dtype rounds
+        # a cast to a narrower dtype rounds, unless a term of the sum is that narrow
+        if torch.promote_types(dtype, layout.dtype) != dtype and dtype not in call.term_dtypes:
+            return None
         step = operation._replace(output=i) if has_several_outputs else operation
         # A view is an inference tensor if its base is one, whether inference mode is on or not.
         is_inference = recipe.is_inference if func.is_view else torch.is_inference_mode_enabled()
@@ -520,20 +527,14 @@ def _defer_product(input: DeferredLogits, other: DeferredLogits) -> Any:
     if call.is_materialized or is_traced() or second.call is not call:
         return None
     changes, other_changes = first.list_changes_of_logits(), second.list_changes_of_logits()
-    if len(changes) != len(other_changes):
+    pairs = zip(changes, other_changes, strict=False)
+    is_same = all(s is t or is_same_value(s.operation, t.operation) for s, t in pairs)
+    if not is_same or len(changes) != len(other_changes):
         return None
-    for step, other_step in zip(changes, other_changes, strict=True):
-        assert step.operation is not None
-        assert other_step.operation is not None
-        is_same = step is other_step or is_same_value(step.operation, other_step.operation)
-        if not is_same:
-            return None
     p, v = (first, second) if first.form.softmax_sign else (second, first)
     result = multiply(p.form, v.form, first.layout, second.layout)
-    if result is None:
-        return None
     operation = Operation(aten.mul.Tensor, (None, None), {}, 0)
-    return DeferredLogits(Recipe(call, result, first, operation, second))
+    return result and DeferredLogits(Recipe(call, result, first, operation, second))
 
 
 def _reduce(func: Any, args: Any, kwargs: Any) -> Any:

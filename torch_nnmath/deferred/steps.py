@@ -409,7 +409,7 @@ def multiply(p: Form, v: Form, layout: Layout, other_layout: Layout) -> StepResu
     return StepResult(p._replace(log_sign=v.log_sign, is_product=True), out)
 
 
-def is_same_value(operation: Operation, other: Operation) -> bool:
+def is_same_value(operation: Any, other: Any) -> bool:
     """Whether two operations do the same. A tensor is the same only if it is the same object."""
     if (operation.func, operation.position) != (other.func, other.position):
         return False
