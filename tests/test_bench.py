@@ -34,6 +34,7 @@ TARGETS = {
         name: [("time", "ours", "plain", 1.1, None), ("memory", "ours", "plain", 1.1, None)]
         for name in ("head-capped", "head-policy")
     },
+    "row_weight": [("time", "ours", "plain", 1.03, None), ("memory", "ours", "plain", 1.05, None)],
     "head-forward": [("time", "ours", "floor", 1.15, None)],
     "head-second": [("time", "ours", "eager", 1.0, None)],
     "head-memory": [("peak", "ours", "", 128, MEMORY_SIZE), ("growth", "ours", "", 8, None)],

@@ -62,6 +62,7 @@ class DrawnHead:
             draw((), (), (2,)),
         )
         self.has_bias, self.has_weight = draw(False, True), draw(False, True)
+        self.has_row_weight = draw(False, True)
         self.target = draw("classes", "ignored", "probabilities")
         self.scale = draw(1.0, -0.7, 0.0, 20.0, 3, "tensor")
         self.options = {
@@ -95,6 +96,10 @@ class DrawnHead:
             if self.target == "ignored":
                 y[torch.rand(y.shape, generator=generator) < 0.4] = IGNORE
                 y.view(-1)[0] = 0  # the mean over no row is nan
+        if self.has_row_weight:  # a mean of signed weights cancels
+            row_weight = normal(N, *positions)
+            is_mean = self.options["reduction"] == "mean"
+            self.tensors["row_weight"] = row_weight.abs() + 0.1 if is_mean else row_weight
         if self.scale == "tensor":
             self.tensors["logit_scale"] = normal()
         upstream = torch.randn(N, *positions, dtype=F64, generator=generator)
@@ -102,8 +107,13 @@ class DrawnHead:
 
     @property
     def leaves(self) -> list[str]:
-        """The tensors in which PyTorch too has a gradient."""
-        return [k for k, v in self.tensors.items() if v.is_floating_point() and k != "weight"]
+        """The tensors in which PyTorch too has a gradient that is no remainder."""
+        excluded = ["weight"]
+        if (
+            self.options["reduction"] == "mean"
+        ):  # of equal losses it does not depend on their weights
+            excluded.append("row_weight")
+        return [k for k, v in self.tensors.items() if v.is_floating_point() and k not in excluded]
 
     @property
     def cancellation(self) -> float:
@@ -117,7 +127,8 @@ class DrawnHead:
         return 2.0**-22 * max(scale, 1.0) * max(v.abs().max().item() for v in floats)
 
     def collect_options(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        tensor_options = {k: v for k, v in tensors.items() if k in ("weight", "logit_scale")}
+        names = "weight", "row_weight", "logit_scale"
+        tensor_options = {k: v for k, v in tensors.items() if k in names}
         return {"logit_scale": self.scale, **self.options, **tensor_options}
 
     def compute_truth(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -226,13 +237,13 @@ def test_drawn_options_of_logits_in_bfloat16_are_rounded_once(small_blocks):
 
 
 def test_drawn_options_have_the_second_order_and_tangent_of_the_truth(small_blocks):
-    """Also in class weights."""
+    """Also in class weights and row weights."""
 
     @search_settings(100)
     @given(st.data())
     def search(data: Any) -> None:
         head = DrawnHead(data, [F64], z_loss=-0.1)
-        names = [*head.leaves, *["weight"] * ("weight" in head.tensors)]
+        names = [name for name, v in head.tensors.items() if v.is_floating_point()]
         points = tuple(head.tensors[name] for name in names)
         directions = tuple(v.sin() + 0.3 for v in points)
 

@@ -86,6 +86,27 @@ def z_loss_cases(make):
     }
 
 
+def row_weight_cases(make):
+    return {
+        "row_weight_shape": (ValueError, call(make, row_weight=lambda: floats(3)), "(2,)", "(3,)"),
+        "row_weight_column": (ValueError, call(make, row_weight=lambda: floats(2, 1)), "(2, 1)"),
+        "row_weight_type": (
+            RuntimeError,
+            call(make, row_weight=lambda: floats(2, dtype=torch.float64)),
+            "row_weight",
+            "float32",
+            "float64",
+        ),
+        "row_weight_complex": (
+            TypeError,
+            call(make, row_weight=lambda: complexes(2)),
+            "row_weight",
+            "complex64",
+        ),
+        "row_weight_list": (TypeError, call(make, row_weight=[1.0, 1.0]), "row_weight", "list"),
+    }
+
+
 def reduction_cases(make):
     return {
         f"reduction_{word}": (
@@ -298,6 +319,7 @@ INVALID_CALLS = [
         **base_cases(make_logits),
         **scale_and_cap_cases(make_logits),
         **z_loss_cases(make_logits),
+        **row_weight_cases(make_logits),
     ),
     *cases(
         "linear_cross_entropy",
@@ -438,6 +460,7 @@ INVALID_CALLS = [
         **smoothing_cases(make_head),
         **base_cases(make_head),
         **scale_and_cap_cases(make_head),
+        **row_weight_cases(make_head),
         **z_loss_cases(make_head),
     ),
     *cases(
@@ -500,6 +523,7 @@ INVALID_CALLS = [
         ),
         **base_cases(make_head),
         **scale_and_cap_cases(make_head),
+        **row_weight_cases(make_head),
     ),
     *(
         row

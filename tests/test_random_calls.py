@@ -162,19 +162,25 @@ def draw_categorical_cross_entropy(a: RandomArguments) -> Call:
     dim = a.choose_dim(len(shape))
     base, reduction, has_indices = a.choose(*BASES), a.choose(*REDUCTIONS), a.choose(False, True)
     inputs, y = {"probs": a.positive(*shape)}, None
+    rows = inputs["probs"].sum(dim).shape
     if has_indices and shape and shape[dim]:
-        y = a.indices(inputs["probs"].sum(dim).shape, shape[dim])
+        y = a.indices(rows, shape[dim])
     else:
         inputs["target"] = a.positive(*shape)
+    if math.prod(rows) > 1 and a.choose(False, True):
+        inputs["row_weight"] = a.positive(*rows)
+    names = tuple(inputs)
 
-    def compute_expected(p, t=None):
-        l = p.log()
+    def compute_expected(*xs):
+        tensors = dict(zip(names, xs, strict=True))
+        l, t, r = tensors["probs"].log(), tensors.get("target"), tensors.get("row_weight")
         c = l.gather(dim, y.unsqueeze(dim)).squeeze(dim) if t is None else (t * l).sum(dim)
-        return truth.reduce_losses(-c / math.log(base), reduction, c.numel())
+        c, n = (c, c.numel()) if r is None else (r * c, r.sum())
+        return truth.reduce_losses(-c / math.log(base), reduction, n)
 
-    def compute(p, t=None):
-        target = y if t is None else t
-        return ours.categorical_cross_entropy(p, target, base=base, reduction=reduction, dim=dim)
+    def compute(*xs):
+        tensors = {"target": y} | dict(zip(names, xs, strict=True))
+        return ours.categorical_cross_entropy(base=base, reduction=reduction, dim=dim, **tensors)
 
     return Call(inputs, compute, compute_expected)
 
@@ -202,11 +208,16 @@ class CrossEntropyOptions:
             self.inputs["target"] = a.lay_out(t.movedim(-1, class_dim).to(a.dtype))
         reduction = a.choose(*REDUCTIONS)
         # the derivative of 0 / 0 in the class weights is not defined
-        is_mean_of_nothing = reduction == "mean" and not self.has_rows_that_count(rows)
+        is_mean_of_nothing = reduction == "mean" and not self.count_kept(rows)
         if not is_mean_of_nothing and a.choose(False, True):
             w = a.positive(C)
             has_zeros = reduction != "mean" and a.choose(False, False, True)
             self.inputs["weight"] = torch.zeros_like(w) if has_zeros else w
+        # the mean of one row does not depend on its weight; one of signed weights cancels
+        if reduction != "mean":
+            self.inputs |= {"row_weight": a.tensor(*rows)} if a.choose(False, True) else {}
+        elif self.count_kept(rows) > 1 and a.choose(False, True):
+            self.inputs["row_weight"] = a.positive(*rows)
         self.named = {
             "reduction": reduction,
             "base": a.choose(*BASES),
@@ -224,13 +235,13 @@ class CrossEntropyOptions:
         is_byte_range = not ((y < 0) | (y > 255)).any()
         self.y = a.lay_out(y.to(torch.uint8) if is_byte_range and a.choose(False, True) else y)
         self.ignore_index = ignored
-        if a.has_finite_mean and not self.has_rows_that_count(rows):
+        if a.has_finite_mean and not self.count_kept(rows):
             self.ignore_index = -100
 
-    def has_rows_that_count(self, rows: Sequence[int]) -> bool:
+    def count_kept(self, rows: Sequence[int]) -> int:
         if self.y is None:
-            return math.prod(rows) > 0
-        return bool((self.y.long() != self.ignore_index).any())
+            return math.prod(rows)
+        return int((self.y.long() != self.ignore_index).sum())
 
     def get_target(self, tensors: dict[str, Tensor]) -> Tensor:
         return tensors["target"] if self.y is None else self.y

@@ -9,8 +9,8 @@ condition number: how far the truth moves per unit by which its inputs move rela
 A result within that bound is exact for inputs that differ in a few last bits. As nothing is more
 exact than float64, PyTorch's error there is derived from its error in float32.
 
-Half precision has no such allowance: sums have to be accumulated in float32, and an intermediate
-rounding, of logits to bfloat16 for example, is allowed only where PyTorch has it too.
+In half precision the allowance is that of float32, in which sums have to be accumulated. An
+intermediate rounding, of logits to bfloat16 for example, is allowed only where PyTorch has it too.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,10 +67,14 @@ def find_errors(
         error, allowed = compute_distance(a, t), compute_distance(b, t)
         scale = compute_distance(t.nan_to_num(), 0.0)
         k = get_rounding_tolerance(a.dtype)
-        if not error <= allowed + k * scale and a.dtype not in HALF:
-            scale = max(
-                scale, *(compute_distance(truth(make_perturbation(s))[i], t) / STEP for s in (1, 2))
+        if not error <= allowed + k * scale:
+            condition = max(
+                compute_distance(truth(make_perturbation(s))[i], t) / STEP for s in (1, 2)
             )
+            if a.dtype in HALF:
+                allowed += get_rounding_tolerance(torch.float32) * condition
+            else:
+                scale = max(scale, condition)
             if a.dtype == torch.float64:
                 in_float32 = truth(Tensor.float)[i]
                 of_rounded_inputs = truth(lambda x: x.float().double())[i]

@@ -55,6 +55,7 @@ def cross_entropy(
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    row_weight: Tensor | None = None,
     base: float = math.e,
     logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -65,31 +66,34 @@ def cross_entropy(
     """Returns cross entropy and z-loss of logits z with the classes at `class_dim`.
 
     By default that is axis 1, or 0 of a vector. The target has class indices in z's shape without
-    that axis, or probabilities in z's shape. Ignored rows may hold any logits.
+    that axis, or probabilities in z's shape. Ignored rows may hold any logits and weights.
     """
     dim = class_dim if class_dim is not None else min(1, z.dim() - 1)
     z, C, s = z.movedim(dim, -1), z.shape[dim], label_smoothing
     w = z.new_ones(C) if weight is None else weight
     if target.is_floating_point():
         keep = torch.ones(z.shape[:-1], dtype=torch.bool)
-        n = n_rows = keep.sum()
+        n = n_rows = keep.sum() if row_weight is None else row_weight.sum()
         v = scale_and_cap(z, logit_scale, softcap, temperature)
         l = v.log_softmax(-1)
         c = -(w * ((1 - s) * target.movedim(dim, -1) + s / C) * l).sum(-1)
     else:
         keep = target.long() != (-100 if ignore_index is None else ignore_index)
         y = target.long().masked_fill(~keep, 0)
-        n, n_rows = (w[y] * keep).sum(), keep.sum()
+        r = keep if row_weight is None else row_weight.masked_fill(~keep, 0)
+        n, n_rows = (w[y] * r).sum(), r.sum()
         v = scale_and_cap(z.masked_fill(~keep.unsqueeze(-1), 0), logit_scale, softcap, temperature)
         l = v.log_softmax(-1)
         # the true class is gathered, so that a logit of -inf elsewhere is not multiplied by 0
         c = -(1 - s) * w[y] * l.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         c = c - s / C * (w * l).sum(-1) if s else c
+    c = c if row_weight is None else row_weight * c
     loss = reduce_losses(c.masked_fill(~keep, 0), reduction, n) / math.log(base)
     if not z_loss:
         return loss
-    q = z_loss * log_sum_exp(v, -1).square().masked_fill(~keep, 0)
-    return loss + reduce_losses(q, reduction, n_rows)
+    q = z_loss * log_sum_exp(v, -1).square()
+    q = q if row_weight is None else row_weight * q
+    return loss + reduce_losses(q.masked_fill(~keep, 0), reduction, n_rows)
 
 
 def linear_cross_entropy(

@@ -277,6 +277,17 @@ def class_weight(weight: Tensor | None, C: int) -> None:
         )
 
 
+def row_weight(row_weight: Tensor, rows: Sequence[int], dtype: torch.dtype) -> None:
+    """Checks the weights of rows of this shape, which are computed in `dtype`."""
+    real(row_weight=row_weight)
+    shape("row_weight", row_weight, rows)
+    if torch.promote_types(row_weight.dtype, dtype) != dtype:
+        raise RuntimeError(
+            f"row_weight would be rounded to {dtype}, in which the loss is computed, got "
+            f"{row_weight.dtype}: cast it"
+        )
+
+
 def normalise_axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
     """Returns `dim` as non-negative axes.
 

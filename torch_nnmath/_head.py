@@ -19,12 +19,18 @@ from torch_nnmath._precision import (
     is_autocast,
     make_scalar,
     multiply,
+    weigh,
     wide_type,
     widen,
 )
 from torch_nnmath._records import HeadInputs, Requests, RowResults, Target
 from torch_nnmath._reduction import choose_divisor, count_kept
-from torch_nnmath._target import TargetOptions, read_indices, read_probabilities
+from torch_nnmath._target import (
+    TargetOptions,
+    read_indices,
+    read_probabilities,
+    read_row_weight,
+)
 
 
 class LogitChanges(NamedTuple):
@@ -53,8 +59,9 @@ class Head(NamedTuple):
     output_dtype: torch.dtype  # of the results
     compute_dtype: torch.dtype  # of the arithmetic
     shape: tuple[int, ...]  # of the losses: (*batch, *positions)
+    row_weight: Tensor | None  # (N, positions), 0 in ignored rows
     total_weight: Any  # divisor of the loss's mean: number of rows, or their total weight
-    kept_rows: Any  # divisor of the z-loss's mean: number of rows that are not ignored
+    kept_rows: Any  # the same for the z-loss, which class weights do not affect
     labels: Tensor  # class indices (N, positions), or probabilities (N, C, positions)
 
     def with_output_dtype(self, dtype: torch.dtype | None) -> Head:
@@ -71,25 +78,27 @@ class Head(NamedTuple):
             losses = [r.loss for r in rows]
             if z_loss_coefficient:
                 losses = [r.loss + z_loss_coefficient * r.squared_lse for r in rows]
-            loss = self._stack(losses)
+            loss = self._weigh(self._stack(losses))
         else:
             zero = self.labels.new_zeros((), dtype=self.compute_dtype)
             n = choose_divisor(reduction, self.total_weight, zero)
             kept_rows = choose_divisor(reduction, self.kept_rows, zero)
             costs, rows = [], []
-            for inputs in self.inputs:
+            for d, inputs in enumerate(self.inputs):
+                weight = None if self.row_weight is None else self.row_weight[:, d : d + 1]
                 needs_gradient = formulas.LinearCrossEntropyCost.select_gradients(inputs)
-                if formulas.LinearCrossEntropyCost.may_replace(n, needs_gradient):
+                if formulas.LinearCrossEntropyCost.may_replace(needs_gradient):
                     ω = None
                     if z_loss_coefficient:
                         ω = z_loss_coefficient / make_scalar(kept_rows, zero)
                     cost, lse, entropy, predicted, *_ = formulas.LinearCrossEntropyCost.apply(
-                        make_scalar(n, zero), ω, *inputs.flatten(), requests, needs_gradient
+                        *(make_scalar(n, zero), ω, weight),
+                        *(*inputs.flatten(), requests, needs_gradient),
                     )
                     result = RowResults(None, lse, None, entropy, predicted)
                 else:
                     result = _evaluate(inputs, requests)
-                    cost = _compose_cost(result, n, kept_rows, z_loss_coefficient)
+                    cost = _compose_cost(result, weight, n, kept_rows, z_loss_coefficient)
                 costs.append(cost)
                 rows.append(result)
             loss = sum(costs[1:], costs[0]) if costs else zero / n
@@ -103,21 +112,32 @@ class Head(NamedTuple):
         return loss, make_stats(lse, entropy, predicted, self._get_label(), z_loss_coefficient)
 
     def compute_log_probs(self, return_entropy: bool) -> Any:
-        """The log-probability of each row's class, F22; with `return_entropy` also F21."""
+        """The weighted log-probability of each row's class, F22; with `return_entropy` also F21."""
         rows = self._evaluate_rows(Requests(entropy=return_entropy))
-        log_probs = self._stack([-r.loss for r in rows]).to(self.output_dtype)
+        log_probs = self._weigh(self._stack([-r.loss for r in rows])).to(self.output_dtype)
         if not return_entropy:
             return log_probs
         return log_probs, self._stack([r.entropy for r in rows]).to(self.output_dtype)
 
     def compute_log_sum_exp(self) -> Tensor:
         """ln Σ e^v of each row. The target must be class indices of weight 1."""
+        rows = self._evaluate_log_sum_exp(Requests())
+        return self._stack([r.loss for r in rows]).to(self.output_dtype)
+
+    def compute_expectation(self, is_log: bool) -> Tensor:
+        """Σ a l of each row, or Σ a v of the logits. The target as in `compute_log_sum_exp`."""
+        rows = self._evaluate_log_sum_exp(Requests(entropy=True))
+        values = [-r.entropy if is_log else r.loss - r.entropy for r in rows]
+        return self._stack(values).to(self.output_dtype)
+
+    def _evaluate_log_sum_exp(self, requests: Requests) -> list[RowResults]:
+        """The rows' results, whose loss is the log-sum-exp."""
         rows = []
         for inputs in self.inputs:
-            weight_alone = Target(None, inputs.target.p, None)  # c is then the log-sum-exp
+            weight_alone = Target(None, inputs.target.p, None)
             inputs = inputs._replace(target=weight_alone, base=math.e)
-            rows.append(_evaluate(inputs, Requests()))
-        return self._stack([r.loss for r in rows]).to(self.output_dtype)
+            rows.append(_evaluate(inputs, requests))
+        return rows
 
     def compute_class_logits(self) -> Tensor:
         """The logit of each row's class."""
@@ -143,6 +163,11 @@ class Head(NamedTuple):
             return self.labels.new_zeros(self.shape, dtype=self.compute_dtype)
         return torch.stack([v.reshape(-1) for v in positions], -1).reshape(self.shape)
 
+    def _weigh(self, rows: Tensor) -> Tensor:
+        """Values in the shape of the losses, times the rows' weights."""
+        r = self.row_weight
+        return weigh(None if r is None else r.reshape(self.shape), rows)
+
     def _get_label(self) -> Tensor:
         """The target's class of each row, or its most probable one."""
         y = self.labels
@@ -155,11 +180,16 @@ def _evaluate(inputs: HeadInputs, requests: Requests) -> RowResults:
     return RowResults(*formulas.LinearCrossEntropy.evaluate(*inputs.flatten(), requests)[:5])
 
 
-def _compose_cost(rows: RowResults, n: Any, kept_rows: Any, z_loss_coefficient: float) -> Tensor:
-    """F3 of the losses over n, plus `z_loss_coefficient` times F3 of F20 over the kept rows."""
-    cost: Tensor = formulas.Cost.evaluate(rows.loss, n)
+def _compose_cost(
+    rows: RowResults, weight: Tensor | None, n: Any, kept_rows: Any, z_loss_coefficient: float
+) -> Tensor:
+    """F3 of the losses over n, plus `z_loss_coefficient` times F3 of F20 over the kept rows.
+
+    With a weight for each row both are F30.
+    """
+    cost: Tensor = formulas.Cost.evaluate(rows.loss, n, weight)
     if z_loss_coefficient:
-        z_loss = formulas.Cost.evaluate(rows.squared_lse, kept_rows)
+        z_loss = formulas.Cost.evaluate(rows.squared_lse, kept_rows, weight)
         cost = cost + multiply(z_loss, z_loss_coefficient)
     return cost
 
@@ -191,6 +221,11 @@ def prepare_head(
     D = W.shape[-1]
     batch = input.shape[:-1]
     N, positions = math.prod([*batch]), math.prod([*positions_shape])
+    row_weight = target_options.row_weight
+    if row_weight is not None:
+        check.row_weight(row_weight, (*batch, *positions_shape), wide_type(input.dtype))
+        row_weight = row_weight.reshape(N, positions)
+        target_options = target_options._replace(row_weight=row_weight)
     x = input.reshape(N, D)
     b = scale_logits(b, logit_scale)
     if positions > 1:  # every position adds to x's gradient: add in float32
@@ -210,8 +245,9 @@ def prepare_head(
         output_dtype=head_target.output_dtype,
         compute_dtype=wide_type(input.dtype),
         shape=(*batch, *positions_shape),
+        row_weight=head_target.row_weight,
         total_weight=head_target.total_weight,
-        kept_rows=count_kept(keep, N * positions) if C else 0,
+        kept_rows=count_kept(keep, N * positions, head_target.row_weight) if C else 0,
         labels=head_target.labels,
     )
 
@@ -246,6 +282,7 @@ class _HeadTarget(NamedTuple):
 
     targets: list[Target]  # one for each position
     keep: Tensor | None  # (N, positions)
+    row_weight: Tensor | None
     total_weight: Any
     labels: Tensor
     output_dtype: torch.dtype
@@ -269,14 +306,18 @@ def _read_target(
         t, output_dtype = read_probabilities(target, options, len(batch), C, output_dtype)
         labels = t.reshape(N, C, positions).to(wide_type(input.dtype))
         targets = [Target(None, None, labels[..., d]) for d in range(positions)]
-        return _HeadTarget(targets, None, N * positions if C else 0, labels, output_dtype)
+        r = read_row_weight(options, (N, positions), None, wide_type(input.dtype))
+        n = count_kept(None, N * positions, r) if C else 0
+        return _HeadTarget(targets, None, r, n, labels, output_dtype)
     target = check.flatten_head_indices(input, target, C, positions_shape)
     indices = read_indices(target.reshape(N, positions), C, options, logit_dtype)
     y, p = indices.y, indices.p.expand(N, positions)
     targets = [
         indices.make_target(y[:, d : d + 1], p[:, d : d + 1], 1, 2) for d in range(positions)
     ]
-    return _HeadTarget(targets, indices.keep, indices.total_weight, y, output_dtype)
+    return _HeadTarget(
+        *(targets, indices.keep, indices.row_weight, indices.total_weight, y, output_dtype)
+    )
 
 
 def _split_positions(v: Tensor | None, positions: int, *features: int) -> Any:

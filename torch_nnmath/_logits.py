@@ -1,4 +1,4 @@
-"""Options of logits, and public arguments of cross entropy on logits in memory -> losses."""
+"""Options of logits, and public arguments of cross entropies in memory -> losses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,23 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
-from torch_nnmath._precision import cast, cast_for_loss, get_constant, multiply, widen
+from torch_nnmath._precision import (
+    cast,
+    cast_for_loss,
+    get_constant,
+    multiply,
+    weigh,
+    wide_type,
+    widen,
+)
 from torch_nnmath._records import Target
 from torch_nnmath._reduction import choose_divisor, count_examples, count_kept, reduce_formula
-from torch_nnmath._target import TargetOptions, read_indices, read_probabilities
+from torch_nnmath._target import (
+    TargetOptions,
+    read_indices,
+    read_probabilities,
+    read_row_weight,
+)
 
 
 class LossStats(NamedTuple):
@@ -125,6 +138,34 @@ def compute_plain_cost(
     return formulas.CostWithGradient.evaluate(formulas.CrossEntropy, n, *inputs)
 
 
+def compute_categorical_cross_entropy(
+    probs: Tensor,
+    target: Tensor,
+    base: float,
+    reduction: str,
+    dim: int,
+    row_weight: Tensor | None,
+) -> Tensor:
+    """F5 of probabilities, reduced."""
+    (dim,) = check.normalise_axes(probs, dim) or (0,)
+    dtype = torch.promote_types(probs.dtype, target.dtype)
+    dtype, probs, target = cast_for_loss(dtype, probs, target)
+    rows = (*probs.shape[:dim], *probs.shape[dim + 1 :])
+    if target.is_floating_point():
+        check.shape("target with class probabilities", target, probs.shape)
+    else:
+        if probs.dim() == 0:
+            raise IndexError("class indices need probs with an axis of classes, got shape ()")
+        check.shape("target with class indices", target, rows)
+        y, _ = kernels.class_indices(target, probs.shape[dim], None)
+        probs = probs.gather(dim, y.unsqueeze(dim))
+        target = torch.ones_like(probs)
+    r = read_row_weight(TargetOptions(row_weight=row_weight), rows, None, wide_type(dtype))
+    inputs, n = (probs, target, dim, base), count_kept(None, count_examples(probs, dim), r)
+    formula = formulas.CategoricalCrossEntropy
+    return reduce_formula(reduction, n, formula, *inputs, axes=dim, row_weight=r).to(dtype)
+
+
 def compute_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -140,9 +181,10 @@ def compute_cross_entropy(
     check.output_dtype(output_dtype)
     check.smoothing(target_options.label_smoothing)
     base, logit_scale, softcap = logit_options
-    weight, ignore_index, label_smoothing = target_options
-    has_options = weight is not None or label_smoothing or z_loss or softcap is not None
-    if not (has_options or is_scaled(logit_scale) or return_stats or output_dtype is not None):
+    weight, ignore_index, label_smoothing, row_weight = target_options
+    is_any_given = any(v is not None for v in (weight, row_weight, softcap, output_dtype))
+    has_options = is_any_given or label_smoothing or z_loss or return_stats
+    if not (has_options or is_scaled(logit_scale)):
         cost = compute_plain_cost(input, target, ignore_index, reduction, base)
         if cost is not None:
             return cost
@@ -160,13 +202,18 @@ def compute_cross_entropy(
     if is_distribution:
         t, dtype = read_probabilities(target, options, dim, C, dtype)
         read_target = Target(None, None, t, dim)
-        total_weight: Any = count_examples(input, dim) if C else 0
+        rows = (*input.shape[:dim], *input.shape[dim + 1 :])
+        r = read_row_weight(options, rows, None, wide_type(input.dtype))
+        total_weight: Any = count_kept(None, count_examples(input, dim), r) if C else 0
         label = target.argmax(dim) if return_stats and C else None
     else:
         check.indices(input.shape, target)
-        target = target.reshape(()) if input.dim() == 1 else target
+        if input.dim() == 1:  # one row, whose class and weight may have the shape (1)
+            target = target.reshape(())
+            if isinstance(row_weight, Tensor) and row_weight.dim():
+                options = options._replace(row_weight=row_weight.squeeze(0))
         indices = read_indices(target, C, options, input.dtype)
-        label, total_weight = indices.y, indices.total_weight
+        label, total_weight, r = indices.y, indices.total_weight, indices.row_weight
         y, p = label.unsqueeze(dim), indices.p.unsqueeze(dim) if indices.p.dim() else indices.p
         read_target = indices.make_target(y, p, dim, input.dim())
         keep = None if indices.keep is None else indices.keep.unsqueeze(dim)
@@ -174,15 +221,17 @@ def compute_cross_entropy(
         input = scale_logits(formulas.mask_ignored(keep, input), logit_scale)
         input = input if softcap is None else formulas.SoftCap.evaluate(input, softcap)
     inputs = input, *read_target[:3], keep, dim, base
-    loss = reduce_formula(reduction, total_weight, formulas.CrossEntropy, *inputs, axes=dim)
+    loss = reduce_formula(
+        reduction, total_weight, formulas.CrossEntropy, *inputs, axes=dim, row_weight=r
+    )
     if z_loss:
         z_losses = formulas.mask_ignored(keep, formulas.ZLoss.evaluate(input, dim)).squeeze(dim)
         if reduction == "none":
-            loss = loss + multiply(z_losses, z_loss)
+            loss = loss + multiply(weigh(r, z_losses), z_loss)
         else:
-            kept_count = count_kept(keep, count_examples(input, dim)) if C else 0
+            kept_count = count_kept(keep, count_examples(input, dim), r) if C else 0
             divisor = choose_divisor(reduction, kept_count, input)
-            loss = loss + multiply(formulas.Cost.evaluate(z_losses, divisor), z_loss)
+            loss = loss + multiply(formulas.Cost.evaluate(z_losses, divisor, r), z_loss)
     loss = cast(loss, output_dtype or dtype)
     if not return_stats:
         return loss

@@ -32,9 +32,19 @@ def bool_to_int(x: Tensor) -> Tensor:
     return x.int() if x.dtype == torch.bool else x
 
 
+def drop_infinite(t: Tensor, v: Tensor) -> Tensor:
+    """v, but 0 where t is 0 and v infinite."""
+    return v.masked_fill((t == 0) & v.isinf(), 0)
+
+
 def zero_safe_product(t: Tensor, v: Tensor) -> Tensor:
     """t v, but 0 where t is 0 and v infinite; differentiable."""
-    return t * v.masked_fill((t == 0) & v.isinf(), 0)
+    return t * drop_infinite(t, v)
+
+
+def weigh(r: Tensor | None, c: Tensor) -> Tensor:
+    """r c, one weight for each row; a weight of 0 gives 0, also if the loss is infinite."""
+    return c if r is None else zero_safe_product(r, c)
 
 
 def multiply(x: Tensor, factor: float) -> Tensor:

@@ -141,6 +141,13 @@ class UpstreamGradients(NamedTuple):
     ω: Tensor | None
     η: Tensor | None
 
+    @staticmethod
+    def from_flat(γ: Tensor | None, *others: Tensor | None) -> UpstreamGradients | None:
+        """Reads an operator's arguments, where γ of a cost is () or (N); None without γ."""
+        if γ is None:
+            return None
+        return UpstreamGradients(γ.unsqueeze(1) if γ.dim() == 1 else γ, *others)
+
 
 class Requests(NamedTuple):
     """Which of a row's optional results are computed."""

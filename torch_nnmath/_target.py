@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,12 @@ from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors
 
 
 class TargetOptions(NamedTuple):
-    """Options of a target: its class weights and how it is interpreted."""
+    """Options of a target: its weights and how it is interpreted."""
 
     weight: Tensor | None = None  # (C)
     ignore_index: int | None = None  # None is -100
     label_smoothing: float = 0.0
+    row_weight: Tensor | None = None  # in the shape of class indices
 
 
 class IndexTarget(NamedTuple):
@@ -29,6 +31,7 @@ class IndexTarget(NamedTuple):
     keep: Tensor | None  # None if it is known that no row is ignored
     p: Tensor  # weight of the class; () if it is known that all rows have the same
     smoothing: Tensor | None  # weight of each class from label smoothing, (C); None without
+    row_weight: Tensor | None  # 0 in ignored rows
     total_weight: Tensor | int  # the divisor of a mean
 
     def make_target(self, y: Tensor, p: Tensor, dim: int, rank: int) -> Target:
@@ -41,7 +44,7 @@ class IndexTarget(NamedTuple):
 
 def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dtype) -> IndexTarget:
     """Checks and converts class indices for logits of `dtype`: the target is p e_y + smoothing."""
-    weight, ignore_index, label_smoothing = options
+    weight, ignore_index, label_smoothing, _ = options
     check.class_weight(weight, C)
     weight_dtypes = (dtype, wide_type(dtype))
     if weight is not None and weight.dtype not in weight_dtypes and not is_autocast(target):
@@ -54,28 +57,40 @@ def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dt
         # only on the CPU: reading the value would synchronise a GPU
         if are_plain_cpu_tensors(keep) and bool(keep.all()):
             keep = None
-    total_weight: Any = y.numel()
+    r = read_row_weight(options, target.shape, keep, dtype)
+    total_weight: Any = y.numel() if r is None else r.sum()
     if weight is not None:
         w = weight.to(dtype)
         p = w[y] if keep is None else w[y].masked_fill(~keep, 0)
-        total_weight = p.sum()
+        total_weight = (p if r is None else p * r).sum()
     elif keep is not None:
         p = keep.to(dtype)
-        total_weight = p.sum()
+        total_weight = p.sum() if r is None else total_weight
     else:
         p = get_constant(1.0, dtype)
     smoothing = None
     if label_smoothing:
         w = torch.ones((C,), dtype=dtype, device=target.device) if weight is None else w
         p, smoothing = (1 - label_smoothing) * p, label_smoothing / max(C, 1) * w
-    return IndexTarget(y, keep, p, smoothing, total_weight)
+    return IndexTarget(y, keep, p, smoothing, r, total_weight)
+
+
+def read_row_weight(
+    options: TargetOptions, rows: Sequence[int], keep: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Checks the weights of rows of this shape; returns them in a wide type, 0 where ignored."""
+    r = options.row_weight
+    if r is None:
+        return None
+    check.row_weight(r, rows, dtype)
+    return formulas.mask_ignored(keep, r.to(dtype))
 
 
 def read_probabilities(
     target: Tensor, options: TargetOptions, dim: int, C: int, dtype: torch.dtype
 ) -> tuple[Tensor, torch.dtype]:
     """Returns probabilities, smoothed and weighted, and the loss's dtype. Classes are at `dim`."""
-    weight, _, label_smoothing = options
+    weight, _, label_smoothing, _ = options
     check.class_weight(weight, C)
     dtype = torch.promote_types(dtype, target.dtype)
     t = widen(target)

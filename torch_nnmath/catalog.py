@@ -8,104 +8,18 @@ differentiation only.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torch_nnmath import formulas, nn, reference
 from torch_nnmath import functional as F
+from torch_nnmath._catalog_row import CLASSES, Input, Kind, Row, Sample
 from torch_nnmath.reference import Form, Forms
-
-EXAMPLES = 5  # in a batch; unlike any other size, so that swapped dimensions raise an error
-CLASSES = 3
-
-Kind = Literal["real", "signed", "positive", "class", "label"]
-
-
-class Input(NamedTuple):
-    """An input of one example, or one that all examples share.
-
-    Kinds of real numbers: "real", "positive", and "signed", which keeps away from 0. A "class" is
-    a class index. So is a "label", except that the first example's is -100, which is ignored.
-    """
-
-    shape: tuple[int, ...]
-    kind: Kind = "real"
-    shared: bool = False
-
-    def draw(self, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-        """Returns random numbers: for a batch of examples, or one array if shared."""
-        shape = self.shape if self.shared else (EXAMPLES, *self.shape)
-        if self.kind in ("class", "label"):
-            y = rng.integers(0, CLASSES, shape)
-            if self.kind == "label":
-                y[0] = -100
-            return y
-        if self.kind == "positive":
-            return rng.uniform(0.2, 1.2, shape)
-        if self.kind == "signed":
-            return rng.uniform(0.2, 1.2, shape) * rng.choice([-1.0, 1.0], shape)
-        return rng.normal(size=shape)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A call and its inputs.
-
-    The inputs are a batch of examples; the call returns a value for each, or their sum or mean. If
-    all inputs are shared, there is one example.
-    """
-
-    call: Callable[..., Tensor]
-    inputs: Mapping[str, Input]
-    name: str = ""
-
-    def draw(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, ...]:
-        """Returns a tensor for each input: float64 that requires gradients, or class indices."""
-        rng = np.random.default_rng(seed)
-        tensors = (torch.tensor(spec.draw(rng), device=device) for spec in self.inputs.values())
-        return tuple(x.requires_grad_(x.is_floating_point()) for x in tensors)
-
-    def on(self, device: str) -> Callable[..., Tensor]:
-        """Returns the call; if it is a module, a copy of it on the device."""
-        if isinstance(self.call, torch.nn.Module):
-            return copy.deepcopy(self.call).to(device)
-        return self.call
-
-    @property
-    def is_batch(self) -> bool:
-        """Whether the inputs are a batch of examples."""
-        return not all(spec.shared for spec in self.inputs.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A formula.
-
-    `slips` are the document's slips that the formula corrects (docs/slips.md). `options` are the
-    arguments with which the reference forms compute the first sample.
-    """
-
-    ids: tuple[str, ...]
-    section: str
-    title: str
-    function: type[torch.autograd.Function]
-    reference: Forms
-    samples: tuple[Sample, ...]
-    slips: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The ids and the title."""
-        return f"{' '.join(self.ids)} {self.title}"
-
+from torch_nnmath.reference_losses import WEIGHTED_COST
 
 # Inputs
 
@@ -162,7 +76,23 @@ def _scale_logits(x: Tensor, s: Tensor) -> Tensor:
 
 
 def _average(c: Tensor) -> Tensor:
-    return formulas.Cost.evaluate(c, torch.full((), c.shape[0], dtype=c.dtype, device=c.device))
+    return formulas.Cost.evaluate(
+        c, torch.full((), c.shape[0], dtype=c.dtype, device=c.device), None
+    )
+
+
+def _average_weighted(c: Tensor, r: Tensor) -> Tensor:
+    return formulas.Cost.evaluate(c, r.sum(), r)
+
+
+def _with_row_weight(loss: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
+    """Returns the loss with the weight of each row as the last input."""
+
+    def compute_loss(*inputs: Tensor) -> Any:
+        *others, r = inputs
+        return loss(*others, row_weight=r, **options)
+
+    return compute_loss
 
 
 def _run_network(x: Tensor, *parameters: Tensor, **options: str) -> Tensor:
@@ -198,6 +128,7 @@ _PROBABILITIES = {"t": _vector(CLASSES, "positive")}
 _LABELS = {"y": Input((), "label")}
 _HEAD = {"x": _vector(2), **_layer(2, CLASSES)}
 _CLASS_WEIGHT = {"w": Input((CLASSES,), "positive", shared=True)}
+_ROW_WEIGHT = {"r": Input((), "positive")}
 _SCALE = {"s": Input((1,), "positive", shared=True)}
 _NETWORK = {"x": _vector(3), **_layer(3, 2, "1"), **_layer(2, 2, "2")}
 
@@ -249,7 +180,7 @@ CATALOG: tuple[Row, ...] = (
         samples=(
             Sample(_average, {"c": Input((4,), shared=True)}),
             Sample(
-                formulas.Cost.evaluate,
+                lambda c, n: formulas.Cost.evaluate(c, n, None),
                 {"c": Input((4,), shared=True), "n": Input((), "positive", shared=True)},
                 "total weight",
             ),
@@ -567,5 +498,51 @@ CATALOG: tuple[Row, ...] = (
             ),
         ),
         options={"beta": 2, "cap": 1.5, "zeta": 0.3},
+    ),
+    Row(
+        ids=("F30",),
+        section="head",
+        title="cost of weighted rows",
+        function=formulas.Cost,
+        reference=WEIGHTED_COST,
+        samples=(
+            Sample(
+                _average_weighted,
+                {"c": Input((4,), shared=True), "r": Input((4,), "positive", shared=True)},
+            ),
+            Sample(
+                _with_row_weight(_compute_head_loss, label_smoothing=0.2, z_loss=0.3, softcap=1.5),
+                {**_HEAD, **_LABELS, **_ROW_WEIGHT},
+                "head, smoothing, z-loss, cap, mean",
+            ),
+            Sample(
+                lambda x, W, y, w, r: _compute_head_loss(
+                    x, W, y, weight=w, row_weight=r, reduction="sum", base=2
+                ),
+                {
+                    "x": _vector(2),
+                    "W": _HEAD["W"],
+                    **_LABELS,
+                    **_CLASS_WEIGHT,
+                    "r": Input((), "signed"),
+                },
+                "head, class weights, signed row weights, sum",
+            ),
+            Sample(
+                _with_row_weight(F.linear_log_probs),
+                {"x": _vector(2), "W": _HEAD["W"], **_LABELS, "r": Input((), "signed")},
+                "log-probabilities",
+            ),
+            Sample(
+                _with_row_weight(F.cross_entropy, label_smoothing=0.2, z_loss=0.3),
+                {**_LOGITS, **_LABELS, **_ROW_WEIGHT},
+                "cross entropy, smoothing, z-loss, mean",
+            ),
+            Sample(
+                _with_row_weight(F.categorical_cross_entropy, reduction="sum"),
+                {"a": _vector(CLASSES, "positive"), **_PROBABILITIES, **_ROW_WEIGHT},
+                "cross entropy of probabilities, sum",
+            ),
+        ),
     ),
 )

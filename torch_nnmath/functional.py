@@ -15,18 +15,15 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import _check as check
-from torch_nnmath import formulas, kernels
+from torch_nnmath import formulas
 from torch_nnmath._head import make_any_class, prepare_head
-from torch_nnmath._logits import compute_cross_entropy, read_logit_options
-from torch_nnmath._precision import (
-    bool_to_int,
-    cast_for_loss,
-    cast_for_product,
-    is_autocast,
-    wide_type,
-    widen,
+from torch_nnmath._logits import (
+    compute_categorical_cross_entropy,
+    compute_cross_entropy,
+    read_logit_options,
 )
-from torch_nnmath._reduction import count_examples, reduce_examples, reduce_formula
+from torch_nnmath._precision import cast_for_product, is_autocast, wide_type
+from torch_nnmath._reduction import compute_mse_loss, reduce_examples
 from torch_nnmath._target import TargetOptions
 
 __all__ = [
@@ -215,28 +212,7 @@ def mse_loss(
             f"{tuple(input.shape)}"
         )
     reduction = check.resolve_reduction(reduction, size_average, reduce)
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    if weight is None and not dtype.is_floating_point:
-        raise NotImplementedError(f"mse_loss does not support {dtype}: cast to a float type")
-    if weight is not None:
-        dtype = torch.promote_types(dtype, weight.dtype)
-    dtype, input, target, weight = cast_for_loss(dtype, input, target, weight)
-    input, target = bool_to_int(input), bool_to_int(target)
-    if target.shape != input.shape:
-        input, target = torch.broadcast_tensors(input, target)
-    scale = 2  # PyTorch's loss lacks the ½ of F4
-    if weight is not None:
-        # widen once, so that the gradients from product and divisor are added in float32
-        weight = widen(weight)
-        c = formulas.SquaredError.evaluate(input, target, 0, scale) * weight
-        n = 1 if reduction == "sum" else weight.sum()
-        loss = c if reduction == "none" else formulas.Cost.evaluate(c, n)
-        is_integer_mean = reduction == "mean" and not dtype.is_floating_point
-        return loss if is_integer_mean else loss.to(dtype)  # an integer mean stays float
-    axis_count = 0 if reduction == "none" else input.dim()
-    inputs = input, target, axis_count, scale
-    loss = reduce_formula(reduction, input.numel(), formulas.SquaredError, *inputs)
-    return loss if loss.dtype == dtype else loss.to(dtype)
+    return compute_mse_loss(input, target, reduction, weight)
 
 
 @check.support_torch_function
@@ -287,6 +263,7 @@ def categorical_cross_entropy(
     base: float = math.e,
     reduction: str = "mean",
     dim: int = -1,
+    row_weight: Tensor | None = None,
 ) -> Tensor:
     """-Σ target log_base probs over the axis `dim` (F5), and its cost (F3).
 
@@ -295,11 +272,14 @@ def categorical_cross_entropy(
         target: class indices, (*, *), or probabilities in the shape of probs.
         base: base of the logarithm; positive, not 1.
         reduction: "none" (a loss for each example), "sum", or "mean" over the examples.
+        row_weight: a factor for each example (F30), in the shape of class indices; as in
+            `cross_entropy`.
 
     0 log 0 is 0. If the target class has probability 0, the loss is inf.
 
     Raises:
-        ValueError: for an unknown reduction, a bad base, or a target of another shape.
+        ValueError: for an unknown reduction, a bad base, or a target or weight of another shape.
+        RuntimeError: if row_weight is wider than the losses.
         IndexError: if a class index or `dim` is out of range.
         TypeError: if probs are not real floating-point numbers.
 
@@ -310,24 +290,7 @@ def categorical_cross_entropy(
     check.real(target=target)
     check.base(base)
     reduction = check.resolve_reduction(reduction)
-    (dim,) = check.normalise_axes(probs, dim) or (0,)
-    dtype = torch.promote_types(probs.dtype, target.dtype)
-    dtype, probs, target = cast_for_loss(dtype, probs, target)
-    if target.is_floating_point():
-        check.shape("target with class probabilities", target, probs.shape)
-    else:
-        if probs.dim() == 0:
-            raise IndexError("class indices need probs with an axis of classes, got shape ()")
-        check.shape(
-            "target with class indices", target, (*probs.shape[:dim], *probs.shape[dim + 1 :])
-        )
-        y, _ = kernels.class_indices(target, probs.shape[dim], None)
-        probs = probs.gather(dim, y.unsqueeze(dim))
-        target = torch.ones_like(probs)
-    inputs, n = (probs, target, dim, base), count_examples(probs, dim)
-    return reduce_formula(reduction, n, formulas.CategoricalCrossEntropy, *inputs, axes=dim).to(
-        dtype
-    )
+    return compute_categorical_cross_entropy(probs, target, base, reduction, dim, row_weight)
 
 
 @check.support_torch_function
@@ -341,6 +304,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    row_weight: Tensor | None = None,
     base: float = math.e,
     logit_scale: Tensor | float = 1.0,
     softcap: float | None = None,
@@ -361,6 +325,10 @@ def cross_entropy(
         reduction: "none", "sum" or "mean". "mean" divides by the total weight of the target
             classes, or by the number of examples if the target holds probabilities.
         label_smoothing: in [0, 1], the share of the target that is spread evenly.
+        row_weight: a factor for each row's loss, z-loss included (F30), in the shape of class
+            indices, of any real type that the loss's arithmetic need not round; may be negative,
+            and may require a gradient. "mean" divides by the sum of the weights, each times that
+            of its target class. What it holds for an ignored row does not matter.
         base: base of the logarithm; positive, not 1.
         logit_scale: a factor of the logits (F18): any finite number, or a tensor of shape (),
             whose value is not checked, so it may be a parameter.
@@ -369,15 +337,15 @@ def cross_entropy(
         temperature: divides the logits after the cap; must be positive and finite.
         z_loss: the coefficient of lse² (F20, with the natural logarithm whatever `base` is), which
             is added to each row's loss. Class weights do not affect it, and "mean" divides it by
-            the number of rows that are not ignored.
+            the number of rows that are not ignored, or the sum of their row weights.
         return_stats: whether to return `(loss, LossStats)`; each field has the shape of class
-            indices.
+            indices and is not weighted.
         output_dtype: the dtype of the loss; None is that of the input. float32 keeps a loss of
             half-precision input as it was computed, unrounded.
 
     Raises:
         ValueError: for an unknown reduction, an invalid base, scale, cap, temperature or z-loss
-            coefficient, or another batch size in target.
+            coefficient, another batch size in target, or another shape of row_weight.
         RuntimeError: for other shapes or dtypes that do not fit, or a `label_smoothing` outside
             [0, 1].
         IndexError: if a class index is outside [0, C) and is not `ignore_index`.
@@ -391,7 +359,7 @@ def cross_entropy(
     if weight is not None:
         check.real(weight=weight)
     reduction = check.resolve_reduction(reduction, size_average, reduce)
-    options = TargetOptions(weight, ignore_index, label_smoothing)
+    options = TargetOptions(weight, ignore_index, label_smoothing, row_weight)
     logit_options = read_logit_options(base, logit_scale, softcap, temperature)
     return compute_cross_entropy(
         *(input, target, options, logit_options),
@@ -411,6 +379,7 @@ def linear_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
+    row_weight: Tensor | None = None,
     base: float = math.e,
     logit_scale: Tensor | float = 1.0,
     softcap: float | None = None,
@@ -430,7 +399,7 @@ def linear_cross_entropy(
         target: class indices (int64 or uint8), () or (N) or (N, d_1, ..., d_K), or (*); or
             probabilities (C) or (N, C) or (N, C, d_1, ..., d_K), or (*, C).
         linear_bias: (C) or (C, d_1, ..., d_K).
-        weight, reduction, label_smoothing, base: as in `cross_entropy`.
+        weight, reduction, label_smoothing, row_weight, base: as in `cross_entropy`.
         ignore_index: as there; None is -100. Must be None if the target holds probabilities.
         options: ignored; accepted for compatibility.
         logit_scale, softcap, temperature, z_loss, return_stats, output_dtype: as in
@@ -451,7 +420,7 @@ def linear_cross_entropy(
         target=target,
         **check.drop_none(linear_bias=linear_bias, weight=weight),
     )
-    target_options = TargetOptions(weight, ignore_index, label_smoothing)
+    target_options = TargetOptions(weight, ignore_index, label_smoothing, row_weight)
     logit_options = read_logit_options(base, logit_scale, softcap, temperature)
     head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
     head = head.with_output_dtype(output_dtype)
@@ -466,6 +435,7 @@ def linear_log_probs(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int | None = None,
+    row_weight: Tensor | None = None,
     base: float = math.e,
     logit_scale: Tensor | float = 1.0,
     softcap: float | None = None,
@@ -484,6 +454,7 @@ def linear_log_probs(
             `linear_cross_entropy`.
         target: class indices, as in `linear_cross_entropy`.
         ignore_index: rows with this index have the log-probability (and entropy) 0; None is -100.
+        row_weight: a factor for each log-probability, not for the entropy, as in `cross_entropy`.
         return_entropy: whether to return `(log_probs, entropy)`, the entropy of each row's softmax
             (F21) to the same base, which is differentiable, too.
         output_dtype: the dtype of the results; None is that of the input, but float32 for half
@@ -512,7 +483,7 @@ def linear_log_probs(
             f"linear_log_probs needs class indices as target, got {target.dtype} of shape "
             f"{tuple(target.shape)}; for class probabilities use linear_cross_entropy"
         )
-    target_options = TargetOptions(ignore_index=ignore_index)
+    target_options = TargetOptions(ignore_index=ignore_index, row_weight=row_weight)
     logit_options = read_logit_options(base, logit_scale, softcap, temperature)
     head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
     head = head.with_output_dtype(output_dtype or wide_type(head.output_dtype))

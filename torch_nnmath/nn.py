@@ -139,14 +139,15 @@ class _CrossEntropyOptions:
 class CrossEntropyLoss(_CrossEntropyOptions, torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` by F13, with the options of `functional.cross_entropy`.
 
-    Keyword-only, as PyTorch's module lacks them: base, logit_scale, softcap, temperature, z_loss,
-    return_stats, output_dtype.
+    A call takes a weight for each row, `row_weight`. Keyword-only in the constructor, as PyTorch's
+    module lacks them: base, logit_scale, softcap, temperature, z_loss, return_stats, output_dtype.
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Any:
+    def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Any:
         return F.cross_entropy(
             input,
             target,
+            row_weight=row_weight,
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
@@ -206,10 +207,11 @@ class LinearCrossEntropyLoss(_CrossEntropyOptions, _LinearCrossEntropyLoss):
     """`torch.nn.LinearCrossEntropyLoss`, the head (F15), with the options of
     `functional.linear_cross_entropy`, keyword-only.
 
+    A call takes a weight for each row, `row_weight`.
     To tie the weight, set `loss.linear.weight = embedding.weight`.
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Any:
+    def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Any:
         shape = (self.num_classes, *self.out_features)
         bias = self.linear.bias
         return F.linear_cross_entropy(
@@ -222,6 +224,7 @@ class LinearCrossEntropyLoss(_CrossEntropyOptions, _LinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
+            row_weight=row_weight,
             **self.get_own_options(),
         )
 
@@ -248,15 +251,23 @@ class SigmoidSquaredErrorLoss(SquaredErrorLoss):
 
 
 class CategoricalCrossEntropyLoss(torch.nn.Module):
-    """-Σ target log_base input over the axis `dim` (F5), on probabilities."""
+    """-Σ target log_base input over the axis `dim` (F5), on probabilities.
+
+    A call takes a weight for each example, `row_weight`.
+    """
 
     def __init__(self, *, base: float = math.e, reduction: str = "mean", dim: int = -1):
         super().__init__()
         self.base, self.reduction, self.dim = base, reduction, dim
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Tensor:
         return F.categorical_cross_entropy(
-            input, target, base=self.base, reduction=self.reduction, dim=self.dim
+            input,
+            target,
+            base=self.base,
+            reduction=self.reduction,
+            dim=self.dim,
+            row_weight=row_weight,
         )
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ the Linear that computes logits. Its mark is the `HeadLog` that counts what happ
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
@@ -16,7 +17,14 @@ import torch
 from torch.nn import Module
 
 from torch_nnmath import nn
-from torch_nnmath.deferred import HeadLog, get_head_log, get_mark, set_mark, track_optimizers
+from torch_nnmath.deferred import (
+    HeadLog,
+    get_head_log,
+    get_mark,
+    has_few_classes,
+    set_mark,
+    track_optimizers,
+)
 
 __all__ = ["Change", "Report", "swap", "unswap"]
 
@@ -122,9 +130,11 @@ def swap(
         head: the Linear that computes logits: its name or the module itself; None for no head.
             "auto" keeps the heads that the model has. If it has none, the heads are the output
             embeddings that submodules declare by a method `get_output_embeddings()`; if none does,
-            the last Linear of `model.modules()`. Logits of a head that "auto" chose are plain where
-            deferring them would make the model slower: below 16 MiB, or with fewer than two classes
-            for each feature. A named head defers logits of any size.
+            the last Linear of `model.modules()`. Of a module that is no Linear itself, such as one
+            with an adapter, the heads are the Linears in it that have the most outputs. Logits of a
+            head that "auto" chose are plain where deferring them would make the model slower: below
+            16 MiB, or with fewer than two classes for each feature. A named head defers logits of
+            any size.
 
     Returns:
         the changes, the logs of the heads, and the modules left unchanged, each with the reason.
@@ -240,12 +250,12 @@ def _find_heads(head: Any, names_by_module: NamesByModule) -> list[Module]:
     if head is None:
         return []
     if isinstance(head, str) and head == "auto":
+        groups = [_find_terms(m, is_auto=True) for m in _find_declared_heads(names_by_module)]
         existing_heads = [module for module in names_by_module if get_head_log(module) is not None]
-        return (
-            existing_heads
-            or _find_declared_heads(names_by_module)
-            or _find_last_linear(names_by_module)
-        )
+        if existing_heads:  # with adapters that were added since
+            groups = [group for group in groups if any(m in existing_heads for m in group)]
+            return [*dict.fromkeys((*existing_heads, *itertools.chain(*groups)))]
+        return [*itertools.chain(*groups)] or _find_last_linear(names_by_module)
     if isinstance(head, str):
         module_by_name = {
             name: module for module, names in names_by_module.items() for name in names
@@ -261,11 +271,30 @@ def _find_heads(head: Any, names_by_module: NamesByModule) -> list[Module]:
             raise ValueError(f"head: this {type(module).__name__} is not in the model")
     else:
         raise TypeError(f'head must be a name, a module, "auto" or None, got {head!r:.80}')
-    if not isinstance(module, torch.nn.Linear):
-        raise ValueError(f"head must be a torch.nn.Linear, got {head!r:.80}: {type(module)}")
-    if reason := _find_obstacle(module):
-        raise ValueError(f"head {names_by_module[module][0]!r} cannot be changed: {reason}")
-    return [module]
+    terms = _find_terms(module, is_auto=False)
+    for term in terms:
+        if not isinstance(term, torch.nn.Linear):
+            raise ValueError(f"head must be a torch.nn.Linear, got {head!r:.80}: {type(term)}")
+        if reason := _find_obstacle(term):
+            raise ValueError(f"head {names_by_module[term][0]!r} cannot be changed: {reason}")
+    return terms
+
+
+def _find_terms(module: Module, *, is_auto: bool) -> list[Module]:
+    """Returns the Linears whose sum a head is: itself, or those in it with the most outputs.
+
+    A Linear with an adapter has two. Where the widest has so few classes that `auto` leaves its
+    logits plain, those of the adapter stay plain, too. Without a Linear the module is returned.
+    """
+    if isinstance(module, torch.nn.Linear):
+        return [module]
+    linears = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+    if not linears:
+        return [module]
+    most_outputs = max(m.out_features for m in linears)
+    terms = [m for m in linears if m.out_features == most_outputs]
+    widest = max(terms, key=lambda m: m.in_features)
+    return [widest] if is_auto and has_few_classes(widest.weight) else [*terms]
 
 
 def _find_declared_heads(names_by_module: NamesByModule) -> list[Module]:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import testing
-from torch_nnmath.catalog import CATALOG, EXAMPLES, Input, Row, Sample
+from torch_nnmath._catalog_row import EXAMPLES, Input, Row, Sample
+from torch_nnmath.catalog import CATALOG
 from torch_nnmath.reference import Elementary, Form
 from torch_nnmath.testing import Report, Verdict
 from torch_nnmath.testing._pytorch import make_examples

@@ -25,7 +25,7 @@ def test_warning_is_raised_once_for_each_head_with_reason_and_line(model):
     assert "swap(model, head=None)" in message
     assert warning.filename.endswith(FILE)
     assert not collect_warnings(lambda: swapped(x).exp())
-    assert not collect_warnings(lambda: swapped(x).softmax(-1))
+    assert not collect_warnings(lambda: swapped(x).cos())
     assert sum(log.materialized.values()) == 3
 
 
@@ -84,15 +84,13 @@ def test_report_counts_losses_and_materializations():
     assert "2 modules changed" in table
 
 
-@pytest.mark.parametrize("use", ["exp", "softmax", "difference", "several classes", "detach"])
+@pytest.mark.parametrize("use", ["exp", "difference", "several classes", "detach"])
 def test_report_says_what_to_do_instead(use):
     _, swapped, log = make_pair()
     o = make_inputs()
     z = swapped(o.x)
     if use == "exp":
-        expected, _ = "an entropy needs no logits", z.log_softmax(-1).exp()
-    elif use == "softmax":
-        expected, _ = "an entropy needs no logits", z.softmax(-1)
+        expected, _ = "an entropy needs no logits", z.exp()
     elif use == "difference":
         expected, _ = "logits.log_softmax(-1) is not computed", z - z.logsumexp(-1, keepdim=True)
     elif use == "several classes":

@@ -50,6 +50,55 @@ def stack_loss_and_stats(z, o):
     return torch.stack([loss, *(v.to(loss.dtype) for v in stats)])
 
 
+def mask_losses(z, o):
+    """A mean over the tokens of a mask, as trainers compute it from unreduced losses."""
+    mask = (o.y != IGNORED).to(z.dtype)
+    return (ce(z, o.all_y, reduction="none").view_as(mask) * mask).sum() / mask.sum()
+
+
+def compute_policy_loss(z, o):
+    """The clipped loss of GRPO, with an entropy bonus and a KL penalty estimated from samples."""
+    l = (z[:, :-1] / 0.9).log_softmax(-1)
+    log_probs = l.gather(-1, o.all_y[:, 1:, None]).squeeze(-1)
+    old, advantage = log_probs.detach() - 0.1, torch.linspace(-1, 1, B, dtype=z.dtype)[:, None]
+    ratio = (log_probs - old).exp()
+    loss = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    penalty = (old - log_probs).exp() - (old - log_probs) - 1
+    return loss + 0.1 * penalty - 0.01 * -(l.exp() * l).sum(-1)
+
+
+def compute_preference_loss(z, o):
+    """DPO's loss of the first example, which is chosen, and the second, which is rejected."""
+    mask = o.y[:, 1:] != IGNORED
+    log_probs = z[:, :-1].log_softmax(-1)
+    log_probs = torch.gather(log_probs, 2, o.all_y[:, 1:].unsqueeze(2)).squeeze(2)
+    chosen, rejected = (log_probs * mask).sum(-1)
+    return -F.logsigmoid(0.1 * (chosen - rejected - 0.3))
+
+
+def compute_entropy_of_chunks(z, o):
+    """Computes entropies as trainers for reinforcement learning do, some rows at a time."""
+    chunks = z.reshape(-1, C).split(5, dim=0)
+    logarithms = [F.log_softmax(chunk, dim=-1) for chunk in chunks]
+    return torch.cat([-(torch.exp(l) * l).sum(-1) for l in logarithms]).reshape(B, -1)
+
+
+def compute_constant_entropy(z, o):
+    with torch.no_grad():
+        entropy = compute_entropy_of_chunks(z, o)
+    assert not entropy.requires_grad
+    return entropy + ce(z, o.y)
+
+
+def apply_to(function):
+    """Returns a function of what one more operation on the logits gives."""
+    return lambda change: lambda z, o: function(change(z, o))
+
+
+compute_entropy = apply_to(lambda v: -(v.softmax(-1) * v.log_softmax(-1)).sum(-1))
+compute_expected_logit = apply_to(lambda v: (v * v.softmax(-1)).sum(-1))
+
+
 def add_z_loss(z, o):
     return ce(z, o.y) + 1e-2 * z.logsumexp(-1).square().mean()
 
@@ -181,6 +230,12 @@ FUSED: dict[str, Any] = {
     "function of nnmath, capped": lambda z, o: functional.cross_entropy(
         4 * torch.tanh(z.mT * o.s / 4), o.y, z_loss=1e-2, weight=o.weight
     ),
+    "function of nnmath, row weights": lambda z, o: functional.cross_entropy(
+        z.mT, o.y, row_weight=o.t.squeeze(-1), z_loss=1e-2, label_smoothing=0.1
+    ),
+    "module of nnmath, row weights": lambda z, o: torch_nnmath.nn.CrossEntropyLoss()(
+        z.flatten(0, 1), o.y.flatten(), o.t.flatten()
+    ),
     "stats": stack_loss_and_stats,
     # log-probabilities
     "nll_loss": lambda z, o: F.nll_loss(F.log_softmax(z, -1).flatten(0, 1), o.y.flatten()),
@@ -214,6 +269,29 @@ FUSED: dict[str, Any] = {
         z.gather(-1, o.all_y[..., None]) - z.logsumexp(-1, keepdim=True)
     ),
     "log-probabilities of a policy": compute_log_probs_of_policy,
+    # losses of tuning, and entropies
+    "losses times a mask": mask_losses,
+    "policy gradient": compute_policy_loss,
+    "preference": compute_preference_loss,
+    "entropy": compute_entropy(lambda z, o: z),
+    "entropy of scaled": compute_entropy(lambda z, o: z * o.s),
+    "entropy of capped": compute_entropy(lambda z, o: 3 * torch.tanh((z + o.row) / 3)),
+    "entropy of some rows": compute_entropy(
+        lambda z, o: z[:, 1:].flatten(0, 1)[o.y[:, 1:].flatten() > 9]
+    ),
+    "entropy, rows after softmax": lambda z, o: (
+        z.mT.softmax(1)[..., 1:] * -z.mT.log_softmax(1)[..., 1:]
+    ).sum(1, keepdim=True),
+    "entropy by exp": lambda z, o: -(z.log_softmax(-1).exp() * z.log_softmax(-1)).sum(dim=-1),
+    "entropy of negated": lambda z, o: torch.sum(-z.softmax(2) * F.log_softmax(z, 2), [2]),
+    "entropy, mean": lambda z, o: torch.mean(-1 * F.log_softmax(z, 2) * F.softmax(z, 2), -1),
+    "entropy, terms": lambda z, o: torch.special.entr(F.softmax(z / 2, -1)).sum(-1),
+    "entropy of chunks": compute_entropy_of_chunks,
+    "entropy without gradient": compute_constant_entropy,
+    "entropy from logits": lambda z, o: z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1),
+    "expected logit": compute_expected_logit(lambda z, o: z),
+    "expected logit, capped": compute_expected_logit(lambda z, o: -2 * torch.tanh(z * o.s)),
+    "expected logit, negated": lambda z, o: (z.log_softmax(-1).exp().neg() * z).sum(-1),
 }
 FUSED_WITHOUT_BIAS: dict[str, Any] = {
     "over temperatures": lambda z, o: ce(z / o.fixed_t, o.y),
@@ -231,6 +309,7 @@ FUSED_WITHOUT_BIAS: dict[str, Any] = {
     "temperatures, logarithms": lambda z, o: (z / o.t).log_softmax(-1).mean(-1),
     "temperatures, logsumexp": lambda z, o: (z / o.t).logsumexp(-1),
     "temperatures, gather of logits": lambda z, o: (z / o.t).gather(-1, o.all_y[..., None]),
+    "temperatures, entropy": compute_entropy(lambda z, o: z / o.t),
     "temperatures, cap": lambda z, o: functional.cross_entropy((z / o.t).mT, o.y, softcap=3.0),
     "no bias": lambda z, o: ce(4 * torch.tanh((z + o.row) * o.s / 4), o.y),
 }
@@ -242,6 +321,10 @@ LOSS_COUNTS = {
     "z-loss of the user's": 2,
     "gather less logsumexp": 2,
     "log-probabilities of a policy": B + 1,
+    "policy gradient": 2,
+    "entropy of chunks": 4,
+    "entropy without gradient": 5,
+    "entropy from logits": 2,
 }
 
 

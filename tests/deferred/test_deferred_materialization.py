@@ -110,6 +110,20 @@ def use_results_of_steps(z, o):
     return total + ce(z, o.y) + F.cross_entropy(v, o.y.flatten()) + F.nll_loss(l, o.y) + u.sum()
 
 
+def compute_cross_term(z, o):
+    """The probabilities are constants: the gradient is not that of an entropy."""
+    with torch.no_grad():
+        p = z.softmax(-1)
+    return -(p * z.log_softmax(-1)).sum(-1)
+
+
+def compute_entropy_with_hook(z, o):
+    l = z.log_softmax(-1)
+    p = l.exp()
+    p.register_hook(lambda gradient: 2 * gradient)
+    return -(p * l).sum(-1)
+
+
 def add_other_logits(z, o):
     return ce(z + z.detach().roll(1, 0).requires_grad_(), o.y)
 
@@ -121,8 +135,41 @@ def write_out_argument(z, o):
 MATERIALIZED: dict[str, tuple[str, Any]] = {
     # the operation that the log names, and the use
     "exp": ("exp", lambda z, o: z.exp().mean()),
-    "softmax": ("_softmax", lambda z, o: z.softmax(-1)[..., 0]),
-    "softmax, function": ("_softmax", lambda z, o: F.softmax(z, dim=2).square().sum(-1)),
+    "softmax": ("select", lambda z, o: z.softmax(-1)[..., 0]),
+    "softmax, function": ("pow", lambda z, o: F.softmax(z, dim=2).square().sum(-1)),
+    "softmax over rows": ("_softmax", lambda z, o: (z.softmax(1) * z).sum(-1)),
+    "softmax, then scaled": ("mul", lambda z, o: (3 * z.softmax(-1) * z).sum(-1)),
+    "softmax twice": ("_softmax", lambda z, o: (z.softmax(-1).softmax(-1) * o.probs).sum(-1)),
+    "sum of probabilities": (
+        "_softmax_backward_data",
+        lambda z, o: z.softmax(-1).sum(-1) + z.softmax(-1).gather(-1, o.all_y[..., None])[..., 0],
+    ),
+    "entropy at another temperature": (
+        "mul",
+        lambda z, o: -(z.softmax(-1) * (z / 2).log_softmax(-1)).sum(-1),
+    ),
+    "entropy of other rows": (
+        "mul",
+        lambda z, o: -(z[:, 1:].softmax(-1) * z[:, :-1].log_softmax(-1)).sum(-1),
+    ),
+    "entropy at two learnt temperatures": (
+        "mul",
+        lambda z, o: -((z * o.s).softmax(-1) * (z * o.narrow_s).log_softmax(-1)).sum(-1),
+    ),
+    "entropy of detached probabilities": (
+        "mul",
+        lambda z, o: -(z.softmax(-1).detach() * z.log_softmax(-1)).sum(-1),
+    ),
+    "entropy of constant probabilities": ("nothing stands between", compute_cross_term),
+    "entropy with a hook": ("register_hook", compute_entropy_with_hook),
+    "entropy over rows and classes": (
+        "sum",
+        lambda z, o: (z.softmax(-1) * z.log_softmax(-1)).sum((1, 2)),
+    ),
+    "entropy, squared terms": (
+        "pow",
+        lambda z, o: (z.softmax(-1) * z.log_softmax(-1)).square().sum(-1),
+    ),
     "logsumexp of rows": ("logsumexp|amax", lambda z, o: z.logsumexp(1)),
     "logsumexp of all": ("logsumexp|amax", lambda z, o: z.logsumexp((1, 2))),
     "logsumexp of logarithms": ("logsumexp|amax", lambda z, o: z.log_softmax(-1).logsumexp(-1)),
@@ -231,7 +278,7 @@ MATERIALIZED: dict[str, tuple[str, Any]] = {
     "sorting": ("sort", lambda z, o: z.sort(-1)[0][..., ::30]),
     "after steps": ("exp", use_results_of_steps),
     "sum of logits and targets": ("roll", add_other_logits),
-    "own targets": ("_softmax", lambda z, o: F.cross_entropy(z.mT, z.mT.softmax(1))),
+    "own targets": ("sum|neg|mul", lambda z, o: F.cross_entropy(z.mT, z.mT.softmax(1))),
     "out": ("empty_like", write_out_argument),
     "as_strided": ("as_strided", lambda z, o: z[1].as_strided((T,), (C,))),
     # in place

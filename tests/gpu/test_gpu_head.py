@@ -95,6 +95,8 @@ def draw_arguments(seed: int, dtype: torch.dtype) -> tuple[list[Any], list[Any]]
     target = [y if p is not None else None, p, t]
     inputs = [x, W, b, *target, keep, features, scale, base, cap, weight_dtype]
     upstream = [normal(N, 1), maybe(lambda: normal(N, 1)), maybe(lambda: normal(N, 1))]
+    if D > 1 and choose.random() < 0.5:  # sums of few products cancel
+        upstream[0][::3] = 0  # rows whose loss has the weight 0
     return inputs, upstream
 
 
@@ -151,6 +153,8 @@ def test_head_on_a_gpu_equals_the_head_on_the_cpu(dtype, has_sums):
     for seed in range(60):
         inputs, upstream = draw_arguments(seed, dtype)
         requests, needs = [seed % 2 == 0, seed % 3 == 0], draw_needs(seed, inputs)
+        if seed % 4 == 3:  # γ of a cost with a weight for each row
+            upstream[0] = upstream[0].squeeze(1)
         arguments = [*inputs, *upstream, None, requests, needs]
         truth = kernels.head(*widen(arguments))
         if has_sums:
@@ -187,15 +191,15 @@ def test_head_with_triton_equals_the_head_on_the_cpu(dtype, monkeypatch):
 @pytest.mark.triton
 @needs_triton
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("is_cost", [False, True])
-def test_head_with_one_read_equals_the_head_on_the_cpu(is_cost, monkeypatch):
+@pytest.mark.parametrize("kind", ["rows", "cost", "weighted cost"])
+def test_head_with_one_read_equals_the_head_on_the_cpu(kind, monkeypatch):
     round_in_interpreter(monkeypatch)
     process_rows = mock.Mock(wraps=single_read.SingleRead.process_rows)
     monkeypatch.setattr(single_read.SingleRead, "process_rows", lambda *args: process_rows(*args))
     for seed in range(6):
         inputs, (γ, ω, _) = draw_arguments(seed, torch.bfloat16)
         inputs[5] = None
-        γ = torch.tensor(0.3) if is_cost else γ
+        γ = {"rows": γ, "cost": torch.tensor(0.3), "weighted cost": γ.squeeze(1)}[kind]
         needs = draw_needs(seed, inputs) if seed else [True, True, *draw_needs(seed, inputs)[2:]]
         arguments = [*inputs, γ, ω, None, None, [False, True], needs]
         truth = kernels.head(*widen(arguments))
@@ -334,6 +338,44 @@ def test_ignored_rows_get_no_gradient_from_an_infinite_weight():
     assert dx[1] == 0
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_row_weights_have_the_derivatives_of_the_head_on_the_cpu(dtype, reduction):
+    """Also in the weights, of which some are 0; those of ignored rows do not matter."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, W, y = normal(70, 9), normal(33, 9), torch.randint(33, (70,), generator=generator)
+    ignored_mask = torch.arange(70) % 5 == 0
+    y[ignored_mask] = -100
+    r = torch.randn(70, generator=generator).square()
+    r[::7] = 0
+
+    def differentiate(weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [v.to(dtype).requires_grad_() for v in (x, W)]
+        weight = weight.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        loss = functional.linear_cross_entropy(
+            *leaves, y, row_weight=weight, reduction=reduction, z_loss=0.1
+        )
+        first = torch.autograd.grad(loss, [*leaves, weight], create_graph=True)
+        again = torch.autograd.grad(loss, [*leaves, weight], retain_graph=True)
+        for g, expected in zip(again, first, strict=True):
+            torch.testing.assert_close(g, expected.detach())
+        squares = sum(g.double().square().sum() for g in first)
+        return [loss.detach(), *again, *torch.autograd.grad(squares, [*leaves, weight])]
+
+    expected = differentiate(r, torch.float64)
+    with gpu_head():
+        results = differentiate(r.masked_fill(ignored_mask, float("nan")), dtype)
+    for result, exact in zip(results, expected, strict=True):
+        size = exact.abs().max().item()
+        torch.testing.assert_close(result.double(), exact, rtol=0, atol=8 * EPSILON[dtype] * size)
+        if result.shape[:1] == (70,):
+            assert not result[ignored_mask].count_nonzero()
+
+
 @pytest.mark.parametrize("dtype", EPSILON)
 def test_second_order_on_a_gpu_equals_that_on_the_cpu(dtype):
     for seed in range(60):
@@ -411,7 +453,8 @@ def test_head_and_second_order_never_wait_for_the_device():
     for seed, dtype in itertools.product(range(30), EPSILON):
         inputs, upstream = draw_arguments(seed, dtype)
         needs, direction = draw_needs(seed, inputs), draw_direction(seed, inputs)
-        first = [*inputs, *upstream, None, [True, True], needs]
+        γ, *others = upstream
+        first = [*inputs, γ.squeeze(1), *others, None, [True, True], needs]
         second = [*inputs, *upstream, *direction, needs]
         with mock.patch.object(head, "has_triton", return_value=False), torch.no_grad():
             for function, arguments in ((head.head, first), (head.head_second_order, second)):

@@ -264,6 +264,18 @@ def eager_policy_loss(x: Tensor, W: Tensor, t: Tensor, advantages: Tensor) -> Te
     return -(advantages * log_probs).mean() - ENTROPY_BONUS * entropy.mean()
 
 
+def weighted_head(x: Tensor, W: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    return functional.linear_cross_entropy(x, W, t, row_weight=r, reduction="sum")
+
+
+def eager_weighted_head(x: Tensor, W: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    return (r * F.cross_entropy(F.linear(x, W), t, reduction="none")).sum()
+
+
+def unweighted_head(x: Tensor, W: Tensor, t: Tensor, _: Tensor) -> Tensor:
+    return functional.linear_cross_entropy(x, W, t, reduction="sum")
+
+
 def weighted_row_losses(x: Tensor, W: Tensor, t: Tensor, advantages: Tensor) -> Tensor:
     """Computes the policy-gradient loss without the bonus, from the head's unreduced losses."""
     return (advantages * functional.linear_cross_entropy(x, W, t, reduction="none")).mean()
@@ -351,6 +363,17 @@ heads = (
         },
         floor=None,
         targets=(Target(1.10, "plain"), Target(1.10, "plain", kind="memory")),
+    ),
+    replace(
+        small_head,
+        name="row_weight",
+        description="the head with a weight for each row; plain: without",
+        draw_inputs=draw_head_and_advantages,
+        contenders={
+            **make_contenders(weighted_head, eager_weighted_head, materialises_logits=True),
+            "plain": Contender(unweighted_head, is_equivalent=False),
+        },
+        targets=(Target(1.03, "plain"), Target(1.05, "plain", kind="memory")),
     ),
     replace(
         head,

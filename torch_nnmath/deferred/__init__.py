@@ -8,6 +8,7 @@ affine map's Function (F1), whose backward (F8) runs only if the logits are mate
 - `losses`: the losses that apply these steps to the features and call the fused head (F14, F15).
   They do so only if the graph between head and loss consists of exactly these steps. Otherwise
   they materialise the logits, so that a hook, a checkpoint or a Function in the graph still runs.
+- `sums`: the sum of the logits of two heads, as of a Linear and its adapter, is one head.
 - `observers`: the functions that observe the gradient of logits or read their memory.
 - `reductions`: the operations, such as `argmax`, that are computed from blocks of logits.
 - `operands`: what the product takes: features, weight and bias, cast as under autocast.
@@ -16,9 +17,9 @@ affine map's Function (F1), whose backward (F8) runs only if the logits are mate
   came from the same call of the head; from then on they behave as plain tensors.
 """
 
-from torch_nnmath.deferred import losses, observers
+from torch_nnmath.deferred import losses, observers, sums
 from torch_nnmath.deferred.log import HeadLog, MaterializedLogits
-from torch_nnmath.deferred.logits import DeferredLogits, linear, materialize
+from torch_nnmath.deferred.logits import DeferredLogits, has_few_classes, linear, materialize
 from torch_nnmath.deferred.mark import get_head_log, get_mark, set_mark
 from torch_nnmath.deferred.optimizers import compute_logits_before_update, track_optimizers
 
@@ -29,10 +30,12 @@ __all__ = [
     "compute_logits_before_update",
     "get_head_log",
     "get_mark",
+    "has_few_classes",
     "linear",
     "losses",
     "materialize",
     "observers",
     "set_mark",
+    "sums",
     "track_optimizers",
 ]

@@ -19,7 +19,6 @@ _ENTROPY = (
 _KEPT = "drop logits before the step, or keep a reduction, such as logits.detach().mean()"
 REMEDIES = {
     "exp": _ENTROPY,
-    "_softmax": _ENTROPY,
     "sub": "logits.log_softmax(-1) is not computed, logits - logits.logsumexp(-1, True) is",
     "_log_softmax_backward_data": "only gather of one class, nll_loss, sum and mean of "
     "log-probabilities have a gradient without logits",

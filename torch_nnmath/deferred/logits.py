@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ from torch_nnmath.deferred.steps import (
     Rule,
     StepResult,
     aten,
+    is_same_value,
     make_packed_layout,
+    multiply,
 )
 from torch_nnmath.formulas.affine import compute_affine_gradients
 from torch_nnmath.kernels.dispatch import PLAIN_TYPES
@@ -87,6 +89,11 @@ MIN_DEFERRED_BYTES = 2**24
 MIN_CLASSES_PER_FEATURE = 2
 
 
+def has_few_classes(weight: Tensor) -> bool:
+    """Whether the features outweigh the logits, whatever the number of rows."""
+    return weight.shape[0] < MIN_CLASSES_PER_FEATURE * weight.shape[-1]
+
+
 def find_reason_for_plain_logits(features: Tensor, weight: Tensor) -> str | None:
     """Returns why deferral would cost more time than its memory is worth; None if it would not.
 
@@ -95,7 +102,7 @@ def find_reason_for_plain_logits(features: Tensor, weight: Tensor) -> str | None
     a fused loss is as fast as one with plain logits from about these limits on.
     """
     classes, row_length = weight.shape[0], weight.shape[-1]
-    if classes < MIN_CLASSES_PER_FEATURE * row_length:
+    if has_few_classes(weight):
         return (
             f"by rule: fewer than {MIN_CLASSES_PER_FEATURE} classes for each feature, so logits "
             "are small beside the features"
@@ -155,6 +162,7 @@ class HeadCall:
     log: HeadLog
     grad_fn: Any  # the node of the logits in the graph; None if they do not require grad
     is_training = False
+    term_dtypes: Collection[torch.dtype] = ()  # of the terms, if the logits are a sum
 
     def __init__(self, operands: Operands):
         self.operands: Any = operands
@@ -222,7 +230,7 @@ class Recipe:
     """How to compute one deferred tensor: by the head's affine map, or by a step on its parent.
 
     After `materialize`, `tensor` has the values, and the parent is released. It is an inference
-    tensor if the deferred tensor is one.
+    tensor if the deferred tensor is one. `factor` is the second factor of a product.
     """
 
     is_inference = False
@@ -235,7 +243,9 @@ class Recipe:
         result: StepResult,
         parent: Recipe | None = None,
         operation: Operation | None = None,
+        factor: Recipe | None = None,
     ):
+        self.factor = factor
         self.call, self.result, self.parent, self.operation = call, result, parent, operation
         self.form, self.layout = result.form, result.layout
         self.tensor: Tensor | None = None
@@ -248,9 +258,12 @@ class Recipe:
             self.tensor = torch.nn.functional.linear(operands.features, weight, operands.bias)
             return
         assert self.parent.tensor is not None
-        tensor = self.operation.apply(self.parent.tensor)
-        self.tensor = tensor.contiguous() if self.operation.func in INDEXING else tensor
-        self.parent = self.operation = None
+        operation = self.operation
+        if self.factor is not None:
+            operation = operation._replace(args=(None, self.factor.tensor))
+        tensor = operation.apply(self.parent.tensor)
+        self.tensor = tensor.contiguous() if operation.func in INDEXING else tensor
+        self.parent = self.operation = self.factor = None
 
     def make_blocks(self) -> LogitBlocks | None:
         """Returns these logits as blocks; None if a step treats rows differently."""
@@ -290,6 +303,17 @@ class Recipe:
                 break
             recipe = recipe.parent
         return recipe
+
+    def list_changes_of_logits(self) -> list[Recipe]:
+        """Returns the steps without softmax and what changes its values, a sign or logarithm."""
+        return [
+            step
+            for step in self.list_steps()
+            if step.parent is None
+            or step.form.is_logits
+            or (step.form.log_sign, step.form.softmax_sign)
+            == (step.parent.form.log_sign, step.parent.form.softmax_sign)
+        ]
 
     def list_steps(self) -> list[Recipe]:
         """Returns the recipes from the first one after the head to this one."""
@@ -452,6 +476,8 @@ def _call_operation(func: Any, args: Any, kwargs: Any) -> Any:
 def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
     """Returns the operation's result as deferred logits; None if the rule does not apply."""
     positions = [i for i, v in enumerate(args) if isinstance(v, DeferredLogits)]
+    if func is aten.mul.Tensor and len(positions) == 2:
+        return _defer_product(*args)
     if len(positions) != 1 or any(isinstance(v, DeferredLogits) for v in kwargs.values()):
         return None
     (position,) = positions
@@ -480,14 +506,32 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
         if result is None or result.layout.shape[result.form.axis] != class_count:
             return None
         dtype = result.layout.dtype
-        if torch.promote_types(dtype, layout.dtype) != dtype:
-            return None  # a cast to a narrower dtype rounds
+        # a cast to a narrower dtype rounds, unless a term of the sum is that narrow
+        if torch.promote_types(dtype, layout.dtype) != dtype and dtype not in call.term_dtypes:
+            return None
         step = operation._replace(output=i) if has_several_outputs else operation
         # A view is an inference tensor if its base is one, whether inference mode is on or not.
         is_inference = recipe.is_inference if func.is_view else torch.is_inference_mode_enabled()
         with set_inference_mode(is_inference):
             outputs.append(DeferredLogits(Recipe(call, result, recipe, step)))
     return outputs if has_several_outputs else outputs[0]
+
+
+def _defer_product(input: DeferredLogits, other: DeferredLogits) -> Any:
+    """Returns the product of probabilities and the logits that they come from, or None."""
+    first, second = input.recipe, other.recipe
+    call = first.call
+    if call.is_materialized or is_traced() or second.call is not call:
+        return None
+    changes, other_changes = first.list_changes_of_logits(), second.list_changes_of_logits()
+    pairs = zip(changes, other_changes, strict=False)
+    is_same = all(s is t or is_same_value(s.operation, t.operation) for s, t in pairs)
+    if not is_same or len(changes) != len(other_changes):
+        return None
+    p, v = (first, second) if first.form.softmax_sign else (second, first)
+    result = multiply(p.form, v.form, first.layout, second.layout)
+    operation = Operation(aten.mul.Tensor, (None, None), {}, 0)
+    return result and DeferredLogits(Recipe(call, result, first, operation, second))
 
 
 def _reduce(func: Any, args: Any, kwargs: Any) -> Any:

@@ -18,7 +18,13 @@ from torch_nnmath._head import Head, LogitChanges, make_any_class, prepare_head
 from torch_nnmath._logits import LogitOptions, is_scaled, read_logit_options
 from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, widen
 from torch_nnmath._target import TargetOptions
-from torch_nnmath.deferred.logits import DeferredLogits, get_grad_fn, is_traced, register_override
+from torch_nnmath.deferred.logits import (
+    DeferredLogits,
+    Recipe,
+    get_grad_fn,
+    is_traced,
+    register_override,
+)
 
 DEFAULT_TARGET_OPTIONS, DEFAULT_LOGIT_OPTIONS = TargetOptions(), LogitOptions()
 
@@ -73,19 +79,29 @@ def find_obstacle(logits: DeferredLogits) -> str | None:
     The graph must consist of exactly the recorded steps: the loss would skip a Function or a
     checkpoint between them.
     """
-    call, node = logits.recipe.call, get_grad_fn(logits)
+    call = logits.recipe.call
     if call.observer or not (torch.is_grad_enabled() and logits.requires_grad):
         return call.observer
     if logits.is_leaf:
         return "requires_grad_ of logits"
-    for recipe in reversed(logits.recipe.list_steps()):
+    return _find_foreign_node(logits.recipe, get_grad_fn(logits))
+
+
+def _find_foreign_node(recipe: Recipe, node: Any) -> str | None:
+    """Names the first node of the graph, from this one to the head, that is of no step."""
+    while recipe.parent is not None:
         operation = recipe.operation
         assert operation is not None
         if not _is_node_of(node, operation.func):
             node_name = "nothing" if node is None else node.name()
             return f"{node_name} stands between head and loss, where {operation.func} was expected"
+        if recipe.factor is not None:
+            obstacle = _find_foreign_node(recipe.factor, node.next_functions[1][0])
+            if obstacle is not None:
+                return obstacle
         node = node.next_functions[operation.position][0]
-    if node is not call.grad_fn:
+        recipe = recipe.parent
+    if node is not recipe.call.grad_fn:
         return f"{'nothing' if node is None else node.name()} stands between head and loss"
     return None
 
@@ -98,16 +114,17 @@ def _is_node_of(node: Any, func: Any) -> bool:
     return bool(re.sub(r"Backward\d+$", "", node.name()).lower() == name)
 
 
-def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int) -> Any:
+def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int, is_product: bool = False) -> Any:
     """Returns the `HeadRows` of a loss over the classes at `axis`, of logits or log-probabilities.
 
-    Returns NotImplemented if the classes are at another axis, or for logits in place of
-    log-probabilities and vice versa; also, after materialising the logits, if the graph has an
-    obstacle between head and loss.
+    With `is_product`, of their product with the probabilities. Returns NotImplemented if the
+    classes are at another axis, or for values of another form; also, after materialising the
+    logits, if the graph has an obstacle between head and loss.
     """
     recipe, form = logits.recipe, logits.recipe.form
     call = recipe.call
     is_form_of_loss = bool(form.log_sign) == is_log and form.axis == axis % logits.dim()
+    is_form_of_loss &= bool(form.softmax_sign) == form.is_product == is_product
     if call.is_materialized or is_traced() or not is_form_of_loss:
         return NotImplemented
     obstacle = find_obstacle(logits)
@@ -214,6 +231,7 @@ class CrossEntropyArguments:
     reduction: str = "mean"
     label_smoothing: float = 0.0
     _: KW_ONLY
+    row_weight: Tensor | None = None
     base: float = torch.e
     logit_scale: Any = 1.0
     softcap: float | None = None
@@ -238,7 +256,8 @@ def cross_entropy(
         func is torch.nn.functional.nll_loss,
     )
     form, axis = input.recipe.form, min(input.dim() - 1, 1)
-    if not isinstance(target, Tensor) or form.log_sign < 0:
+    is_plain_target = isinstance(target, Tensor) and not isinstance(target, DeferredLogits)
+    if not is_plain_target or form.log_sign < 0:
         return NotImplemented
     options = arguments.read_logit_options()
     if form.is_capped and (options.cap is not None or is_scaled(options.scale)):
@@ -258,7 +277,7 @@ def cross_entropy(
     ignore_index = None if is_distribution else arguments.ignore_index
     head = rows.prepare_head(
         target,
-        TargetOptions(weight, ignore_index, arguments.label_smoothing),
+        TargetOptions(weight, ignore_index, arguments.label_smoothing, arguments.row_weight),
         options,
     ).with_output_dtype(arguments.output_dtype)
     reduction = check.resolve_reduction(
@@ -273,7 +292,12 @@ def gather(
 ) -> Any:
     """One class of each row: F22 for log-probabilities, F1 for logits."""
     form, axis = input.recipe.form, input.recipe.form.axis
-    if not isinstance(index, Tensor) or index.dtype != torch.int64 or "out" in kwargs:
+    if (
+        form.softmax_sign
+        or not isinstance(index, Tensor)
+        or index.dtype != torch.int64
+        or "out" in kwargs
+    ):
         return NotImplemented
     if [*index.shape] != [1 if d == axis else size for d, size in enumerate(input.shape)]:
         return NotImplemented
@@ -309,19 +333,27 @@ def sum_over_classes(
     dtype: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """The sum or mean of log-probabilities over the classes.
+    """The sum or mean over the classes of log-probabilities, or of their expectation's terms.
 
-    It is a cross entropy whose target has the same probability for every class.
+    The former is a cross entropy whose target has the same probability for every class. The latter
+    is the negated entropy (F21), or for terms of logits the log-sum-exp minus the entropy.
     """
     form, axis, dtype = input.recipe.form, _get_only_axis(dim), dtype or input.dtype
     if kwargs or axis is None or torch.promote_types(dtype, input.dtype) != dtype:
         return NotImplemented
-    rows = make_rows(input, is_log=True, axis=axis)
+    is_log = bool(form.log_sign) or not form.is_product
+    rows = make_rows(input, is_log=is_log, axis=axis, is_product=form.is_product)
     if rows is NotImplemented:
         return NotImplemented
-    head = rows._replace(dtype=dtype).prepare_head_of_any_class(TargetOptions(label_smoothing=1.0))
-    factor = -form.log_sign * (1 if func in MEANS else input.shape[form.axis])
-    result = factor * head.compute_loss("none", 0.0, False).to(dtype)
+    rows, class_count = rows._replace(dtype=dtype), input.shape[form.axis]
+    if form.is_product:
+        expectation = rows.prepare_head_of_any_class().compute_expectation(is_log)
+        sign = form.softmax_sign * (form.log_sign or 1)
+        result = sign * expectation.to(dtype) / (class_count if func in MEANS else 1)
+    else:
+        head = rows.prepare_head_of_any_class(TargetOptions(label_smoothing=1.0))
+        factor = -form.log_sign * (1 if func in MEANS else class_count)
+        result = factor * head.compute_loss("none", 0.0, False).to(dtype)
     return result.unsqueeze(form.axis) if keepdim else result
 
 

@@ -68,8 +68,8 @@ class Scale(NamedTuple):
 class Form(NamedTuple):
     """The value of deferred logits as a formula of the head's logits z and a row r.
 
-    The value is z', log softmax z' or -log softmax z', where z' = s (z + r), or
-    z' = t tanh(s (z + r)) if capped.
+    The value is z', or ±l with l = log softmax z', or ±a with a = softmax z', or the product ±a z'
+    or ±a l, where z' = s (z + r), or z' = t tanh(s (z + r)) if capped.
     """
 
     axis: int  # of the classes
@@ -79,11 +79,17 @@ class Form(NamedTuple):
     inner_scale: Scale | None = None  # if capped, s
     row: tuple[Tensor, ...] = ()  # r, as a sum
     log_sign: int = 0  # 1: log-probabilities, -1: negated log-probabilities, 0: logits
+    softmax_sign: int = 0  # 1: probabilities, -1: negated probabilities, 0: neither
+    is_product: bool = False  # of the probabilities and what `log_sign` says
     has_row_scales: bool = False  # whether each row is also multiplied by its own number
 
     @property
     def is_capped(self) -> bool:
         return self.inner_scale is not None
+
+    @property
+    def is_logits(self) -> bool:
+        return not self.log_sign and not self.softmax_sign
 
     @property
     def rows_shape(self) -> torch.Size:
@@ -271,18 +277,24 @@ def scale(form: Form, layout: Layout, operation: Operation) -> StepResult | None
     if isinstance(other, Tensor) and other.device.type == "cpu" and not other.requires_grad:
         other = other.item()
     if isinstance(other, Tensor):
-        if form.is_capped or form.log_sign or other.is_complex():
+        if form.is_capped or not form.is_logits or other.is_complex():
             return None
         new_scale = form.scale.multiply(1, 1, (other, power))
         return _change_values(operation, form._replace(scale=new_scale), out)
     if isinstance(other, complex) or not (math.isfinite(other) and other):
         return None
-    if form.log_sign:
-        negated_form = form._replace(log_sign=-form.log_sign)
-        return _change_values(operation, negated_form, out) if other == -1 else None
+    if not form.is_logits:
+        return _change_values(operation, _negate(form), out) if other == -1 else None
     numerator, denominator = (1.0, other) if is_division else (other, 1.0)
     new_scale = form.scale.multiply(numerator, denominator)
     return _change_values(operation, form._replace(scale=new_scale), out)
+
+
+def _negate(form: Form) -> Form:
+    """The form of the negated values, which are not logits."""
+    if form.softmax_sign:
+        return form._replace(softmax_sign=-form.softmax_sign)
+    return form._replace(log_sign=-form.log_sign)
 
 
 def _change_values(operation: Operation, form: Form, layout: Layout) -> StepResult:
@@ -298,7 +310,7 @@ def _scale_rows(
     The features are scaled instead, which is the same for a head without bias.
     """
     other = operation.other_operand
-    is_scalable = not (form.has_bias or form.row or form.is_capped or form.log_sign)
+    is_scalable = form.is_logits and not (form.has_bias or form.row or form.is_capped)
     if not is_scalable or out.shape != layout.shape:
         return None
     shape = [1] * (layout.dim() - other.dim()) + [*other.shape]
@@ -317,7 +329,7 @@ def _scale_rows(
 def add_row(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
     """Adds the same row to all rows. The fused head adds it to the bias."""
     row, out = operation.other_operand, operation.infer_layout(layout)
-    is_transformed = form.is_capped or form.log_sign or form.has_row_scales
+    is_transformed = form.is_capped or not form.is_logits or form.has_row_scales
     if is_transformed or not form.scale.is_identity() or operation.kwargs:
         return None
     if not isinstance(row, Tensor) or not row.is_floating_point():
@@ -336,24 +348,24 @@ def add_row(form: Form, layout: Layout, operation: Operation) -> StepResult | No
 def negate(form: Form, layout: Layout, operation: Operation) -> StepResult:
     """Changes the sign."""
     out = operation.infer_layout(layout)
-    if form.log_sign:
-        return _change_values(operation, form._replace(log_sign=-form.log_sign), out)
+    if not form.is_logits:
+        return _change_values(operation, _negate(form), out)
     return _change_values(operation, form._replace(scale=form.scale.multiply(-1, 1)), out)
 
 
 @register_step(aten.tanh.default)
 def cap(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
     """F19 without its last factor: the tanh of scaled logits."""
-    if form.is_capped or form.log_sign or form.has_row_scales:
+    if form.is_capped or not form.is_logits or form.has_row_scales:
         return None
     out = operation.infer_layout(layout)
     return _change_values(operation, form._replace(inner_scale=form.scale, scale=Scale()), out)
 
 
-@register_step(aten._log_softmax.default)
-def take_log_softmax(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
-    """F7: log-probabilities over the classes."""
-    if form.log_sign or operation.args[1] % layout.dim() != form.axis:
+@register_step(aten._log_softmax.default, aten._softmax.default)
+def take_softmax(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
+    """F7: probabilities over the classes, or their logarithms."""
+    if not form.is_logits or operation.args[1] % layout.dim() != form.axis:
         return None
     half_to_float, is_last_axis = operation.args[2], form.axis == layout.dim() - 1
 
@@ -364,4 +376,47 @@ def take_log_softmax(form: Form, layout: Layout, operation: Operation) -> StepRe
         return operation.func(logits.T, 0, half_to_float).T
 
     out = operation.infer_layout(layout)
-    return StepResult(form._replace(log_sign=1), out, apply_to_values=apply_to_values)
+    is_log = operation.func is aten._log_softmax.default
+    form = form._replace(log_sign=int(is_log), softmax_sign=int(not is_log))
+    return StepResult(form, out, apply_to_values=apply_to_values)
+
+
+@register_step(aten.exp.default)
+def take_exponential(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
+    """F7: probabilities from their logarithms."""
+    if form.softmax_sign or form.log_sign != 1:
+        return None
+    out = operation.infer_layout(layout)
+    return _change_values(operation, form._replace(log_sign=0, softmax_sign=1), out)
+
+
+@register_step(aten.special_entr.default)
+def take_terms_of_entropy(form: Form, layout: Layout, operation: Operation) -> StepResult | None:
+    """-a l of each probability a = e^l."""
+    if form.softmax_sign != 1 or form.is_product:
+        return None
+    out = operation.infer_layout(layout)
+    return _change_values(operation, form._replace(log_sign=-1, is_product=True), out)
+
+
+def multiply(p: Form, v: Form, layout: Layout, other_layout: Layout) -> StepResult | None:
+    """Probabilities p times the logits or log-probabilities v of the same logits."""
+    if not p.softmax_sign or p.is_product or v.softmax_sign or p.axis != v.axis:
+        return None
+    if layout.shape != other_layout.shape:
+        return None
+    out = Operation(aten.mul.Tensor, (None, other_layout), {}, 0).infer_layout(layout)
+    return StepResult(p._replace(log_sign=v.log_sign, is_product=True), out)
+
+
+def is_same_value(operation: Any, other: Any) -> bool:
+    """Whether two operations do the same. A tensor is the same only if it is the same object."""
+    if (operation.func, operation.position) != (other.func, other.position):
+        return False
+    leaves, other_leaves = (
+        _torch.tree_leaves((o.args, o.kwargs, o.output)) for o in (operation, other)
+    )
+    return len(leaves) == len(other_leaves) and all(
+        v is w or (not isinstance(v, Tensor) and type(v) is type(w) and bool(v == w))
+        for v, w in zip(leaves, other_leaves, strict=True)
+    )

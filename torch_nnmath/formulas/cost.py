@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch_nnmath import _torch
-from torch_nnmath._precision import HALF, cast
+from torch_nnmath._precision import HALF, cast, drop_infinite, weigh
 from torch_nnmath.formulas._formula import Formula, save, sum_present
 from torch_nnmath.kernels.dispatch import find_kernel_obstacle
 from torch_nnmath.kernels.scaling import may_scale_in_place, scale_plain_gradient_
@@ -18,31 +18,44 @@ from torch_nnmath.kernels.scaling import may_scale_in_place, scale_plain_gradien
 class Cost(Formula):
     r"""F3: C = (1/n) Σ c,  dC/dc = 1/n,  dC/dn = -C/n.
 
-    c of any shape; n the number of examples, their total weight (a scalar tensor), or 1 for a sum.
-    A number n is an int, since the tangent of a tensor () divided by a float is float64 in PyTorch.
+    F30, with a weight r for each example: C = (1/n) Σ r c,  dC/dc = r/n,  dC/dr = c/n.
+
+    c of any shape, r of the same or None; n the number of examples, their total weight (a scalar
+    tensor), or 1 for a sum. A number n is an int, since the tangent of a tensor () divided by a
+    float is float64 in PyTorch. Where r is 0 and c infinite, r c and dC/dr are 0.
     """
 
     @staticmethod
-    def forward(c: Tensor, n: Tensor | int) -> Tensor:
-        return c.sum() / n
+    def forward(c: Tensor, n: Tensor | int, r: Tensor | None) -> Tensor:
+        return weigh(r, c).sum() / n
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, C: Tensor) -> None:
-        c, n = inputs
+        c, n, r = inputs
         ctx.n = None if isinstance(n, Tensor) else n
-        save(ctx, c, n if isinstance(n, Tensor) else None)  # not C: users may modify it in place
+        save(ctx, c, n if isinstance(n, Tensor) else None, r)  # not C, which users may overwrite
 
     @staticmethod
     def backward(ctx: Any, dC: Tensor) -> Any:
-        c, n = ctx.saved_tensors
-        dc = dC / (ctx.n if n is None else n)
-        return dc.expand(c.shape), -dc * (c.sum() / n) if ctx.needs_input_grad[1] else None
+        c, n, r = ctx.saved_tensors
+        needs_c, needs_n, needs_r = ctx.needs_input_grad
+        dC_n = dC / (ctx.n if n is None else n)
+        dc = dn = dr = None
+        if needs_c:
+            dc = dC_n.expand(c.shape) if r is None else dC_n * r
+        if needs_n:
+            dn = -dC_n * (weigh(r, c).sum() / n)
+        if needs_r:
+            dr = dC_n * drop_infinite(r, c)
+        return dc, dn, dr
 
     @staticmethod
-    def tangent(ctx: Any, dc: Tensor | None, dn: Tensor | None) -> Tensor:
-        c, n = ctx.saved_tensors
+    def tangent(ctx: Any, dc: Tensor | None, dn: Tensor | None, dr: Tensor | None) -> Tensor:
+        c, n, r = ctx.saved_tensors
         change = sum_present(
-            None if dc is None else dc.sum(), None if dn is None else -c.sum() / n * dn
+            None if dc is None else (dc if r is None else r * dc).sum(),
+            None if dn is None else -weigh(r, c).sum() / n * dn,
+            None if dr is None else (dr * drop_infinite(r, c)).sum(),
         )
         return change / (ctx.n if n is None else n)
 

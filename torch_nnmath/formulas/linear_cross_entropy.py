@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch_nnmath import _torch, kernels
-from torch_nnmath._precision import disable_autocast, widen
+from torch_nnmath._precision import disable_autocast, drop_infinite, weigh, widen
 from torch_nnmath._records import (
     FLAT_SIZE,
     TENSOR_COUNT,
@@ -18,7 +18,7 @@ from torch_nnmath._records import (
     Requests,
     UpstreamGradients,
 )
-from torch_nnmath.formulas._formula import KernelFormula, requires_grad, save
+from torch_nnmath.formulas._formula import KernelFormula, mask_ignored, requires_grad, save
 from torch_nnmath.formulas._unfused_head import (
     compute_rows,
     compute_second_order,
@@ -106,61 +106,76 @@ class LinearCrossEntropy(KernelFormula):
 
 
 class LinearCrossEntropyCost(Function):
-    r"""F3 of F14, F15: C = (1/n) Σ c + ω Σ q;  dC/dx, dC/dW, dC/db, dC/dp, dC/dt are those of
-    Σ γ c + ω q with γ = 1/n (F15 batch).
+    r"""F3, F30 of F14, F15: C = (1/n) Σ r c + ω Σ r q;  dC/dx, dC/dW, dC/db, dC/dp, dC/dt are those
+    of Σ γ c + ω' q with γ = r/n, ω' = ω r (F15 batch);  dC/dr = c/n + ω q, dC/dn = -(1/n²) Σ r c,
+    dC/dω = Σ r q.
 
-    The forward computes these gradients along with C: three matrix products instead of four. The
-    backward multiplies them by dC. (n, ω, `HeadInputs` flat, `Requests`, which gradients are
-    needed) -> C, and without derivative lse, entropy and predicted class of each row, and the
-    gradients. ω may be None.
+    The forward computes the former along with C: three matrix products instead of four. The
+    backward multiplies them by dC. (n, ω, r, `HeadInputs` flat, `Requests`, which gradients are
+    needed) -> C, and without derivative lse, entropy, predicted class, c and q of each row, and the
+    gradients. ω, and the weights r (N, 1), may be None.
     """
 
     @staticmethod
-    def forward(n: Any, ω: Any, *inputs: Any) -> Any:
+    def forward(n: Any, ω: Any, r: Any, *inputs: Any) -> Any:
         *flat, requests, needs_gradient = inputs
-        upstream = 1 / n, ω, None
+        upstream = _weigh_upstream(n, ω, r)
         outputs = kernels.head(
             *_pack_arguments(flat, upstream, requests=requests, needs_gradient=needs_gradient)
         )
         c, lse, q, entropy, predicted, _ = _select_rows(outputs, requests)
-        C = c.sum() / n if ω is None else c.sum() / n + ω * q.sum()
-        return C, lse, entropy, predicted, *_select_gradients(outputs, needs_gradient)
+        C = weigh(r, c).sum() / n
+        C = C if ω is None else C + ω * weigh(r, q).sum()
+        return C, lse, entropy, predicted, c, q, *_select_gradients(outputs, needs_gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
-        n, ω, *flat, _, _ = inputs
-        _, _, _, _, *gradients = outputs
+        n, ω, r, *flat, _, _ = inputs
+        _, _, _, _, c, q, *gradients = outputs
+        ctx.losses = c, q
         ctx.gradients = InputValues(*gradients)
         ctx.mark_non_differentiable(*(v for v in outputs[1:] if v is not None))
-        _save(ctx, flat, n, ω)
+        _save(ctx, flat, n, ω, r)
 
     @staticmethod
     def backward(ctx: Any, dC: Tensor | None, *_: None) -> Any:
         if dC is None:
-            return (None,) * (FLAT_SIZE + 4)
-        inputs, (n, ω) = _restore(ctx)
-        needs_gradient = InputValues.from_flat(ctx.needs_input_grad[2:])
+            return (None,) * (FLAT_SIZE + 5)
+        inputs, (n, ω, r) = _restore(ctx)
+        needs_factors, needs_flat = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]
+        needs_gradient = InputValues.from_flat(needs_flat)
+        factors = n, ω, r
         if torch.compiler.is_compiling():  # compiled: dC has no value to check
             gradients = _scale(dC, ctx.gradients.select(needs_gradient), inputs)
-            return None, None, *gradients.flatten(), None, None
+            changes = _differentiate_factors(dC, needs_factors, factors, ctx.losses, inputs.keep)
+            return *changes, *gradients.flatten(), None, None
         known_gradients = None
         if may_scale(dC):  # the usual training step: scales the forward's gradients
-            gradients = LinearCrossEntropyCost._take_gradients(ctx, needs_gradient, inputs, n, ω)
+            gradients = LinearCrossEntropyCost._take_gradients(ctx, needs_gradient, inputs, factors)
             gradients = _scale(dC, gradients, inputs)
             if not torch.is_grad_enabled():
-                return None, None, *gradients.flatten(), None, None
+                changes = _differentiate_factors(
+                    dC, needs_factors, factors, ctx.losses, inputs.keep
+                )
+                return *changes, *gradients.flatten(), None, None
             known_gradients = gradients
         # a differentiated backward, or a dC that must not be multiplied
         shape = len(inputs.x), 1
         γ, ω = (dC / n).expand(shape), None if ω is None else (dC * ω).expand(shape)
+        if r is not None:
+            γ, ω = γ * r, None if ω is None else ω * r
         results = LinearCrossEntropyGradient.apply(
             *inputs.flatten(), γ, ω, None, None, needs_gradient, known_gradients
         )
-        return None, None, *InputValues(*results).flatten(), None, None
+        changes = None, None, None
+        if any(needs_factors):
+            c, _, q, *_ = LinearCrossEntropy.evaluate(*inputs.flatten(), NO_REQUESTS)
+            changes = _differentiate_factors(dC, needs_factors, factors, (c, q), inputs.keep)
+        return *changes, *InputValues(*results).flatten(), None, None
 
     @staticmethod
     def _take_gradients(
-        ctx: Any, needs_gradient: InputValues, inputs: HeadInputs, n: Any, ω: Any
+        ctx: Any, needs_gradient: InputValues, inputs: HeadInputs, factors: Any
     ) -> InputValues:
         """Gradients for dC = 1 that the caller may overwrite.
 
@@ -169,7 +184,7 @@ class LinearCrossEntropyCost(Function):
         gradients = ctx.gradients.select(needs_gradient)
         ctx.gradients = ctx.gradients.select(InputValues(*(not need for need in needs_gradient)))
         if any(need and g is None for need, g in zip(needs_gradient, gradients, strict=True)):
-            upstream = 1 / n, ω, None
+            upstream = _weigh_upstream(*factors)
             outputs = kernels.head(
                 *_pack_arguments(inputs.flatten(), upstream, needs_gradient=needs_gradient)
             )
@@ -182,13 +197,13 @@ class LinearCrossEntropyCost(Function):
         return InputValues(*map(requires_grad, InputValues.from_flat(inputs.flatten())))
 
     @staticmethod
-    def may_replace(n: Any, needs_gradient: InputValues) -> bool:
+    def may_replace(needs_gradient: InputValues) -> bool:
         """Whether gradients are needed, and may be computed along with the cost.
 
         A transform would not see how the gradients depend on the inputs. An exported program
         differentiates the operator.
         """
-        if _torch.is_transformed() or _torch.is_exporting() or requires_grad(n):
+        if _torch.is_transformed() or _torch.is_exporting():
             return False
         return torch.is_grad_enabled() and any(needs_gradient)
 
@@ -324,6 +339,30 @@ class LinearCrossEntropySecondOrder(KernelFormula):
             (changes,) = pushforward(tuple(tangents[i] for i in places))
         results = iter(changes)
         return tuple(next(results) if is_computed else None for is_computed in has_output)
+
+
+def _weigh_upstream(n: Tensor, ω: Tensor | None, r: Tensor | None) -> tuple[Any, Any, None]:
+    """The upstream gradients of a cost: γ is () or, with weights, (N)."""
+    if r is None:
+        return 1 / n, ω, None
+    return (r / n).squeeze(1), None if ω is None else ω * r, None
+
+
+def _differentiate_factors(
+    dC: Tensor, needs_gradient: Any, factors: Any, losses: Any, keep: Tensor | None
+) -> tuple[Any, Any, Any]:
+    """The gradients of n, ω and r, None for those that are not needed, of losses c and q."""
+    (needs_n, needs_ω, needs_r), (n, ω, r), (c, q) = needs_gradient, factors, losses
+    dn = dω = dr = None
+    if needs_n:
+        dn = -dC / n * (weigh(r, c).sum() / n)
+    if needs_ω:
+        dω = dC * weigh(r, q).sum()
+    if needs_r:
+        dr = dC / n * drop_infinite(r, c)
+        dr = dr if ω is None else dr + dC * ω * drop_infinite(r, q)
+        dr = mask_ignored(keep, dr)
+    return dn, dω, dr
 
 
 def _pack_arguments(

@@ -55,7 +55,7 @@ def head(*args: Any) -> tuple[Tensor, ...]:
     """
     *flat, gamma, omega, eta, sums, requests, needs_gradient = args
     inputs = HeadInputs.from_flat(flat)
-    upstream = None if gamma is None else UpstreamGradients(gamma, omega, eta)
+    upstream = UpstreamGradients.from_flat(gamma, omega, eta)
     needs_gradient, requests = InputValues(*needs_gradient), Requests(*requests)
     *rows, new_sums = allocate_rows(inputs.x, requests)
     block_requests = requests._replace(entropy=requests.entropy or eta is not None)
@@ -389,9 +389,9 @@ def round_gradients(
 def is_rounded_now(gamma: Tensor | None, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the operator rounds the gradient of an input of type `dtype` to that type.
 
-    A γ of shape () is that of a cost, whose gradients are still to be multiplied by dC. Rounded
-    before, those of float16 may underflow. On a GPU those of bfloat16 are rounded twice, since the
-    passes over a wider dW would take a tenth of the time; dC is mostly a power of two.
+    A γ of shape () or (N) is that of a cost, whose gradients are still to be multiplied by dC.
+    Rounded before, those of float16 may underflow. On a GPU those of bfloat16 are rounded twice,
+    since the passes over a wider dW would take a tenth of the time; dC is mostly a power of two.
     """
-    is_of_cost = gamma is None or not gamma.dim()
+    is_of_cost = gamma is None or gamma.dim() < 2
     return not is_of_cost or (dtype != torch.float16 and device.type == "cuda")

@@ -195,10 +195,10 @@ def head(*args: Any) -> tuple[Tensor, ...]:
     loss, lse, squared_lse, entropy, predicted, new_sums = allocate_rows(inputs.x, requests)
     is_requested = Requests(*requests)
     needs_delta = gamma is not None and any((needs.x, needs.W, needs.b))
-    upstream = None if gamma is None else UpstreamGradients(gamma, omega, eta)
+    given_upstream = UpstreamGradients.from_flat(gamma, omega, eta)
     reads_once = False
     if needs_delta and has_triton():
-        reads_once = may_read_once(inputs, upstream, sums, is_requested)
+        reads_once = may_read_once(inputs, given_upstream, sums, is_requested)
     operands = _Operands(inputs, needs, needs_delta, reads_once=reads_once)
     plan = operands.plan
     dc_dp = torch.zeros_like(loss) if needs.p else None
@@ -213,7 +213,7 @@ def head(*args: Any) -> tuple[Tensor, ...]:
             new_sums,
             dc_dp,
         )
-    upstream, unit = _normalise(upstream, operands.W.dtype)
+    upstream, unit = _normalise(given_upstream, operands.W.dtype)
     process_rows, _ = choose_row_kernels(operands.dtype)
     single_read = None
     if reads_once:
@@ -231,8 +231,8 @@ def head(*args: Any) -> tuple[Tensor, ...]:
         if operands.delta is not None:
             gradients.add_block(block, operands.delta)
     results = gradients.finish()
-    if dc_dp is not None and gamma is not None:
-        results = results._replace(p=gamma / math.log(inputs.base) * dc_dp)
+    if dc_dp is not None and given_upstream is not None:
+        results = results._replace(p=given_upstream.γ / math.log(inputs.base) * dc_dp)
     rounded = round_gradients(inputs, gamma, results)
     return loss, lse, squared_lse, entropy, predicted, new_sums, *rounded
 
