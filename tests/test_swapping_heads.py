@@ -9,6 +9,7 @@ from swapping_helpers import (
     list_types,
     make_patched_linear,
     make_small,
+    needs_deferral_in_compiled_models,
 )
 from torch import nn
 
@@ -298,6 +299,7 @@ def test_half_logits_count_with_their_own_bytes(logits_plain_by_rule):
     assert isinstance(model(features.repeat(2, 1)), DeferredLogits)
 
 
+@needs_deferral_in_compiled_models
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of Dynamo
 @pytest.mark.parametrize("head", ["auto", "1"])
 def test_compiled_model_defers_logits_of_a_small_head_only_if_it_is_named(

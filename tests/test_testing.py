@@ -504,6 +504,7 @@ def test_function_that_recompiles_for_each_size_fails_dynamic_shapes():
     assert "graphs for batches of 3, 6, 9" in report["compile, dynamic shapes"].detail
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="PyTorch 2.11 specialises the number")
 def test_function_that_no_symbol_can_enter_raises_under_dynamic_compile():
     def scale(x, factor=2.0):
         if not math.isfinite(factor):

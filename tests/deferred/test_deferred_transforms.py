@@ -276,6 +276,7 @@ COMPILED |= {
 COMPILED_AND_FUSED = [
     *("loss", "body", "break", "breaks around the head", "disabled head", "in place"),
 ]
+NOT_THROUGH_THE_HEAD = "loss", "body", "disabled head"  # fused by PyTorch 2.11, too
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -293,7 +294,7 @@ def test_compiled_code_agrees(name):
         # PyTorch 2.12 says so of its own stance
         warnings.filterwarnings("ignore", ".*fullgraph=True found no compiled frames")
         assert_agree(results, run(plain))
-    if name in COMPILED_AND_FUSED:
+    if name in COMPILED_AND_FUSED and (name in NOT_THROUGH_THE_HEAD or torch.__version__ >= "2.12"):
         assert_fused(log, 1)
 
 

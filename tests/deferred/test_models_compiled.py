@@ -19,6 +19,7 @@ from swapped_models import (
     run_step,
     shifted_loss,
 )
+from swapping_helpers import needs_deferral_in_compiled_models
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,9 +28,7 @@ from torch_nnmath.deferred import MaterializedLogits
 
 pytestmark = [
     *IGNORED_WARNINGS,
-    pytest.mark.skipif(
-        torch.__version__ < "2.12", reason="PyTorch 2.11 has plain logits in compiled models"
-    ),
+    needs_deferral_in_compiled_models,
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # of Dynamo
 ]
 UNBROKEN = "a compiled graph that may not break"
