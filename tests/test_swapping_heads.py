@@ -82,12 +82,20 @@ def test_auto_head_is_the_declared_or_last_linear(model, expected):
     assert head_names(swap(model())) == expected
 
 
-def test_declared_output_that_is_no_linear_is_no_head():
+def test_declared_output_without_linear_is_no_head():
     model = DeclaredOutput("both")
-    model.both = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 9))
+    model.both = nn.Sequential(nn.Flatten(), nn.Bilinear(4, 4, 9))
     report = swap(model)
     assert head_names(report) == []
     assert report.left == {"both": "torch.nn.modules.container.Sequential is not a torch.nn.Linear"}
+
+
+def test_heads_of_a_declared_output_that_is_no_linear_are_its_linears_with_the_most_outputs():
+    model = DeclaredOutput("both")
+    model.both = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 9))
+    report = swap(model)
+    assert head_names(report) == ["both.1"]
+    assert not report.left
 
 
 @pytest.mark.parametrize("elsewhere", [nn.Linear(4, 9), nn.Sequential(nn.Linear(4, 9))])

@@ -253,7 +253,7 @@ def _find_heads(head: Any, names_by_module: NamesByModule) -> list[Module]:
         groups = [_find_terms(m, is_auto=True) for m in _find_declared_heads(names_by_module)]
         existing_heads = [module for module in names_by_module if get_head_log(module) is not None]
         if existing_heads:  # with adapters that were added since
-            groups = [group for group in groups if any(m in existing_heads for m in group)]
+            groups = [g for g in groups if any(m is head for m in g for head in existing_heads)]
             return [*dict.fromkeys((*existing_heads, *itertools.chain(*groups)))]
         return [*itertools.chain(*groups)] or _find_last_linear(names_by_module)
     if isinstance(head, str):

@@ -309,6 +309,19 @@ def test_step_of_an_optimizer_changes_no_sum_that_is_alive():
     torch.testing.assert_close(*logits)
 
 
+def test_compiled_model_is_fused():
+    plain, swapped, logs = make_pair(Model())
+    compiled = torch.compile(swapped, backend="aot_eager")
+    o = make_inputs()
+    gradients = []
+    for model in (plain, compiled):
+        loss = ce(model(o.x), o.y)
+        gradients.append(torch.autograd.grad(loss, [*model.parameters()]))
+    assert_agree(*gradients)
+    assert_fused(logs, 1)
+    torch._dynamo.reset()
+
+
 # Which Linears are heads
 
 
