@@ -3,6 +3,11 @@
     pytest --junitxml=results.xml
     python tools/tested_versions.py results.xml docs/versions.md
 
+With more files than one, tests of a later run replace those of an earlier one:
+
+    pytest --last-failed --junitxml=again.xml
+    python tools/tested_versions.py results.xml again.xml docs/versions.md
+
 A row that the page has of this release is replaced. The exit status is 1 if a test failed.
 """
 
@@ -29,11 +34,14 @@ class Result(NamedTuple):
     skipped: Counter[str]  # by reason
 
 
-def read_result(path: Path) -> Result:
-    """Reads a file that `pytest --junitxml` wrote. Errors count as failures, expected ones not."""
-    (suite,) = ElementTree.parse(path).getroot().iter("testsuite")
+def read_result(paths: Sequence[Path]) -> Result:
+    """Reads files that `pytest --junitxml` wrote. Errors count as failures, expected ones not."""
+    cases: dict[tuple[str, str], ElementTree.Element] = {}
+    for path in paths:
+        (suite,) = ElementTree.parse(path).getroot().iter("testsuite")
+        cases |= {(case.attrib["classname"], case.attrib["name"]): case for case in suite}
     passed, failed, skipped = 0, 0, Counter[str]()
-    for case in suite.iter("testcase"):
+    for case in cases.values():
         kinds = {child.tag: child for child in case}
         if kinds.keys() & {"failure", "error"}:
             failed += 1
@@ -42,7 +50,7 @@ def read_result(path: Path) -> Result:
         else:
             passed += 1
     if not passed:
-        raise ValueError(f"{path} has no test that passed")
+        raise ValueError(f"{paths[0]} has no test that passed")
     return Result(suite.attrib["timestamp"][:10], passed, failed, skipped)
 
 
@@ -72,7 +80,7 @@ def get_release(row: str) -> tuple[int, ...]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    results, page = map(Path, arguments)
+    *results, page = map(Path, arguments)
     result = read_result(results)
     release = version("torch").partition("+")[0]
     row = format_row(release, version("triton"), result)
