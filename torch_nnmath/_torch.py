@@ -194,6 +194,11 @@ def assert_async(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
+def find_process_group(name: str) -> Any:
+    """The process group of this name. Operators take names, and no public function finds them."""
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
 def has_forward_hooks(module: torch.nn.Module) -> bool:
     """Whether forward hooks are registered with a module. No public function tells."""
     return bool(module._forward_hooks)

@@ -61,9 +61,13 @@ class LinearCrossEntropy(KernelFormula):
         base: float,
         cap: float | None,
         weight_dtype: torch.dtype | None,
+        group: str | None,
+        first_class: int,
+        max_classes: int,
         requests: Requests,
     ) -> Any:
-        inputs = x, W, b, y, p, t, keep, features, scale, base, cap, weight_dtype
+        options = base, cap, weight_dtype, group, first_class, max_classes
+        inputs = x, W, b, y, p, t, keep, features, scale, *options
         outputs = kernels.head(*_pack_arguments(inputs, requests=requests))
         return _select_rows(outputs, requests)
 
@@ -215,6 +219,9 @@ class LinearCrossEntropyGradient(KernelFormula):
         base: float,
         cap: float | None,
         weight_dtype: torch.dtype | None,
+        group: str | None,
+        first_class: int,
+        max_classes: int,
         γ: Any,
         ω: Any,
         η: Any,
@@ -223,7 +230,8 @@ class LinearCrossEntropyGradient(KernelFormula):
         gradients: InputValues | None,
     ) -> Any:
         if gradients is None:
-            inputs = x, W, b, y, p, t, keep, features, scale, base, cap, weight_dtype
+            options = base, cap, weight_dtype, group, first_class, max_classes
+            inputs = x, W, b, y, p, t, keep, features, scale, *options
             outputs = kernels.head(
                 *_pack_arguments(inputs, (γ, ω, η), sums, needs_gradient=needs_gradient)
             )

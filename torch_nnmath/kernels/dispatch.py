@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_nnmath import _torch
 from torch_nnmath._precision import make_scalar, wide_type
+from torch_nnmath._records import FLAT_SIZE, HeadInputs
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 MIN_KERNEL_SIZE = 2**15  # entries; up to this PyTorch uses one thread, and few kernels are faster
@@ -148,6 +149,8 @@ def find_gpu_obstacle(name: str, args: Any) -> str | None:
     if GPU_MODULES[name] != "head":
         return find_triton_obstacle([x for x in args if isinstance(x, Tensor)])
     x, W, *_, needs_gradient = args
+    if HeadInputs.from_flat(args[:FLAT_SIZE]).shard is not None:
+        return "the ranks of a process group share the classes"
     if not x.numel() or not W.numel():
         return "a tensor is empty"
     is_half_beside_float = wide_type(x.dtype) == wide_type(W.dtype) in (x.dtype, W.dtype)
