@@ -196,7 +196,15 @@ def assert_async(condition: Tensor, message: str) -> None:
 
 def find_process_group(name: str) -> Any:
     """The process group of this name. Operators take names, and no public function finds them."""
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    resolve: Any = torch._C._distributed_c10d._resolve_process_group
+    return resolve(name)
+
+
+def wait_for_collective(x: Tensor) -> Tensor:
+    """The plain tensor that `DTensor.redistribute` promised. No public function waits for it."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
 
 
 def has_forward_hooks(module: torch.nn.Module) -> bool:

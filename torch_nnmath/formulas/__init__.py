@@ -16,6 +16,7 @@ from torch_nnmath.formulas.softcap import SoftCap
 from torch_nnmath.formulas.softmax import LogSoftmax, Softmax, softmax_jacobian
 from torch_nnmath.formulas.squared_error import SquaredError
 from torch_nnmath.formulas.tanh import Tanh
+from torch_nnmath.formulas.transfer import Transfer
 from torch_nnmath.formulas.z_loss import ZLoss
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Softmax",
     "SquaredError",
     "Tanh",
+    "Transfer",
     "WeightedTarget",
     "ZLoss",
     "mask_ignored",
