@@ -142,7 +142,7 @@ class Block:
         self.z = workspace.buffers[index % len(workspace.buffers)][: len(self.x)]
         self.target = select_target(inputs.target, rows)
         self._find_local_class()
-        self.ev = torch.zeros_like(self.z[:, :1])
+        self.ev = self.z.new_zeros((len(self.z), 1))
 
     # The softmax of the rows
 
@@ -150,7 +150,7 @@ class Block:
         """Computes the logits, m, s, tv of the dense part t, and what `requests` ask for."""
         workspace = self.workspace
         needs_maximum = workspace.needs_maximum or t is not None or any(requests)
-        self.s = torch.zeros_like(self.z[:, :1])
+        self.s = self.z.new_zeros((len(self.z), 1))
         for classes in self.iterate_slices():
             z = self.fill_logits_(classes)
             if not needs_maximum:
@@ -185,7 +185,7 @@ class Block:
             first_class = self.workspace.inputs.shard.first_class
             no_class = torch.iinfo(torch.int64).max
             self.predicted = torch.where(is_largest, self.predicted + first_class, no_class)
-        self.s = torch.zeros_like(self.z[:, :1])
+        self.s = self.z.new_zeros((len(self.z), 1))
         self._shift_by_maximum_(t, requests)
         sums = [self.s]
         if requests.entropy:
@@ -268,8 +268,8 @@ class Block:
     def _find_maximum(self, requests: Requests) -> None:
         """Sets m, and the predicted class, from all logits of the block."""
         if not self.z.shape[1]:  # a rank without classes
-            self.m = torch.full_like(self.s, -math.inf)
-            self.predicted = torch.zeros_like(self.s, dtype=torch.int64)
+            self.m = torch.full_like(self.ev, -math.inf)
+            self.predicted = torch.zeros_like(self.ev, dtype=torch.int64)
             return
         if requests.predicted:
             largest, self.predicted = self.z.max(1, keepdim=True)
@@ -320,7 +320,7 @@ class Block:
     def pick(self, v: Tensor) -> Tensor:
         """The entries of v (rows, C) at the target's class; any number where that is elsewhere."""
         if not v.shape[1]:
-            return torch.zeros_like(self.s)
+            return torch.zeros_like(self.ev)
         assert self.target.y is not None
         return v.gather(1, self.target.y)
 
