@@ -14,9 +14,11 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 COLLECTIVE_SECONDS = 60  # after which a rank that waits for others raises
-FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+TESTS = Path(__file__).parents[1]
+FOLDERS = [str(folder) for folder in (TESTS / "distributed", TESTS, TESTS.parent)]
 
 
 class WorkerPool:
@@ -28,15 +30,17 @@ class WorkerPool:
         context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["worker_tasks"])
         self.connections, self.processes = [], []
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the fork server
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            arguments = theirs, rank, size, str(Path(self.folder.name, "store"))
-            process = context.Process(target=serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self.connections.append(ours)
-            self.processes.append(process)
+        # the fork server finds what it imports by the environment alone
+        path = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])
+        with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
+            for rank in range(size):
+                ours, theirs = context.Pipe()
+                arguments = theirs, rank, size, str(Path(self.folder.name, "store"))
+                process = context.Process(target=serve, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self.connections.append(ours)
+                self.processes.append(process)
 
     def run(self, function: str, *arguments: Any, seconds: float = 60.0) -> list[Any]:
         """Runs a function of `worker_tasks` on all ranks; returns the result of each.
@@ -101,7 +105,6 @@ def serve(connection: Any, rank: int, size: int, store_file: str) -> None:
     It leaves without destructors: those of the process group may abort at exit.
     """
     try:
-        sys.path[:0] = FOLDERS
         import torch.distributed as dist
         import worker_tasks
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -14,8 +17,10 @@ from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from torch_nnmath import _records
 from torch_nnmath import functional as F
-from torch_nnmath.kernels import _block
+from torch_nnmath.formulas import LinearCrossEntropy
+from torch_nnmath.kernels import _block, collectives
 
 F64 = torch.float64
 D = 4
@@ -73,12 +78,19 @@ def limit_blocks() -> Any:
 
 
 class HeadCase:
-    """A call of the head in float64 with some options, and the placements of its tensors."""
+    """A call of the head with some options, and the placements of its tensors."""
 
-    def __init__(self, layout: str, options: dict[str, Any], seed: int = 0):
+    def __init__(
+        self, layout: str, options: dict[str, Any], seed: int = 0, dtype: torch.dtype = F64
+    ):
         self.layout, self.options = LAYOUTS[layout], dict(options)
         self.function = self.options.pop("function", "loss")
         self.draw(seed)
+        self.cast(dtype)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        for name in self.names:
+            self.tensors[name] = self.tensors[name].to(dtype)
 
     def draw(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -175,7 +187,7 @@ class HeadCase:
         return {name: gather(v) for name, v in results.items()}
 
     def make_upstream(self, mesh: DeviceMesh | None, v: Tensor) -> Tensor:
-        upstream = self.upstream if v.dim() else self.upstream[0].clone()
+        upstream = (self.upstream if v.dim() else self.upstream[0].clone()).to(v.dtype)
         if mesh is None:
             return upstream
         placements = self.layout.rows if v.dim() else [Replicate()] * mesh.ndim
@@ -209,3 +221,195 @@ def compare_head(cases: list[tuple[str, dict[str, Any]]], order: int = 2) -> lis
             if not (v.shape == expected[name].shape and error <= 1e-12 * max(scale, 1)):
                 lines.append(f"{layout}, {options}: {name} is off by {error:.3g} of {scale:.3g}")
     return lines
+
+
+def compare_bfloat16(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Returns a line for each result in bfloat16 that is less exact than one process's.
+
+    The error is the root of the mean square: where single entries are rounded is chance.
+    """
+    lines = []
+    for seed, (layout, options) in enumerate(cases):
+        case = HeadCase(layout, options, seed, torch.bfloat16)
+        mesh = make_mesh(case.layout.mesh_shape)
+        if not is_member(mesh):
+            continue
+        with limit_blocks():
+            results, of_one_process = case.compute(mesh, 1), case.compute(None, 1)
+            case.cast(F64)
+            truth = case.compute(None, 1)
+        for name, exact in truth.items():
+            error, allowed = (
+                (v[name].double() - exact.double()).square().mean().sqrt().item()
+                for v in (results, of_one_process)
+            )
+            scale = exact.double().abs().max().item()
+            if results[name].dtype != of_one_process[name].dtype:
+                lines.append(f"{layout}, {options}: {name} is {results[name].dtype}")
+            if not error <= 1.02 * allowed + 1e-6 * scale:
+                lines.append(
+                    f"{layout}, {options}: {name} is off by {error:.3g}, not {allowed:.3g}"
+                )
+    return lines
+
+
+class CollectiveRecorder:
+    """Records each collective in a `with` block: its name, the shape and the bytes it sends."""
+
+    def __init__(self):
+        self.events: list[tuple[Any, ...]] = []
+
+    def __enter__(self) -> CollectiveRecorder:
+        patches = {
+            name: self.make_recorder(name, getattr(dist, name))
+            for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+        }
+        wait = collectives.Reduction.wait
+
+        def record_wait(reduction: Any) -> Tensor:
+            self.events.append(("wait",))
+            return wait(reduction)
+
+        self.patches = [
+            mock.patch.multiple(dist, **patches),
+            mock.patch.object(collectives.Reduction, "wait", record_wait),
+        ]
+        for patch in self.patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+    def make_recorder(self, name: str, function: Any) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if name == "all_reduce" else args[1]
+            operation = str(args[1]).rpartition(".")[2] if name == "all_reduce" else ""
+            self.events.append((operation or name, tuple(x.shape), str(x.dtype)[6:]))
+            return function(*args, **kwargs)
+
+        return record
+
+    @property
+    def messages(self) -> list[tuple[Any, ...]]:
+        return [event for event in self.events if event != ("wait",)]
+
+
+def record_step(
+    layout: str, options: dict[str, Any], order: int, classes: int | None = None
+) -> list[list[tuple[Any, ...]]]:
+    """Returns the collectives of the forward, of the backward and of the second order."""
+    if classes is not None:
+        LAYOUTS["resized"] = LAYOUTS[layout]._replace(classes=classes)
+        layout = "resized"
+    case = HeadCase(layout, options, 0, torch.float32)
+    mesh = make_mesh(case.layout.mesh_shape)
+    if not is_member(mesh):
+        return []
+    tensors = {n: case.distribute(mesh, n, v) for n, v in case.tensors.items()}
+    leaves = [tensors[name].requires_grad_() for name in ("input", "linear_weight")]
+    directions = [g.detach().clone() for g in leaves]
+    steps = [CollectiveRecorder() for _ in range(order + 1)]
+    with limit_blocks():
+        with steps[0]:
+            loss = case.call(tensors)
+            loss = loss[0] if isinstance(loss, tuple) else loss
+        with steps[1]:
+            gradients = torch.autograd.grad(loss, leaves, create_graph=order > 1)
+        if order > 1:
+            with steps[2]:
+                torch.autograd.grad(gradients, leaves, directions)
+    return [step.events for step in steps]
+
+
+def raise_index_error(layout: str, index: int) -> str:
+    """Returns the message of the IndexError that a class index of the last row raises."""
+    case = HeadCase(layout, {"target": "ignored"})
+    mesh = make_mesh(case.layout.mesh_shape)
+    case.tensors["target"][-1] = index
+    tensors = {n: case.distribute(mesh, n, v) for n, v in case.tensors.items()}
+    try:
+        case.call(tensors)
+    except IndexError as error:
+        return str(error)
+    return "no error"
+
+
+def fail_on_one_rank() -> tuple[str, float]:
+    """Rank 1 raises before its first collective; returns the error of each rank and the seconds."""
+    group = dist.new_group([0, 1, 2, 3], timeout=timedelta(seconds=2))
+    mesh = DeviceMesh.from_group(group, "cpu")
+    case = HeadCase("empty shard", {})
+    tensors = {n: case.distribute(mesh, n, v) for n, v in case.tensors.items()}
+    start = time.monotonic()
+    try:
+        if dist.get_rank() == 1:
+            raise ValueError("rank 1 failed")
+        case.call(tensors)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+    return "no error", 0.0
+
+
+def compare_tangents(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Compares the tangents of the head's formula with one process's.
+
+    A DTensor has no forward mode, so each rank gets its part of the tensors and of the tangents.
+    """
+    lines = []
+    for seed, (layout, options) in enumerate(cases):
+        case = HeadCase(layout, {"target": "probabilities", "bias": True}, seed)
+        mesh = make_mesh(case.layout.mesh_shape)
+        if not is_member(mesh):
+            continue
+        x, W, t, b = (case.tensors[n] for n in ("input", "linear_weight", "target", "linear_bias"))
+        y = torch.arange(len(x))[:, None] % len(W)
+        p, keep = x[:, :1].abs(), (y % 3 > 0) if options.get("ignored") else None
+        first, size = collectives.find_chunk(len(W), mesh.size(), mesh.get_local_rank())
+        _, max_classes = collectives.find_chunk(len(W), mesh.size(), 0)
+        shard = _records.Shard(mesh.get_group().group_name, first, max_classes)
+        full = x, W, b, p, t
+        local = x, *(v.narrow(0, first, size) for v in (W, b)), p, t.narrow(1, first, size)
+        evaluate = functools.partial(evaluate_rows, y, keep, options.get("softcap"))
+        with limit_blocks():
+            expected = compute_tangents(functools.partial(evaluate, None), full)
+            results = compute_tangents(functools.partial(evaluate, shard), local)
+        for i, (v, e) in enumerate(zip(results, expected, strict=True)):
+            error = (v - e).abs().max().item()
+            if not error <= 1e-12 * max(e.abs().max().item(), 1):
+                lines.append(f"{layout}, {options}: tangent {i} is off by {error:.3g}")
+    return lines
+
+
+def evaluate_rows(y: Tensor, keep: Any, cap: Any, shard: Any, *values: Tensor) -> tuple[Any, ...]:
+    """Loss, squared log-sum-exp and entropy of each row, of x, W, b, p, t."""
+    x, W, b, p, t = values
+    target = _records.Target(y, p, t)
+    inputs = _records.HeadInputs(x, W, b, target, keep, 2.0, cap, shard=shard)
+    requests = _records.Requests(entropy=True)
+    loss, _, squared_lse, entropy, *_ = LinearCrossEntropy.evaluate(*inputs.flatten(), requests)
+    return loss, squared_lse, entropy
+
+
+def compute_tangents(function: Any, values: Sequence[Tensor]) -> list[Tensor]:
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(v, v.sin() + 0.3) for v in values]
+        return [forward_ad.unpack_dual(v).tangent for v in function(*duals)]
+
+
+# Tasks that test the pool
+
+
+def sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def stop_on_rank(rank: int) -> None:
+    if dist.get_rank() == rank:
+        os._exit(3)
+    time.sleep(30)
+
+
+def get_rank() -> int:
+    return dist.get_rank()

@@ -221,11 +221,14 @@ class _SecondOrder:
 
     def _reduce_sums(self) -> None:
         """Sums what the ranks of a group have of these sums."""
-        sums = [self.ar, self.avr, self.tr, *([] if self.r_y is None else [self.r_y])]
-        reduction = self.block.workspace.reduce(torch.cat(sums, 1), collectives.SUM)
-        self.ar, self.avr, self.tr, *rest = reduction.wait().split(1, 1)
-        if rest:
-            (self.r_y,) = rest
+        names = ["ar"]
+        names += ["avr"] if self.coefficients.ηβ is not None else []
+        names += ["tr"] if self.block.target.t is not None else []
+        names += ["r_y"] if self.r_y is not None else []
+        sums = torch.cat([getattr(self, name) for name in names], 1)
+        reduced = self.block.workspace.reduce(sums, collectives.SUM).wait()
+        for name, v in zip(names, reduced.split(1, 1), strict=True):
+            setattr(self, name, v)
 
     def write_derivatives(self, ρ_c: Tensor, ρ_q: Tensor, ρ_h: Tensor) -> None:
         """ρ_c = (1/ln β)((T a - t)·r + (lse - v)·t'), ρ_q = 2 lse a·r, ρ_h = dh."""
