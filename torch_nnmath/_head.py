@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from torch_nnmath._precision import (
 from torch_nnmath._records import HeadInputs, Requests, RowResults, Target
 from torch_nnmath._reduction import choose_divisor, count_kept
 from torch_nnmath._target import TargetOptions, read_indices, read_probabilities
-from torch_nnmath.kernels.dispatch import PLAIN_TYPES
+from torch_nnmath.kernels.dispatch import has_dtensor
 
 if TYPE_CHECKING:
     from torch_nnmath._sharding import Sharding
@@ -262,9 +261,7 @@ def prepare_head(
 
 def _find_sharding(input: Tensor, linear_weight: Tensor) -> Sharding | None:
     """How ranks share the features and the weight; None if neither is a DTensor."""
-    if type(input) in PLAIN_TYPES and type(linear_weight) in PLAIN_TYPES:
-        return None
-    if "torch.distributed.tensor" not in sys.modules:  # its import takes half as long as torch's
+    if not has_dtensor(input, linear_weight):
         return None
     from torch_nnmath._sharding import read_sharding
 

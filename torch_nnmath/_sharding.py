@@ -16,8 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from torch_nnmath import _records, _torch, kernels
-from torch_nnmath._precision import make_scalar, wide_type
-from torch_nnmath.formulas import Transfer
+from torch_nnmath._precision import make_scalar
+from torch_nnmath.formulas.transfer import (
+    Transfer,
+    copy_to_ranks,
+    gather_from_ranks,
+    scatter_to_ranks,
+    sum_over_ranks,
+)
 from torch_nnmath.kernels import collectives
 
 
@@ -33,6 +39,7 @@ class Sharding(NamedTuple):
     rows: tuple[Placement, ...]  # of the features and of the results of each row
     batch: tuple[int, ...]  # shape of the features without the last axis, on all ranks together
     classes: int  # on all ranks together
+    class_axis: int = -1  # of logits in memory
 
     # What each rank has
 
@@ -72,6 +79,17 @@ class Sharding(NamedTuple):
             placements[self.class_dim] = Shard(len(self.batch))
         return self._place("target", target, placements, set())
 
+    def take_logits(self, name: str, v: Tensor) -> Tensor:
+        """This rank's rows and classes of logits, or of probabilities, with the classes last."""
+        placements: list[Placement] = []
+        for i, rows in enumerate(self.rows):
+            placements.append(rows)
+            if i == self.class_dim:
+                placements[i] = Shard(self.class_axis)
+            elif isinstance(rows, Shard):
+                placements[i] = Shard(rows.dim + (rows.dim >= self.class_axis))
+        return self._place(name, v, placements, set()).movedim(self.class_axis, -1)
+
     def take_replicated(self, name: str, v: Tensor, is_of_classes: bool) -> Tensor:
         """A tensor that all ranks have in full.
 
@@ -85,7 +103,7 @@ class Sharding(NamedTuple):
         """This rank's classes of v (C), which all ranks have in full."""
         if self.class_dim is None:
             return v
-        v = _spread(v, self._get_group(self.class_dim))
+        v = copy_to_ranks(v, self._get_group(self.class_dim))
         return v.narrow(0, *self._find_chunk(len(v), self.class_dim))
 
     # What the ranks compute together
@@ -94,7 +112,7 @@ class Sharding(NamedTuple):
         """A number that each rank has of its rows, summed over all rows, for use in each row."""
         n = make_scalar(n, like)
         for i in self.row_dims:
-            n = _spread(_sum(n, self._get_group(i)), self._get_group(i))
+            n = copy_to_ranks(sum_over_ranks(n, self._get_group(i)), self._get_group(i))
         return n
 
     def check_indices(self, target: Tensor, ignore_index: int | None) -> None:
@@ -129,7 +147,7 @@ class Sharding(NamedTuple):
     def give_total(self, total: Tensor) -> Tensor:
         """Σ of a number that each rank has of its rows: a DTensor that every rank has."""
         for i in self.row_dims:
-            total = _sum(total, self._get_group(i))
+            total = sum_over_ranks(total, self._get_group(i))
         return self._from_local(total, [Replicate()] * self.mesh.ndim, total.shape)
 
     def give_rows(self, v: Tensor) -> Tensor:
@@ -137,13 +155,7 @@ class Sharding(NamedTuple):
         axes = v.shape[len(self.batch) :]
         i = self.class_dim
         if i is not None and isinstance(rows := self.rows[i], Shard):
-            group, dim, size = self._get_group(i), rows.dim, v.shape[rows.dim]
-            chunk = self._find_chunk(size, i)
-            v = Transfer.evaluate(
-                v,
-                lambda v: v.narrow(dim, *chunk).clone(),
-                lambda g: collectives.all_gather(g, dim, size, group),
-            )
+            v = scatter_to_ranks(v, rows.dim, self._get_group(i))
         return self._from_local(v, self.rows, (*self.batch, *axes))
 
     # Placements
@@ -175,9 +187,9 @@ class Sharding(NamedTuple):
         for i in reversed(range(self.mesh.ndim)):
             is_summed = i in sums and v.is_floating_point()
             if isinstance(shard := old[i], Shard) and placements[i].is_replicate():
-                v = _gather(v, shard.dim, sizes[i], self._get_group(i), is_summed)
+                v = gather_from_ranks(v, shard.dim, sizes[i], self._get_group(i), is_summed)
             elif old[i].is_replicate() and (is_summed or placements[i].is_shard()):
-                v = _spread(v, self._get_group(i)) if v.is_floating_point() else v
+                v = copy_to_ranks(v, self._get_group(i)) if v.is_floating_point() else v
             elif old[i] != placements[i]:
                 raise ValueError(
                     f"{name} has placement {old[i]} on mesh dimension {i}, but {placements[i]} "
@@ -214,10 +226,8 @@ class Sharding(NamedTuple):
         return x
 
 
-def read_sharding(input: Tensor, linear_weight: Tensor) -> Sharding | None:
-    """How the head's features (*, D) and weight (C, *, D) are split; None for other tensors."""
-    if not isinstance(input, DTensor) and not isinstance(linear_weight, DTensor):
-        return None
+def read_sharding(input: Tensor, linear_weight: Tensor) -> Sharding:
+    """How the head's features (*, D) and weight (C, *, D) are split."""
     if not isinstance(input, DTensor) or not isinstance(linear_weight, DTensor):
         raise TypeError(
             "input and linear_weight must both be DTensors, or none of them: make one of the other "
@@ -273,39 +283,3 @@ def _make_conversions(
         return v.view_as(v)
 
     return from_local, to_local
-
-
-def _spread(v: Tensor, group: str) -> Tensor:
-    """v, which all ranks have and each uses for a part; widened, as the sum of its gradients."""
-    dtype, wide = v.dtype, wide_type(v.dtype)
-    result: Tensor = Transfer.evaluate(
-        v,
-        lambda v: v.view_as(v) if dtype == wide else v.to(wide),
-        lambda g: collectives.all_reduce(g.to(wide), collectives.SUM, group).to(dtype),
-    )
-    return result
-
-
-def _sum(v: Tensor, group: str) -> Tensor:
-    """Σ v over the ranks, which all of them have."""
-    result: Tensor = Transfer.evaluate(
-        v, lambda v: collectives.all_reduce(v, collectives.SUM, group), lambda g: g.view_as(g)
-    )
-    return result
-
-
-def _gather(v: Tensor, dim: int, size: int, group: str, is_summed: bool) -> Tensor:
-    """The ranks' chunks of an axis of this size, in one tensor; widened if gradients are summed."""
-    dtype, wide = v.dtype, wide_type(v.dtype) if is_summed else v.dtype
-    process_group = _torch.find_process_group(group)
-    chunk = collectives.find_chunk(size, process_group.size(), process_group.rank())
-
-    def scatter(g: Tensor) -> Tensor:
-        if is_summed:
-            return collectives.reduce_scatter(g.to(wide), dim, group).to(dtype)
-        return g.narrow(dim, *chunk).clone()
-
-    result: Tensor = Transfer.evaluate(
-        v, lambda v: collectives.all_gather(v, dim, size, group).to(wide), scatter
-    )
-    return result

@@ -28,6 +28,7 @@ from torch_nnmath._precision import (
 )
 from torch_nnmath._reduction import count_examples, reduce_examples, reduce_formula
 from torch_nnmath._target import TargetOptions
+from torch_nnmath.kernels.dispatch import has_dtensor
 
 __all__ = [
     "categorical_cross_entropy",
@@ -391,7 +392,10 @@ def cross_entropy(
     reduction = check.resolve_reduction(reduction, size_average, reduce)
     options = TargetOptions(weight, ignore_index, label_smoothing)
     logit_options = read_logit_options(base, logit_scale, softcap, temperature)
-    return compute_cross_entropy(
+    compute: Any = compute_cross_entropy
+    if has_dtensor(input):
+        from torch_nnmath._split_logits import compute_split_cross_entropy as compute
+    return compute(
         *(input, target, options, logit_options),
         *(reduction, z_loss, return_stats, output_dtype),
     )

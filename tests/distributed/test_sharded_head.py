@@ -52,6 +52,17 @@ def test_other_functions_equal_one_process(workers, function):
     check(workers, [(layout, {"function": function} | o) for layout in LAYOUTS for o in options])
 
 
+@pytest.mark.parametrize("positions", [(), (2,)])
+def test_cross_entropy_on_split_logits_equals_one_process(workers, positions):
+    """Each option in each layout, and pairs in turns; logits have no axis that both dims split."""
+    layouts = [name for name in LAYOUTS if "sequence" not in name]
+    options = [{}, *OPTIONS] if not positions else []
+    pairs = zip(itertools.cycle(layouts), PAIRS[:: 1 + 3 * bool(positions)], strict=False)
+    cases = [(layout, o) for layout in layouts for o in options] + [*pairs]
+    common = {"function": "cross_entropy", "positions": positions}
+    check(workers, [(layout, common | o) for layout, o in cases if "bias" not in o])
+
+
 @pytest.mark.parametrize("target", ["first rows ignored", "all ignored"])
 def test_ranks_without_rows_equal_one_process(workers, target):
     options = [
@@ -156,8 +167,8 @@ def test_sequence_parallel_gathers_features_once_and_scatters_their_gradient(wor
     rows = LAYOUTS["sequence parallel"].row_count
     forward, backward = workers.run("record_step", "sequence parallel", {}, 1)[0]
     gathered = [event for event in forward if "gather" in event[0]]
-    assert gathered == [("all_gather_into_tensor", (rows // 2, D), "float32")]
-    assert backward == [("reduce_scatter_tensor", (rows, D), "float32")]
+    assert gathered == [("all_gather", (rows // 2, D), "float32")]
+    assert backward == [("reduce_scatter", (rows, D), "float32")]
 
 
 # Failures

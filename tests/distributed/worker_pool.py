@@ -4,18 +4,21 @@ A fork server imports the libraries once. The group is gloo's, over a store in a
 time limit; when it passes, or a worker stops, all workers are killed and the call raises.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+START_SECONDS = 240  # a loaded machine imports slowly
 COLLECTIVE_SECONDS = 60  # after which a rank that waits for others raises
 TESTS = Path(__file__).parents[1]
 FOLDERS = [str(folder) for folder in (TESTS / "distributed", TESTS, TESTS.parent)]
@@ -41,6 +44,7 @@ class WorkerPool:
                 theirs.close()
                 self.connections.append(ours)
                 self.processes.append(process)
+        self.run("get_rank", seconds=START_SECONDS)
 
     def run(self, function: str, *arguments: Any, seconds: float = 60.0) -> list[Any]:
         """Runs a function of `worker_tasks` on all ranks; returns the result of each.
@@ -49,7 +53,7 @@ class WorkerPool:
         """
         assert self.processes, "the workers were killed after an earlier call had failed"
         for connection in self.connections:
-            connection.send((function, arguments))
+            connection.send((function, arguments, seconds))
         results, deadline = {}, time.monotonic() + seconds
         while len(results) < self.size:
             waiting = [c for i, c in enumerate(self.connections) if i not in results]
@@ -115,12 +119,15 @@ def serve(connection: Any, rank: int, size: int, store_file: str) -> None:
             world_size=size,
             timeout=timedelta(seconds=COLLECTIVE_SECONDS),
         )
+        warnings.simplefilter("error")
         while (message := connection.recv()) is not None:
-            function, arguments = message
+            function, arguments, seconds = message
+            faulthandler.dump_traceback_later(0.9 * seconds, exit=False)  # shows where it hangs
             try:
                 reply = getattr(worker_tasks, function)(*arguments), None
             except Exception:  # every error of a task goes to the test
                 reply = None, traceback.format_exc()
+            faulthandler.cancel_dump_traceback_later()
             connection.send(reply)
     finally:
         sys.stdout.flush()

@@ -100,8 +100,14 @@ class HeadCase:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, dtype=F64, generator=generator)
 
-        self.tensors = {"input": normal(N, D), "linear_weight": normal(C, D)}
-        self.placements = {"input": layout.rows, "linear_weight": layout.weight}
+        if self.function == "cross_entropy":
+            positions = options.pop("positions", ())
+            self.tensors = {"input": normal(N, C, *positions)}
+            self.placements = {"input": layout.place_probabilities()}
+        else:
+            positions = ()
+            self.tensors = {"input": normal(N, D), "linear_weight": normal(C, D)}
+            self.placements = {"input": layout.rows, "linear_weight": layout.weight}
         replicated = [Replicate()] * len(layout.mesh_shape)
         if options.pop("bias", False):
             self.tensors["linear_bias"] = normal(C)
@@ -116,15 +122,15 @@ class HeadCase:
             self.placements["logit_scale"] = replicated
         target = options.pop("target", "classes")
         if target == "probabilities":
-            self.tensors["target"] = normal(N, C).softmax(1)
+            self.tensors["target"] = normal(N, C, *positions).softmax(1)
             self.placements["target"] = layout.place_probabilities()
         elif target == "replicated probabilities":
-            self.tensors["target"] = normal(N, C).softmax(1)
+            self.tensors["target"] = normal(N, C, *positions).softmax(1)
             self.placements["target"] = replicated
         else:
-            y = torch.randint(C, (N,), generator=generator)
+            y = torch.randint(C, (N, *positions), generator=generator)
             if target == "ignored":
-                y[torch.rand(N, generator=generator) < 0.4] = IGNORE
+                y[torch.rand(y.shape, generator=generator) < 0.4] = IGNORE
                 y[-1] = 0  # the mean over no row is nan
             elif target == "first rows ignored":  # all of one rank
                 y[: N // 2 + 1] = IGNORE
@@ -132,16 +138,18 @@ class HeadCase:
                 y[:] = IGNORE
             self.tensors["target"] = y
             self.placements["target"] = layout.rows if target != "classes" else replicated
-        self.upstream = normal(N)
+        self.upstream = normal(N, *positions)
 
     @property
     def names(self) -> list[str]:
         return [name for name, v in self.tensors.items() if v.is_floating_point()]
 
     def call(self, tensors: dict[str, Tensor]) -> Any:
-        x, W, y = (tensors[name] for name in ("input", "linear_weight", "target"))
+        x, W, y = (tensors.get(name) for name in ("input", "linear_weight", "target"))
         others = {k: v for k, v in tensors.items() if k not in ("input", "linear_weight", "target")}
         others |= self.options
+        if self.function == "cross_entropy":
+            return F.cross_entropy(x, y, **others)
         if self.function == "loss":
             return F.linear_cross_entropy(x, W, y, **others)
         if self.function == "log_probs":
@@ -187,7 +195,7 @@ class HeadCase:
         return {name: gather(v) for name, v in results.items()}
 
     def make_upstream(self, mesh: DeviceMesh | None, v: Tensor) -> Tensor:
-        upstream = (self.upstream if v.dim() else self.upstream[0].clone()).to(v.dtype)
+        upstream = (self.upstream if v.dim() else self.upstream.flatten()[0].clone()).to(v.dtype)
         if mesh is None:
             return upstream
         placements = self.layout.rows if v.dim() else [Replicate()] * mesh.ndim
@@ -260,10 +268,8 @@ class CollectiveRecorder:
         self.events: list[tuple[Any, ...]] = []
 
     def __enter__(self) -> CollectiveRecorder:
-        patches = {
-            name: self.make_recorder(name, getattr(dist, name))
-            for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
-        }
+        record = self.make_recorder
+        gather, scatter = collectives.all_gather, collectives.reduce_scatter
         wait = collectives.Reduction.wait
 
         def record_wait(reduction: Any) -> Tensor:
@@ -271,7 +277,9 @@ class CollectiveRecorder:
             return wait(reduction)
 
         self.patches = [
-            mock.patch.multiple(dist, **patches),
+            mock.patch.object(dist, "all_reduce", record("all_reduce", dist.all_reduce)),
+            mock.patch.object(collectives, "all_gather", record("all_gather", gather)),
+            mock.patch.object(collectives, "reduce_scatter", record("reduce_scatter", scatter)),
             mock.patch.object(collectives.Reduction, "wait", record_wait),
         ]
         for patch in self.patches:
@@ -284,16 +292,13 @@ class CollectiveRecorder:
 
     def make_recorder(self, name: str, function: Any) -> Any:
         def record(*args: Any, **kwargs: Any) -> Any:
-            x = args[0] if name == "all_reduce" else args[1]
-            operation = str(args[1]).rpartition(".")[2] if name == "all_reduce" else ""
-            self.events.append((operation or name, tuple(x.shape), str(x.dtype)[6:]))
+            x, operation = args[0], name
+            if name == "all_reduce":
+                operation = str(args[1]).rpartition(".")[2]
+            self.events.append((operation, tuple(x.shape), str(x.dtype)[6:]))
             return function(*args, **kwargs)
 
         return record
-
-    @property
-    def messages(self) -> list[tuple[Any, ...]]:
-        return [event for event in self.events if event != ("wait",)]
 
 
 def record_step(

@@ -47,22 +47,31 @@ def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     chunk = _pad(x.movedim(dim, 0), -(-size // ranks))
     gathered = chunk.new_empty((ranks * len(chunk), *chunk.shape[1:]))
     with explain_failure(group):
-        dist.all_gather_into_tensor(gathered, chunk, process_group)
+        # PyTorch before 2.13 has only the older name
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, chunk, process_group)
     return gathered[:size].movedim(0, dim)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     """This rank's chunk, as `torch.chunk` cuts the axis, of the sum over the group."""
     process_group = _torch.find_process_group(group)
-    ranks, rank, size = process_group.size(), process_group.rank(), x.shape[dim]
+    ranks, size = process_group.size(), x.shape[dim]
     length = -(-size // ranks)
     padded = _pad(x.movedim(dim, 0), ranks * length)
     chunk = padded.new_empty((length, *padded.shape[1:]))
     with explain_failure(group):
-        dist.reduce_scatter_tensor(chunk, padded, group=process_group)
-    first, count = find_chunk(size, ranks, rank)
-    del first
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(chunk, padded, group=process_group)
+    _, count = find_chunk(size, ranks, process_group.rank())
     return chunk[:count].movedim(0, dim).contiguous()
+
+
+def take_chunk(x: Tensor, dim: int, group: str) -> Tensor:
+    """This rank's chunk of an axis: a new tensor."""
+    process_group = _torch.find_process_group(group)
+    chunk = find_chunk(x.shape[dim], process_group.size(), process_group.rank())
+    return x.narrow(dim, *chunk).clone()
 
 
 def find_chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
