@@ -161,7 +161,7 @@ def _compute_log_probs(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 def _compute_split_loss(z: Tensor, t: Tensor) -> Tensor:
     """Computes F13 of one rank's classes, with weight 0.5 for class 1 beside t, to base 2."""
-    y = torch.ones((len(z), 1), dtype=torch.int64, device=z.device)
+    y = torch.ones_like(z[:, :1], dtype=torch.int64)
     target = Target(y, z.new_full((), 0.5), t, -1)
     return formulas.compute_split_rows(z, target, None, 2.0, None)[0].squeeze(1)
 

@@ -93,6 +93,13 @@ def test_formula_has_the_tangents_of_one_process(workers):
         assert not lines, "\n".join(lines)
 
 
+@pytest.mark.parametrize("use_local_output", [True, False])
+@pytest.mark.parametrize("layout", ["empty shard", "three uneven shards", "sequence parallel"])
+def test_parallelised_module_trains_as_in_one_process(workers, layout, use_local_output):
+    for lines in workers.run("compare_module", layout, use_local_output):
+        assert not lines, "\n".join(lines)
+
+
 # Communication
 
 
@@ -190,3 +197,20 @@ def test_every_rank_raises_if_one_fails(workers):
         assert "RuntimeError: a collective over process group" in messages[rank]
         assert "another of its ranks raised an error, stopped" in messages[rank]
     assert max(seconds) < 30
+
+
+def test_errors_say_what_is_wrong_on_every_rank(workers):
+    expected = {
+        "plain features": "TypeError: input and linear_weight must both be DTensors",
+        "weight split over features": "ValueError: linear_weight has placements",
+        "features split over features": "ValueError: input has placement",
+        "another mesh": "ValueError: linear_weight is on",
+        "bias on another axis": "ValueError: linear_bias has placement",
+        "target of another shape": "ValueError: Expected input batch_size to match",
+        "third order": "NotImplementedError: the head over split classes has",
+        "module": "TypeError: VocabularyParallel needs a torch_nnmath.nn.LinearCrossEntropyLoss",
+    }
+    for messages in workers.run("collect_errors"):
+        assert messages.keys() == expected.keys()
+        for name, message in messages.items():
+            assert message.startswith(expected[name]), (name, message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import time
@@ -15,12 +16,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import parallelize_module
 
-from torch_nnmath import _records
+from torch_nnmath import _records, nn
 from torch_nnmath import functional as F
 from torch_nnmath.formulas import LinearCrossEntropy
 from torch_nnmath.kernels import _block, collectives
+from torch_nnmath.parallel import VocabularyParallel
 
 F64 = torch.float64
 D = 4
@@ -401,6 +411,87 @@ def compute_tangents(function: Any, values: Sequence[Tensor]) -> list[Tensor]:
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(v, v.sin() + 0.3) for v in values]
         return [forward_ad.unpack_dual(v).tangent for v in function(*duals)]
+
+
+def compare_module(layout: str, use_local_output: bool) -> list[str]:
+    """Compares a training step of a parallelised module, and its statistics, with one process's."""
+    size, input_layout = LAYOUTS[layout].mesh_shape[0], LAYOUTS[layout].rows[0]
+    mesh, lines = make_mesh((size,)), []
+    if not is_member(mesh):
+        return []
+    torch.manual_seed(3)
+    options = {"bias": True, "return_stats": True, "label_smoothing": 0.1, "softcap": 3.0}
+    head = nn.LinearCrossEntropyLoss(D, LAYOUTS[layout].classes, dtype=F64, **options)
+    split_head = copy.deepcopy(head)
+    style = VocabularyParallel(input_layout=input_layout, use_local_output=use_local_output)
+    parallelize_module(split_head, mesh, style)
+    x = torch.randn(2, 6 * size, D, dtype=F64)
+    y = torch.randint(head.num_classes, x.shape[:2])
+    places = [input_layout]
+    own_x, own_y = (distribute_tensor(v, mesh, places, src_data_rank=None) for v in (x, y))
+    own_x, own_y = own_x.to_local().requires_grad_(), own_y.to_local()
+    x.requires_grad_()
+    loss, stats = head(x, y)
+    split_loss, split_stats = split_head(own_x, own_y)
+    assert isinstance(split_loss, DTensor) != use_local_output
+    loss.backward()
+    split_loss.backward()
+    results = {"loss": split_loss} | split_stats._asdict()
+    results["input"] = DTensor.from_local(own_x.grad, mesh, places, run_check=False)
+    for name, parameter in split_head.named_parameters():
+        assert parameter.grad.placements == parameter.placements == (Shard(0),), name
+        results[name] = parameter.grad
+    if use_local_output:
+        for name in stats._fields:
+            results[name] = DTensor.from_local(results[name], mesh, places, run_check=False)
+    gradients = {name: p.grad for name, p in head.named_parameters()}
+    expected = {"loss": loss, "input": x.grad} | stats._asdict() | gradients
+    for name, v in expected.items():
+        if not torch.allclose(gather(results[name]).double(), v.double(), rtol=1e-12, atol=1e-12):
+            lines.append(f"{layout}: {name}")
+    return lines
+
+
+def collect_errors() -> dict[str, str]:
+    """Returns the messages of errors, by what is wrong."""
+    mesh, other = make_mesh((4,)), make_mesh((2, 2))
+    x = distribute_tensor(torch.randn(8, D), mesh, [Replicate()], src_data_rank=None)
+    W = distribute_tensor(torch.randn(8, D), mesh, [Shard(0)], src_data_rank=None)
+    W.requires_grad_()
+    y, b = torch.zeros(8, dtype=torch.int64), torch.zeros(8)
+
+    def differentiate_three_times() -> None:
+        value: Any = F.linear_cross_entropy(x, W, y)
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(value, W, create_graph=True)
+            value = gradient.full_tensor().square().sum()
+
+    calls = {
+        "plain features": lambda: F.linear_cross_entropy(torch.randn(8, D), W, y),
+        "weight split over features": lambda: F.linear_cross_entropy(
+            x, W.redistribute(mesh, [Shard(1)]), y
+        ),
+        "features split over features": lambda: F.linear_cross_entropy(
+            x.redistribute(mesh, [Shard(1)]), W, y
+        ),
+        "another mesh": lambda: F.linear_cross_entropy(
+            distribute_tensor(x.to_local(), other, [Replicate()] * 2, src_data_rank=None), W, y
+        ),
+        "bias on another axis": lambda: F.linear_cross_entropy(
+            x, W, y, linear_bias=DTensor.from_local(b, mesh, [Partial()], run_check=False)
+        ),
+        "target of another shape": lambda: F.linear_cross_entropy(x, W, y[:3]),
+        "third order": differentiate_three_times,
+        "module": lambda: parallelize_module(torch.nn.Linear(2, 3), mesh, VocabularyParallel()),
+    }
+    messages = {}
+    for name, call in calls.items():
+        try:
+            call()
+            messages[name] = "no error"
+        except Exception as error:  # the test compares them
+            messages[name] = f"{type(error).__name__}: {error}"
+    return messages
 
 
 # Tasks that test the pool

@@ -20,6 +20,7 @@ from torch_nnmath._records import (
 )
 from torch_nnmath.formulas._formula import KernelFormula, requires_grad, save
 from torch_nnmath.formulas._unfused_head import (
+    check_all_classes,
     compute_rows,
     compute_second_order,
     restrict,
@@ -74,6 +75,7 @@ class LinearCrossEntropy(KernelFormula):
     @classmethod
     def unfused(cls, *inputs: Any) -> Any:
         *flat, requests = inputs
+        check_all_classes(flat)
         return *compute_rows(HeadInputs.from_flat(flat), requests), None
 
     @staticmethod
@@ -309,6 +311,7 @@ class LinearCrossEntropySecondOrder(KernelFormula):
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         """Third order, with the logits in memory."""
         tensors = _flat_tensors(ctx)
+        check_all_classes(tensors)
         places = [i for i, _ in enumerate(tensors) if ctx.needs_input_grad[i]]
         f = restrict(compute_second_order, tensors, places, [c is not None for c in cotangents])
         with disable_autocast(tensors[0]):
@@ -321,6 +324,7 @@ class LinearCrossEntropySecondOrder(KernelFormula):
     def tangent(ctx: Any, *tangents: Any) -> Any:
         """Third order: the pullback is linear, so its own pullback is the tangent map."""
         tensors = _flat_tensors(ctx)
+        check_all_classes(tensors)
         _, (_, _, η), _ = split_second_order(tensors)
         has_output = True, True, η is not None, *ctx.needs_gradient
         places = [i for i, _ in enumerate(tensors) if isinstance(tangents[i], Tensor)]
