@@ -120,6 +120,7 @@ def serve(connection: Any, rank: int, size: int, store_file: str) -> None:
             timeout=timedelta(seconds=COLLECTIVE_SECONDS),
         )
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`torch.jit.script`")  # as in pyproject.toml
         while (message := connection.recv()) is not None:
             function, arguments, seconds = message
             faulthandler.dump_traceback_later(0.9 * seconds, exit=False)  # shows where it hangs

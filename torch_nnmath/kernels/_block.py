@@ -84,16 +84,14 @@ class Workspace:
             yield Block(self, rows, index=i)
 
     def iterate_softmaxes(self, t: Tensor | None, requests: Requests) -> Iterator[Block]:
-        """The same, each block with the sums of its rows, also those of the dense part t.
+        """The same, for a caller that calls `compute_softmax_` with the rows of t first.
 
-        The sums are reduced over the group while the next block's logits are computed, and the next
-        block's maximum while the caller computes with this block.
+        Where ranks share the classes, a block's sums are reduced while the next block's logits are
+        computed, and the next block's maximum while the caller computes with this block.
         """
         blocks = self.iterate_blocks()
         if self.inputs.shard is None:
-            for block in blocks:
-                block.compute_softmax_(select_rows(t, block.rows), requests)
-                yield block
+            yield from blocks
             return
         following = next(blocks, None)
         if following is not None:
@@ -104,7 +102,6 @@ class Workspace:
             following = next(blocks, None)
             if following is not None:
                 following.start_maximum_(requests)
-            block.finish_sums_(requests)
             yield block
 
     def reduce(self, x: Tensor, operation: str) -> Reduction:
@@ -149,6 +146,9 @@ class Block:
     def compute_softmax_(self, t: Tensor | None, requests: Requests) -> None:
         """Computes the logits, m, s, tv of the dense part t, and what `requests` ask for."""
         workspace = self.workspace
+        if workspace.inputs.shard is not None:
+            self._finish_sums(requests)
+            return
         needs_maximum = workspace.needs_maximum or t is not None or any(requests)
         self.s = self.z.new_zeros((len(self.z), 1))
         for classes in self.iterate_slices():
@@ -196,8 +196,8 @@ class Block:
             sums.append(self.leave_to_owner(self.uncap(self.z_y) - self.m))
         self.reduction = self.workspace.reduce(torch.cat(sums, 1), collectives.SUM)
 
-    def finish_sums_(self, requests: Requests) -> None:
-        """Waits for the sums."""
+    def _finish_sums(self, requests: Requests) -> None:
+        """Waits for the sums that `start_sums_` began."""
         self.s, *sums = self.reduction.wait().split(1, 1)
         if requests.entropy:
             self.ev = sums.pop(0)

@@ -76,6 +76,7 @@ def head(*args: Any) -> tuple[Tensor, ...]:
         blocks = workspace.iterate_blocks()
     for block in blocks:
         if needs_sums:
+            block.compute_softmax_(block.target.t, block_requests)
             _write_rows(block, RowResults(*rows), new_sums, requests)
         else:
             block.restore_softmax_(sums[block.rows])
@@ -183,6 +184,8 @@ class _SecondOrder:
         self.dtarget = select_target(target, block.rows)
         dt_total = block.workspace.dt_total
         self.dense_dtotal = sum_dense(self.dtarget.t, dt_total, block.rows)
+        has_entropy = coefficients.ηβ is not None
+        block.compute_softmax_(self.dtarget.t, Requests(entropy=has_entropy))
         self.r = block.mask_(self._fill_direction_(buffer[: len(block.z)], σ))
         self._sum_direction_()
 
