@@ -350,6 +350,8 @@ def cross_entropy(
 ) -> Any:
     """`F.cross_entropy`: softmax and cross entropy on logits (F13), to any base.
 
+    A DTensor of logits may be split over classes (F24) and other axes; the loss is then a DTensor.
+
     Args:
         input: logits (C), (N, C) or (N, C, d_1, ..., d_K).
         target: class indices (int64 or uint8), (), (N) or (N, d_1, ..., d_K), or probabilities of
@@ -423,7 +425,8 @@ def linear_cross_entropy(
 ) -> Any:
     """`F.linear_cross_entropy`: cross_entropy(linear(input, ...), target), the head (F14, F15).
 
-    At first and second order, only one block of the logits is in memory.
+    At first and second order, only one block of the logits is in memory. DTensors whose classes or
+    rows a device mesh splits are accepted (F24, docs/scale.md); the loss is then a DTensor.
 
     Args:
         input: features, (in_features) or (N, in_features); with a two-dimensional weight any
@@ -479,7 +482,7 @@ def linear_log_probs(
 
     log_base softmax(linear(input, linear_weight, linear_bias)) at the target. It is differentiable
     to any order; the logits are in memory from the third order on. Use it for policy gradients and
-    preference learning.
+    preference learning. DTensors are accepted as in `linear_cross_entropy`.
 
     Args:
         input, linear_weight, linear_bias, base, logit_scale, softcap, temperature: as in

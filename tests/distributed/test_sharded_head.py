@@ -27,8 +27,8 @@ OPTIONS = (
 PAIRS = [a | b for a, b in itertools.combinations(OPTIONS, 2) if not a.keys() & b.keys()]
 
 
-def check(workers, cases, seconds=60.0):
-    for lines in workers.run("compare_head", cases, seconds=seconds):
+def check(workers, cases):
+    for lines in workers.run("compare_head", cases):
         assert not lines, "\n".join(lines)
 
 
