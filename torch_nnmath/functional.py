@@ -350,10 +350,9 @@ def cross_entropy(
 ) -> Any:
     """`F.cross_entropy`: softmax and cross entropy on logits (F13), to any base.
 
-    A DTensor of logits may be split over classes (F24) and other axes; the loss is then a DTensor.
-
     Args:
-        input: logits (C), (N, C) or (N, C, d_1, ..., d_K).
+        input: logits (C), (N, C) or (N, C, d_1, ..., d_K); a DTensor may be split over any of
+            these axes (F24), and the loss is then a DTensor.
         target: class indices (int64 or uint8), (), (N) or (N, d_1, ..., d_K), or probabilities of
             input's shape.
         weight: (C), one factor for each class; may be float32 where the logits are half precision.
