@@ -335,6 +335,26 @@ def test_assert_async():
         _torch.assert_async(torch.tensor(False), "a class index")
 
 
+def test_find_process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        assert _torch.find_process_group(group.group_name) is group
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_wait_for_collective():
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    x = torch.ones(2)
+    waited = _torch.wait_for_collective(AsyncCollectiveTensor(x))
+    assert type(waited) is Tensor
+    assert waited.tolist() == [1, 1]
+    assert _torch.wait_for_collective(x) is x
+
+
 def test_has_forward_hooks():
     layer = torch.nn.Linear(1, 1)
     assert not _torch.has_forward_hooks(layer)

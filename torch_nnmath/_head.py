@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
-from torch_nnmath._logits import LogitOptions, is_scaled, make_stats, scale_logits
+from torch_nnmath._logits import LogitOptions, LossStats, is_scaled, make_stats, scale_logits
 from torch_nnmath._precision import (
     HALF,
     cast_for_loss,
@@ -31,6 +31,10 @@ from torch_nnmath._target import (
     read_probabilities,
     read_row_weight,
 )
+from torch_nnmath.kernels.dispatch import has_dtensor
+
+if TYPE_CHECKING:
+    from torch_nnmath._sharding import Sharding
 
 
 class LogitChanges(NamedTuple):
@@ -63,6 +67,7 @@ class Head(NamedTuple):
     total_weight: Any  # divisor of the loss's mean: number of rows, or their total weight
     kept_rows: Any  # the same for the z-loss, which class weights do not affect
     labels: Tensor  # class indices (N, positions), or probabilities (N, C, positions)
+    sharding: Sharding | None = None  # where DTensors were given; then the rest is this rank's
 
     def with_output_dtype(self, dtype: torch.dtype | None) -> Head:
         """The head with results of this type; None leaves theirs."""
@@ -78,7 +83,7 @@ class Head(NamedTuple):
             losses = [r.loss for r in rows]
             if z_loss_coefficient:
                 losses = [r.loss + z_loss_coefficient * r.squared_lse for r in rows]
-            loss = self._weigh(self._stack(losses))
+            loss = self._give_rows(self._weigh(self._stack(losses)).to(self.output_dtype))
         else:
             zero = self.labels.new_zeros((), dtype=self.compute_dtype)
             n = choose_divisor(reduction, self.total_weight, zero)
@@ -102,27 +107,32 @@ class Head(NamedTuple):
                 costs.append(cost)
                 rows.append(result)
             loss = sum(costs[1:], costs[0]) if costs else zero / n
-        loss = loss.to(self.output_dtype)
+            if self.sharding is not None:
+                loss = self.sharding.give_total(loss)
+            loss = loss.to(self.output_dtype)
         if not return_stats:
             return loss
         lse = self._stack([r.lse for r in rows])
         entropy = self._stack([r.entropy for r in rows])
         predicted = self._stack([r.predicted for r in rows])
         predicted = predicted.to(torch.int64)  # a float if there is no position
-        return loss, make_stats(lse, entropy, predicted, self._get_label(), z_loss_coefficient)
+        stats = make_stats(lse, entropy, predicted, self._get_label(), z_loss_coefficient)
+        return loss, LossStats(*map(self._give_rows, stats))
 
     def compute_log_probs(self, return_entropy: bool) -> Any:
         """The weighted log-probability of each row's class, F22; with `return_entropy` also F21."""
         rows = self._evaluate_rows(Requests(entropy=return_entropy))
         log_probs = self._weigh(self._stack([-r.loss for r in rows])).to(self.output_dtype)
+        log_probs = self._give_rows(log_probs)
         if not return_entropy:
             return log_probs
-        return log_probs, self._stack([r.entropy for r in rows]).to(self.output_dtype)
+        entropy = self._stack([r.entropy for r in rows]).to(self.output_dtype)
+        return log_probs, self._give_rows(entropy)
 
     def compute_log_sum_exp(self) -> Tensor:
         """ln Σ e^v of each row. The target must be class indices of weight 1."""
         rows = self._evaluate_log_sum_exp(Requests())
-        return self._stack([r.loss for r in rows]).to(self.output_dtype)
+        return self._give_rows(self._stack([r.loss for r in rows]).to(self.output_dtype))
 
     def compute_expectation(self, is_log: bool) -> Tensor:
         """Σ a l of each row, or Σ a v of the logits. The target as in `compute_log_sum_exp`."""
@@ -172,8 +182,14 @@ class Head(NamedTuple):
         """The target's class of each row, or its most probable one."""
         y = self.labels
         if y.is_floating_point():
-            y = y.argmax(1) if y.shape[1] else y.sum(1).to(torch.int64)
+            if self.sharding is not None:
+                y = self.sharding.argmax(y, 1)
+            else:
+                y = y.argmax(1) if y.shape[1] else y.sum(1).to(torch.int64)
         return y.reshape(self.shape)
+
+    def _give_rows(self, v: Tensor) -> Tensor:
+        return v if self.sharding is None else self.sharding.give_rows(v)
 
 
 def _evaluate(inputs: HeadInputs, requests: Requests) -> RowResults:
@@ -207,9 +223,10 @@ def prepare_head(
     base, logit_scale, cap = logit_options
     check.head(input, linear_weight, linear_bias, changes.weight_dtype)
     check.smoothing(target_options.label_smoothing)
+    sharding = _find_sharding(input, linear_weight)
     logit_dtype = changes.dtype or input.dtype
     output_dtype, target, weight = cast_for_loss(logit_dtype, target, target_options.weight)
-    target_options = target_options._replace(weight=weight)
+    target_options = target_options._replace(weight=weight, sharding=sharding)
     if is_autocast(input):
         output_dtype = torch.float64 if output_dtype == torch.float64 else torch.float32
     # the operator itself rounds the weight, and so computes dW in the weight's own type
@@ -219,10 +236,27 @@ def prepare_head(
         b = changes.added_bias if b is None else widen(b) + changes.added_bias
     C, *positions_shape = W.shape[:-1]
     D = W.shape[-1]
+    is_distribution = target.shape == (*input.shape[:-1], C, *positions_shape)
+    if sharding is not None:
+        weight = target_options.weight
+        input, W = sharding.take_features(input), sharding.take_weight("linear_weight", W)
+        b = b if b is None else sharding.take_weight("linear_bias", b)
+        if is_distribution:
+            target = sharding.take_probabilities(target)
+        else:
+            target = sharding.take_rows("target", target)
+            sharding.check_indices(target, target_options.ignore_index)
+        if weight is not None:
+            weight = sharding.take_replicated("weight", weight, is_of_classes=False)
+            target_options = target_options._replace(weight=weight)
+        if isinstance(logit_scale, Tensor):
+            logit_scale = sharding.take_replicated("logit_scale", logit_scale, is_of_classes=True)
     batch = input.shape[:-1]
     N, positions = math.prod([*batch]), math.prod([*positions_shape])
     row_weight = target_options.row_weight
     if row_weight is not None:
+        if sharding is not None:
+            row_weight = sharding.take_rows("row_weight", row_weight)
         check.row_weight(row_weight, (*batch, *positions_shape), wide_type(input.dtype))
         row_weight = row_weight.reshape(N, positions)
         target_options = target_options._replace(row_weight=row_weight)
@@ -230,7 +264,8 @@ def prepare_head(
     b = scale_logits(b, logit_scale)
     if positions > 1:  # every position adds to x's gradient: add in float32
         x, W, b = widen(x), widen(W), None if b is None else widen(b)
-    head_target = _read_target(
+    read_target = _read_probabilities if is_distribution else _read_indices
+    head_target = read_target(
         input, target, (C, *positions_shape), target_options, logit_dtype, output_dtype
     )
     keep = head_target.keep
@@ -240,16 +275,35 @@ def prepare_head(
     Ws, bs = _split_positions(W, positions, D), _split_positions(b, positions)
     keeps = [None if keep is None else keep[:, d : d + 1] for d in range(positions)]
     parts = zip(Ws, bs, head_target.targets, keeps, strict=True)
+    shard = None if sharding is None else sharding.shard
+    options: Any = base, cap, weight_dtype, features, scale, shard
+    kept_rows = count_kept(keep, N * positions, head_target.row_weight) if C else 0
+    total_weight = head_target.total_weight
+    if sharding is not None:
+        zero = x.new_zeros((), dtype=wide_type(x.dtype))
+        total_weight, kept_rows = (
+            sharding.sum_over_rows(n, zero) for n in (total_weight, kept_rows)
+        )
     return Head(
-        inputs=[HeadInputs(x, *part, base, cap, weight_dtype, features, scale) for part in parts],
+        inputs=[HeadInputs(x, *part, *options) for part in parts],
         output_dtype=head_target.output_dtype,
         compute_dtype=wide_type(input.dtype),
         shape=(*batch, *positions_shape),
         row_weight=head_target.row_weight,
-        total_weight=head_target.total_weight,
-        kept_rows=count_kept(keep, N * positions, head_target.row_weight) if C else 0,
+        total_weight=total_weight,
+        kept_rows=kept_rows,
         labels=head_target.labels,
+        sharding=sharding,
     )
+
+
+def _find_sharding(input: Tensor, linear_weight: Tensor) -> Sharding | None:
+    """How ranks share the features and the weight; None if neither is a DTensor."""
+    if not has_dtensor(input, linear_weight):
+        return None
+    from torch_nnmath._sharding import read_sharding
+
+    return read_sharding(input, linear_weight)
 
 
 def make_any_class(input: Tensor, linear_weight: Tensor) -> Tensor:
@@ -288,7 +342,7 @@ class _HeadTarget(NamedTuple):
     output_dtype: torch.dtype
 
 
-def _read_target(
+def _read_probabilities(
     input: Tensor,
     target: Tensor,
     classes_shape: tuple[int, ...],
@@ -296,19 +350,33 @@ def _read_target(
     logit_dtype: torch.dtype,
     output_dtype: torch.dtype,
 ) -> _HeadTarget:
-    """Reads class indices or probabilities; `classes_shape` is (C, *positions)."""
+    """Reads probabilities; `classes_shape` is (C, *positions)."""
+    del logit_dtype
     C, *positions_shape = classes_shape
     batch = input.shape[:-1]
     N, positions = math.prod([*batch]), math.prod([*positions_shape])
-    if target.shape == (*batch, *classes_shape):
-        check.probabilities(target, -1)  # the dtype alone; the next line checks ignore_index
-        check.no_ignore_index(options.ignore_index, target)
-        t, output_dtype = read_probabilities(target, options, len(batch), C, output_dtype)
-        labels = t.reshape(N, C, positions).to(wide_type(input.dtype))
-        targets = [Target(None, None, labels[..., d]) for d in range(positions)]
-        r = read_row_weight(options, (N, positions), None, wide_type(input.dtype))
-        n = count_kept(None, N * positions, r) if C else 0
-        return _HeadTarget(targets, None, r, n, labels, output_dtype)
+    check.probabilities(target, -1)  # the dtype alone; the next line checks ignore_index
+    check.no_ignore_index(options.ignore_index, target)
+    t, output_dtype = read_probabilities(target, options, len(batch), C, output_dtype)
+    labels = t.reshape(N, t.shape[len(batch)], positions).to(wide_type(input.dtype))
+    targets = [Target(None, None, labels[..., d]) for d in range(positions)]
+    r = read_row_weight(options, (N, positions), None, wide_type(input.dtype))
+    n = count_kept(None, N * positions, r) if C else 0
+    return _HeadTarget(targets, None, r, n, labels, output_dtype)
+
+
+def _read_indices(
+    input: Tensor,
+    target: Tensor,
+    classes_shape: tuple[int, ...],
+    options: TargetOptions,
+    logit_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+) -> _HeadTarget:
+    """Reads class indices; `classes_shape` is (C, *positions)."""
+    C, *positions_shape = classes_shape
+    batch = input.shape[:-1]
+    N, positions = math.prod([*batch]), math.prod([*positions_shape])
     target = check.flatten_head_indices(input, target, C, positions_shape)
     indices = read_indices(target.reshape(N, positions), C, options, logit_dtype)
     y, p = indices.y, indices.p.expand(N, positions)

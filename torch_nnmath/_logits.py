@@ -181,7 +181,7 @@ def compute_cross_entropy(
     check.output_dtype(output_dtype)
     check.smoothing(target_options.label_smoothing)
     base, logit_scale, softcap = logit_options
-    weight, ignore_index, label_smoothing, row_weight = target_options
+    weight, ignore_index, label_smoothing, row_weight, _ = target_options
     is_any_given = any(v is not None for v in (weight, row_weight, softcap, output_dtype))
     has_options = is_any_given or label_smoothing or z_loss or return_stats
     if not (has_options or is_scaled(logit_scale)):

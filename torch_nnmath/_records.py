@@ -58,14 +58,27 @@ class Target(NamedTuple):
         return Target(self.y, p, t, self.dim)
 
 
+class Shard(NamedTuple):
+    """The classes of one rank, where the ranks of a process group share the head's classes.
+
+    The size of the blocks follows from `max_classes`, so that all ranks have as many.
+    """
+
+    group: str  # name of the process group
+    first_class: int  # of this rank
+    max_classes: int  # of the largest shard
+
+
 class HeadInputs(NamedTuple):
     """What the head computes from: features, weight, bias and target of N rows and C classes.
 
     Where `keep` is False, the row is ignored: its loss and its part of every gradient are 0.
 
-    The last three fields have no derivative. `weight_dtype` is autocast's type, to which the weight
-    is rounded for the products; dW keeps the weight's type. Where x is `scale` times features of a
-    half type, these are given, too: a GPU multiplies them in half precision.
+    The last fields have no derivative. `weight_dtype` is autocast's type, to which the weight is
+    rounded for the products; dW keeps the weight's type. Where x is `scale` times features of a
+    half type, these are given, too: a GPU multiplies them in half precision. With a `shard`, W, b
+    and t have the classes of this rank alone, and dx is this rank's part of a sum; the rest is the
+    same on all ranks of the group.
     """
 
     x: Tensor  # (N, D)
@@ -78,25 +91,32 @@ class HeadInputs(NamedTuple):
     weight_dtype: torch.dtype | None = None
     features: Tensor | None = None  # (N, D)
     scale: Tensor | None = None  # () or (N, 1), in x's type
+    shard: Shard | None = None
 
     def flatten(self) -> tuple[Any, ...]:
-        """The tensors, with y, p, t in the target's place, and then base, cap, weight_dtype."""
+        """The tensors, with y, p, t in the target's place; then base, cap, weight_dtype, shard."""
         y, p, t, _ = self.target
         tensors = self.x, self.W, self.b, y, p, t, self.keep, self.features, self.scale
-        return *tensors, self.base, self.cap, self.weight_dtype
+        shard = NO_SHARD if self.shard is None else self.shard
+        return *tensors, self.base, self.cap, self.weight_dtype, *shard
 
     @staticmethod
     def from_flat(flat: Any) -> HeadInputs:
         """The inverse of `flatten`."""
-        x, W, b, y, p, t, keep, features, scale, base, cap, weight_dtype = flat
-        return HeadInputs(x, W, b, Target(y, p, t), keep, base, cap, weight_dtype, features, scale)
+        x, W, b, y, p, t, keep, features, scale, base, cap, weight_dtype, *shard = flat
+        options = base, cap, weight_dtype, features, scale
+        is_split = shard[0] is not None
+        return HeadInputs(
+            x, W, b, Target(y, p, t), keep, *options, Shard(*shard) if is_split else None
+        )
 
     def round_weight(self) -> Tensor:
         """The weight as operand of the products."""
         return self.W if self.weight_dtype is None else self.W.to(self.weight_dtype)
 
 
-TENSOR_COUNT, FLAT_SIZE = 9, 12  # of `HeadInputs.flatten`
+NO_SHARD = (None, 0, 0)
+TENSOR_COUNT, FLAT_SIZE = 9, 15  # of `HeadInputs.flatten`
 
 
 class InputValues(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch_nnmath._precision import get_constant, is_autocast, wide_type, widen
 from torch_nnmath._records import Target
 from torch_nnmath.kernels.dispatch import are_plain_cpu_tensors
 
+if TYPE_CHECKING:
+    from torch_nnmath._sharding import Sharding
+
 
 class TargetOptions(NamedTuple):
     """Options of a target: its weights and how it is interpreted."""
@@ -22,6 +25,7 @@ class TargetOptions(NamedTuple):
     ignore_index: int | None = None  # None is -100
     label_smoothing: float = 0.0
     row_weight: Tensor | None = None  # in the shape of class indices
+    sharding: Sharding | None = None  # where ranks share the classes; the weight has all of them
 
 
 class IndexTarget(NamedTuple):
@@ -30,7 +34,7 @@ class IndexTarget(NamedTuple):
     y: Tensor  # 0 in ignored rows
     keep: Tensor | None  # None if it is known that no row is ignored
     p: Tensor  # weight of the class; () if it is known that all rows have the same
-    smoothing: Tensor | None  # weight of each class from label smoothing, (C); None without
+    smoothing: Tensor | None  # weight of this rank's classes from label smoothing; None without
     row_weight: Tensor | None  # 0 in ignored rows
     total_weight: Tensor | int  # the divisor of a mean
 
@@ -44,7 +48,7 @@ class IndexTarget(NamedTuple):
 
 def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dtype) -> IndexTarget:
     """Checks and converts class indices for logits of `dtype`: the target is p e_y + smoothing."""
-    weight, ignore_index, label_smoothing, _ = options
+    weight, ignore_index, label_smoothing, _, sharding = options
     check.class_weight(weight, C)
     weight_dtypes = (dtype, wide_type(dtype))
     if weight is not None and weight.dtype not in weight_dtypes and not is_autocast(target):
@@ -72,6 +76,7 @@ def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dt
     if label_smoothing:
         w = torch.ones((C,), dtype=dtype, device=target.device) if weight is None else w
         p, smoothing = (1 - label_smoothing) * p, label_smoothing / max(C, 1) * w
+        smoothing = smoothing if sharding is None else sharding.select_classes(smoothing)
     return IndexTarget(y, keep, p, smoothing, r, total_weight)
 
 
@@ -90,7 +95,7 @@ def read_probabilities(
     target: Tensor, options: TargetOptions, dim: int, C: int, dtype: torch.dtype
 ) -> tuple[Tensor, torch.dtype]:
     """Returns probabilities, smoothed and weighted, and the loss's dtype. Classes are at `dim`."""
-    weight, _, label_smoothing, _ = options
+    weight, _, label_smoothing, _, sharding = options
     check.class_weight(weight, C)
     dtype = torch.promote_types(dtype, target.dtype)
     t = widen(target)
@@ -98,6 +103,7 @@ def read_probabilities(
         t = t * (1 - label_smoothing) + label_smoothing / max(C, 1)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
-        w: Any = widen(weight).view(-1, *[1] * (t.dim() - 1 - dim))
+        w = widen(weight) if sharding is None else sharding.select_classes(widen(weight))
+        w = w.view(-1, *[1] * (t.dim() - 1 - dim))
         t = formulas.WeightedTarget.evaluate(t, w)
     return t, dtype

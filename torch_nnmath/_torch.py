@@ -214,6 +214,19 @@ def assert_async(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
+def find_process_group(name: str) -> Any:
+    """The process group of this name. Operators take names, and no public function finds them."""
+    resolve: Any = torch._C._distributed_c10d._resolve_process_group
+    return resolve(name)
+
+
+def wait_for_collective(x: Tensor) -> Tensor:
+    """The plain tensor that `DTensor.redistribute` promised. No public function waits for it."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
+
+
 def has_forward_hooks(module: torch.nn.Module) -> bool:
     """Whether forward hooks are registered with a module. No public function tells."""
     return bool(module._forward_hooks)

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch_nnmath import formulas, nn, reference
 from torch_nnmath import functional as F
 from torch_nnmath._catalog_row import CLASSES, Input, Kind, Row, Sample
+from torch_nnmath._records import Target
 from torch_nnmath.reference import Form, Forms
 from torch_nnmath.reference_losses import WEIGHTED_COST
+from torch_nnmath.reference_shards import SPLIT_LOG_SUM_EXP
 
 # Inputs
 
@@ -69,6 +71,13 @@ def _compute_log_probs(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     """Computes the log-probabilities of class 1, to base 2."""
     y = torch.ones(x.shape[:1], dtype=torch.int64, device=x.device)
     return F.linear_log_probs(x, W, y, linear_bias=b, base=2)
+
+
+def _compute_split_loss(z: Tensor, t: Tensor) -> Tensor:
+    """Computes F13 of one rank's classes, with weight 0.5 for class 1 beside t, to base 2."""
+    y = torch.ones_like(z[:, :1], dtype=torch.int64)
+    target = Target(y, z.new_full((), 0.5), t, -1)
+    return formulas.compute_split_rows(z, target, None, 2.0, None)[0].squeeze(1)
 
 
 def _scale_logits(x: Tensor, s: Tensor) -> Tensor:
@@ -498,6 +507,18 @@ CATALOG: tuple[Row, ...] = (
             ),
         ),
         options={"beta": 2, "cap": 1.5, "zeta": 0.3},
+    ),
+    Row(
+        ids=("F24",),
+        section="head",
+        title="log-sum-exp of split classes",
+        function=formulas.SplitLogSumExp,
+        reference=SPLIT_LOG_SUM_EXP,
+        samples=(
+            Sample(lambda z: sum(formulas.SplitLogSumExp.evaluate(z, None)).squeeze(1), _LOGITS),
+            Sample(_compute_split_loss, {**_LOGITS, **_PROBABILITIES}, "in cross entropy"),
+        ),
+        options={"sizes": (2, 0, 1)},
     ),
     Row(
         ids=("F30",),

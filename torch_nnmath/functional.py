@@ -25,6 +25,7 @@ from torch_nnmath._logits import (
 from torch_nnmath._precision import cast_for_product, is_autocast, wide_type
 from torch_nnmath._reduction import compute_mse_loss, reduce_examples
 from torch_nnmath._target import TargetOptions
+from torch_nnmath.kernels.dispatch import has_dtensor
 
 __all__ = [
     "categorical_cross_entropy",
@@ -316,7 +317,8 @@ def cross_entropy(
     """`F.cross_entropy`: softmax and cross entropy on logits (F13), to any base.
 
     Args:
-        input: logits (C), (N, C) or (N, C, d_1, ..., d_K).
+        input: logits (C), (N, C) or (N, C, d_1, ..., d_K); a DTensor may be split over any of
+            these axes (F24), and the loss is then a DTensor.
         target: class indices (int64 or uint8), (), (N) or (N, d_1, ..., d_K), or probabilities of
             input's shape.
         weight: (C), one factor for each class; may be float32 where the logits are half precision.
@@ -361,7 +363,10 @@ def cross_entropy(
     reduction = check.resolve_reduction(reduction, size_average, reduce)
     options = TargetOptions(weight, ignore_index, label_smoothing, row_weight)
     logit_options = read_logit_options(base, logit_scale, softcap, temperature)
-    return compute_cross_entropy(
+    compute: Any = compute_cross_entropy
+    if has_dtensor(input):
+        from torch_nnmath._split_logits import compute_split_cross_entropy as compute
+    return compute(
         *(input, target, options, logit_options),
         *(reduction, z_loss, return_stats, output_dtype),
     )
@@ -390,7 +395,8 @@ def linear_cross_entropy(
 ) -> Any:
     """`F.linear_cross_entropy`: cross_entropy(linear(input, ...), target), the head (F14, F15).
 
-    At first and second order, only one block of the logits is in memory.
+    At first and second order, only one block of the logits is in memory. DTensors whose classes or
+    rows a device mesh splits are accepted (F24, docs/scale.md); the loss is then a DTensor.
 
     Args:
         input: features, (in_features) or (N, in_features); with a two-dimensional weight any
@@ -447,7 +453,7 @@ def linear_log_probs(
 
     log_base softmax(linear(input, linear_weight, linear_bias)) at the target. It is differentiable
     to any order; the logits are in memory from the third order on. Use it for policy gradients and
-    preference learning.
+    preference learning. DTensors are accepted as in `linear_cross_entropy`.
 
     Args:
         input, linear_weight, linear_bias, base, logit_scale, softcap, temperature: as in

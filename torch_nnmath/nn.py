@@ -212,13 +212,17 @@ class LinearCrossEntropyLoss(_CrossEntropyOptions, _LinearCrossEntropyLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Any:
-        shape = (self.num_classes, *self.out_features)
-        bias = self.linear.bias
+        weight: Any = self.linear.weight
+        bias: Any = self.linear.bias
+        if self.out_features:
+            shape = (self.num_classes, *self.out_features)
+            weight = weight.reshape(*shape, self.linear.in_features)
+            bias = None if bias is None else bias.reshape(shape)
         return F.linear_cross_entropy(
             input,
-            self.linear.weight.reshape(*shape, self.linear.in_features),
+            weight,
             target,
-            linear_bias=None if bias is None else bias.reshape(shape),
+            linear_bias=bias,
             weight=self.weight,
             reduction=self.reduction,
             ignore_index=self.ignore_index,

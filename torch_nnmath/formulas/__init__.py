@@ -14,8 +14,10 @@ from torch_nnmath.formulas.sigmoid import Sigmoid
 from torch_nnmath.formulas.sigmoid_squared_error import SigmoidSquaredError
 from torch_nnmath.formulas.softcap import SoftCap
 from torch_nnmath.formulas.softmax import LogSoftmax, Softmax, softmax_jacobian
+from torch_nnmath.formulas.split_softmax import SplitLogSumExp, compute_split_rows
 from torch_nnmath.formulas.squared_error import SquaredError
 from torch_nnmath.formulas.tanh import Tanh
+from torch_nnmath.formulas.transfer import Transfer
 from torch_nnmath.formulas.z_loss import ZLoss
 
 __all__ = [
@@ -36,10 +38,13 @@ __all__ = [
     "SigmoidSquaredError",
     "SoftCap",
     "Softmax",
+    "SplitLogSumExp",
     "SquaredError",
     "Tanh",
+    "Transfer",
     "WeightedTarget",
     "ZLoss",
+    "compute_split_rows",
     "mask_ignored",
     "relu_",
     "softmax_jacobian",

@@ -33,6 +33,15 @@ from torch_nnmath.formulas.tanh import Tanh
 from torch_nnmath.formulas.z_loss import ZLoss
 
 
+def check_all_classes(flat: Any) -> None:
+    """Raises for `HeadInputs` (flat) whose classes several ranks share."""
+    if HeadInputs.from_flat(flat[:FLAT_SIZE]).shard is not None:
+        raise NotImplementedError(
+            "the head over split classes has derivatives up to second order, outside of compiled "
+            "transforms: for others gather the weight with full_tensor()"
+        )
+
+
 def compute_rows(inputs: HeadInputs, requests: Requests) -> RowResults:
     """F14 and the other `RowResults`, as a composition of the formulas."""
     x, _, b, target, keep, base, cap, *_ = inputs

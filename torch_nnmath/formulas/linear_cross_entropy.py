@@ -20,6 +20,7 @@ from torch_nnmath._records import (
 )
 from torch_nnmath.formulas._formula import KernelFormula, mask_ignored, requires_grad, save
 from torch_nnmath.formulas._unfused_head import (
+    check_all_classes,
     compute_rows,
     compute_second_order,
     restrict,
@@ -61,15 +62,20 @@ class LinearCrossEntropy(KernelFormula):
         base: float,
         cap: float | None,
         weight_dtype: torch.dtype | None,
+        group: str | None,
+        first_class: int,
+        max_classes: int,
         requests: Requests,
     ) -> Any:
-        inputs = x, W, b, y, p, t, keep, features, scale, base, cap, weight_dtype
+        options = base, cap, weight_dtype, group, first_class, max_classes
+        inputs = x, W, b, y, p, t, keep, features, scale, *options
         outputs = kernels.head(*_pack_arguments(inputs, requests=requests))
         return _select_rows(outputs, requests)
 
     @classmethod
     def unfused(cls, *inputs: Any) -> Any:
         *flat, requests = inputs
+        check_all_classes(flat)
         return *compute_rows(HeadInputs.from_flat(flat), requests), None
 
     @staticmethod
@@ -230,6 +236,9 @@ class LinearCrossEntropyGradient(KernelFormula):
         base: float,
         cap: float | None,
         weight_dtype: torch.dtype | None,
+        group: str | None,
+        first_class: int,
+        max_classes: int,
         γ: Any,
         ω: Any,
         η: Any,
@@ -238,7 +247,8 @@ class LinearCrossEntropyGradient(KernelFormula):
         gradients: InputValues | None,
     ) -> Any:
         if gradients is None:
-            inputs = x, W, b, y, p, t, keep, features, scale, base, cap, weight_dtype
+            options = base, cap, weight_dtype, group, first_class, max_classes
+            inputs = x, W, b, y, p, t, keep, features, scale, *options
             outputs = kernels.head(
                 *_pack_arguments(inputs, (γ, ω, η), sums, needs_gradient=needs_gradient)
             )
@@ -316,6 +326,7 @@ class LinearCrossEntropySecondOrder(KernelFormula):
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         """Third order, with the logits in memory."""
         tensors = _flat_tensors(ctx)
+        check_all_classes(tensors)
         places = [i for i, _ in enumerate(tensors) if ctx.needs_input_grad[i]]
         f = restrict(compute_second_order, tensors, places, [c is not None for c in cotangents])
         with disable_autocast(tensors[0]):
@@ -328,6 +339,7 @@ class LinearCrossEntropySecondOrder(KernelFormula):
     def tangent(ctx: Any, *tangents: Any) -> Any:
         """Third order: the pullback is linear, so its own pullback is the tangent map."""
         tensors = _flat_tensors(ctx)
+        check_all_classes(tensors)
         _, (_, _, η), _ = split_second_order(tensors)
         has_output = True, True, η is not None, *ctx.needs_gradient
         places = [i for i, _ in enumerate(tensors) if isinstance(tangents[i], Tensor)]

@@ -9,6 +9,10 @@ gradient of t, a cap beside a dense target, second order. Else the exponentials 
 overwrite the logits, and Δ/f overwrites these; the row factor f scales rows of x and dx instead.
 
 The shift m is the row's maximum, or 0 where Σ e^v shows that no maximum is needed.
+
+Where the ranks of a group share the classes (F24), the maximum and then the sums of a block's rows
+are reduced over the group, both while something else is computed (`Workspace.iterate_softmaxes`).
+From the sums on, each rank computes what belongs to its classes.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ from torch import Tensor
 
 from torch_nnmath._precision import wide_type, zero_safe_product
 from torch_nnmath._records import HeadInputs, Requests, Target, UpstreamGradients
+from torch_nnmath.kernels import collectives
 from torch_nnmath.kernels._library import SLICE_SIZE, compute_log_probability
+from torch_nnmath.kernels.collectives import Reduction
 
 PREFERRED_BLOCK_ROWS = 256  # enough rows to amortise reading W and updating dW once per block
 # (min, max) of a block's logits in float32; they override the preferred rows
@@ -39,23 +45,31 @@ class Coefficients(NamedTuple):
 
 
 class Workspace:
-    """The head's inputs, widened, and the memory that the blocks of one call share."""
+    """The head's inputs, widened, and the memory that the blocks of one call share.
 
-    def __init__(self, inputs: HeadInputs, needs_logits: bool):
+    `dt` is the direction of the dense target t, if any.
+    """
+
+    def __init__(self, inputs: HeadInputs, needs_logits: bool, dt: Tensor | None = None):
         W = inputs.round_weight()
         dtype = wide_type(W.dtype)
         b = None if inputs.b is None else inputs.b.to(dtype)
         self.inputs = inputs._replace(W=W.to(dtype), b=b)
         self.needs_logits = needs_logits
         self.groups = group_rows(inputs)
-        self.logits = self.allocate_logits()
-        self.slice_size = _get_slice_size(self.logits)
+        # a block's logits exist while the products of the block before it run
+        is_pipelined = inputs.shard is not None and len(self.groups) > 1
+        self.buffers = [self.allocate_logits() for _ in range(2 if is_pipelined else 1)]
+        self.slice_size = _get_slice_size(self.buffers[0])
         scratch_count = 0 if inputs.cap is None else 1
         if needs_logits:
             scratch_count = 2
-        slice_of_logits = self.logits[:, : self.slice_size]
+        slice_of_logits = self.buffers[0][:, : self.slice_size]
         self.scratch = [torch.empty_like(slice_of_logits) for _ in range(scratch_count)]
-        self.needs_maximum = inputs.W.device.type != "cpu"
+        # all ranks of a group must take the same path
+        self.needs_maximum = inputs.W.device.type != "cpu" or inputs.shard is not None
+        self.t_total = self._sum_over_shards(inputs.target.t)
+        self.dt_total = self._sum_over_shards(dt)
 
     def allocate_logits(self) -> Tensor:
         """Memory for the logits of one block, class-major."""
@@ -67,7 +81,40 @@ class Workspace:
     def iterate_blocks(self) -> Iterator[Block]:
         """Each block is finished before the next, which reuses its memory."""
         for i, rows in enumerate(self.groups):
-            yield Block(self, rows, is_first=i == 0)
+            yield Block(self, rows, index=i)
+
+    def iterate_softmaxes(self, t: Tensor | None, requests: Requests) -> Iterator[Block]:
+        """The same, for a caller that calls `compute_softmax_` with the rows of t first.
+
+        Where ranks share the classes, a block's sums are reduced while the next block's logits are
+        computed, and the next block's maximum while the caller computes with this block.
+        """
+        blocks = self.iterate_blocks()
+        if self.inputs.shard is None:
+            yield from blocks
+            return
+        following = next(blocks, None)
+        if following is not None:
+            following.start_maximum_(requests)
+        while following is not None:
+            block = following
+            block.start_sums_(select_rows(t, block.rows), requests)
+            following = next(blocks, None)
+            if following is not None:
+                following.start_maximum_(requests)
+            yield block
+
+    def reduce(self, x: Tensor, operation: str) -> Reduction:
+        """Starts the reduction of x over the group."""
+        assert self.inputs.shard is not None
+        return collectives.Reduction(x, operation, self.inputs.shard.group)
+
+    def _sum_over_shards(self, t: Tensor | None) -> Tensor | None:
+        """Σ t of each row over the classes of all ranks."""
+        if t is None or self.inputs.shard is None or not self.groups:
+            return None
+        total = t.to(self.inputs.W.dtype).sum(1, keepdim=True)
+        return self.reduce(total, collectives.SUM).wait()
 
 
 class Block:
@@ -80,35 +127,84 @@ class Block:
     predicted: Tensor  # class of the largest logit
     z_y: Tensor | None = None  # the buffer's logit of the target's class
     l_y: Tensor | None = None  # its log-probability
+    is_elsewhere: Tensor | None = None  # whether another rank has the target's class
+    reduction: Reduction  # that runs
 
-    def __init__(self, workspace: Workspace, rows: Any, is_first: bool):
+    def __init__(self, workspace: Workspace, rows: Any, index: int):
         inputs = workspace.inputs
         keep = inputs.keep
-        self.workspace, self.rows, self.is_first = workspace, rows, is_first
+        self.workspace, self.rows, self.is_first = workspace, rows, index == 0
         self.ignored_mask = None if keep is None or may_gather_rows(keep) else ~keep[rows]
         self.x = self.mask(inputs.x[rows].to(inputs.W.dtype))
-        self.z = workspace.logits[: len(self.x)]
+        self.z = workspace.buffers[index % len(workspace.buffers)][: len(self.x)]
         self.target = select_target(inputs.target, rows)
-        self.ev = torch.zeros_like(self.z[:, :1])
+        self._find_local_class()
+        self.ev = self.z.new_zeros((len(self.z), 1))
 
     # The softmax of the rows
 
     def compute_softmax_(self, t: Tensor | None, requests: Requests) -> None:
         """Computes the logits, m, s, tv of the dense part t, and what `requests` ask for."""
         workspace = self.workspace
+        if workspace.inputs.shard is not None:
+            self._finish_sums(requests)
+            return
         needs_maximum = workspace.needs_maximum or t is not None or any(requests)
-        self.s = torch.zeros_like(self.z[:, :1])
+        self.s = self.z.new_zeros((len(self.z), 1))
         for classes in self.iterate_slices():
             z = self.fill_logits_(classes)
             if not needs_maximum:
                 self.s += self.exponentiate_(self.shift_(z), z).sum(1, keepdim=True)
-        if self.target.y is not None and (needs_maximum or workspace.needs_logits):
-            self.z_y = self.z.gather(1, self.target.y)
+        if needs_maximum or workspace.needs_logits:
+            self._pick_class_logit()
         if needs_maximum:
+            self._find_maximum(requests)
             self._shift_by_maximum_(t, requests)
+            if self.z_y is not None:
+                self.l_y = self.uncap(self.z_y) - self.m - self.s.log()
         elif not self._compute_class_log_probability_():
             workspace.needs_maximum = True  # later blocks probably need it, too
             self.compute_softmax_(t, requests)
+
+    def start_maximum_(self, requests: Requests) -> None:
+        """Computes the logits, and starts the reduction of their maxima over the group."""
+        for classes in self.iterate_slices():
+            self.fill_logits_(classes)
+        self._pick_class_logit()
+        self._find_maximum(requests)
+        assert isinstance(self.m, Tensor)
+        self.reduction = self.workspace.reduce(self.m.clone(), collectives.MAX)
+
+    def start_sums_(self, t: Tensor | None, requests: Requests) -> None:
+        """Computes the sums with the maximum over the group, and starts their reduction."""
+        largest, self.m = self.m, self.reduction.wait()
+        if requests.predicted:  # a later reduction selects the first of these classes
+            assert isinstance(largest, Tensor)
+            assert self.workspace.inputs.shard is not None
+            is_largest = (largest == self.m) | largest.isnan()
+            first_class = self.workspace.inputs.shard.first_class
+            no_class = torch.iinfo(torch.int64).max
+            self.predicted = torch.where(is_largest, self.predicted + first_class, no_class)
+        self.s = self.z.new_zeros((len(self.z), 1))
+        self._shift_by_maximum_(t, requests)
+        sums = [self.s]
+        if requests.entropy:
+            sums.append(self.ev)
+        if t is not None:
+            sums.append(self.tv + torch.zeros_like(self.s))
+        if self.z_y is not None:
+            sums.append(self.leave_to_owner(self.uncap(self.z_y) - self.m))
+        self.reduction = self.workspace.reduce(torch.cat(sums, 1), collectives.SUM)
+
+    def _finish_sums(self, requests: Requests) -> None:
+        """Waits for the sums that `start_sums_` began."""
+        self.s, *sums = self.reduction.wait().split(1, 1)
+        if requests.entropy:
+            self.ev = sums.pop(0)
+        if self.z_y is not None:
+            self.l_y = sums.pop() - self.s.log()
+        if sums:
+            (self.tv,) = sums
 
     def restore_softmax_(self, sums: Tensor) -> None:
         """Recomputes the block's state from the sums that the forward saved.
@@ -120,8 +216,8 @@ class Block:
             z = self.fill_logits_(classes)
             if not self.workspace.needs_logits:
                 self.exponentiate_(self.shift_(z), z)
-        if self.target.y is not None and self.workspace.needs_logits:
-            self.z_y = self.z.gather(1, self.target.y)
+        if self.workspace.needs_logits:
+            self._pick_class_logit()
 
     def fill_logits_(self, classes: slice) -> Tensor:
         """Writes the logits of some classes: z = W x + b, or tanh(z/κ)."""
@@ -143,7 +239,7 @@ class Block:
             e = z.div_(cap / 2).clamp_(-50, 50).expm1_()
             e.div_(torch.add(e, 2, out=self._scratch(e)))
         if self.target.y is not None and not workspace.needs_logits:
-            self._pick_class_logit_(z, classes)
+            self._pick_capped_class_logit(z, classes)
         return z
 
     def iterate_slices(self) -> Iterator[slice]:
@@ -169,13 +265,20 @@ class Block:
             torch.addcmul(e, e, z.square_(), value=-1, out=z)
         return e
 
-    def _shift_by_maximum_(self, t: Tensor | None, requests: Requests) -> None:
-        """Computes the sums with the maximum as m, from all logits of the block."""
+    def _find_maximum(self, requests: Requests) -> None:
+        """Sets m, and the predicted class, from all logits of the block."""
+        if not self.z.shape[1]:  # a rank without classes
+            self.m = torch.full_like(self.ev, -math.inf)
+            self.predicted = torch.zeros_like(self.ev, dtype=torch.int64)
+            return
         if requests.predicted:
             largest, self.predicted = self.z.max(1, keepdim=True)
         else:
             largest = self.z.amax(1, keepdim=True)
         self.m = self.uncap(largest)
+
+    def _shift_by_maximum_(self, t: Tensor | None, requests: Requests) -> None:
+        """Computes the sums with the maximum as m."""
         for classes in self.iterate_slices():
             z = self.z[:, classes]
             v = self.shift_(z)
@@ -187,8 +290,6 @@ class Block:
             else:
                 e = self.exponentiate_(v, z)
             self.s += e.sum(1, keepdim=True)
-        if self.z_y is not None:
-            self.l_y = self.uncap(self.z_y) - self.m - self.s.log()
 
     def _compute_class_log_probability_(self) -> bool:
         """Sets l_y from sums without a maximum; returns whether they are in the safe range."""
@@ -201,7 +302,40 @@ class Block:
         self.l_y = None if y is None else l_y
         return l_y is not None
 
-    def _pick_class_logit_(self, z: Tensor, classes: slice) -> None:
+    # The target's class
+
+    def _find_local_class(self) -> None:
+        """Numbers the target's class among this rank's classes."""
+        shard, y = self.workspace.inputs.shard, self.target.y
+        if shard is None or y is None:
+            return
+        C, y = self.z.shape[1], y - shard.first_class
+        self.is_elsewhere = (y < 0) | (y >= C)
+        self.target = self.target._replace(y=y.clamp(0, max(C - 1, 0)))
+
+    def leave_to_owner(self, v_y: Tensor) -> Tensor:
+        """A value of the target's class, 0 where another rank has the class."""
+        return v_y if self.is_elsewhere is None else v_y.masked_fill(self.is_elsewhere, 0)
+
+    def pick(self, v: Tensor) -> Tensor:
+        """The entries of v (rows, C) at the target's class; any number where that is elsewhere."""
+        if not v.shape[1]:
+            return torch.zeros_like(self.ev)
+        assert self.target.y is not None
+        return v.gather(1, self.target.y)
+
+    def add_to_class_(self, v: Tensor, v_y: Tensor) -> None:
+        """Adds to the entries of v (rows, C) at the target's class."""
+        if v.shape[1]:
+            assert self.target.y is not None
+            v.scatter_add_(1, self.target.y, self.leave_to_owner(v_y))
+
+    def _pick_class_logit(self) -> None:
+        """Sets z_y from the logits in the buffer."""
+        if self.target.y is not None:
+            self.z_y = self.pick(self.z)
+
+    def _pick_capped_class_logit(self, z: Tensor, classes: slice) -> None:
         """Sets z_y of the rows whose class is among these, before z is overwritten."""
         assert self.target.y is not None
         place = self.target.y - classes.start
@@ -226,10 +360,18 @@ class Block:
     def compute_weight(self, coefficients: Coefficients) -> Tensor:
         """γβ T + 2 ω lse + ηβ Σ a (v-m): B without the term -ηβ (v-m)."""
         γβ, ω, ηβ = coefficients
-        weight = γβ * self.target.total()
+        weight = γβ * self.compute_total()
         if ω is not None:
             weight = weight + 2 * ω * self.compute_lse()
         return weight if ηβ is None else weight + ηβ * (self.ev / self.s)
+
+    def compute_dense_total(self) -> Tensor | None:
+        """Σ t of each row, over the classes of all ranks."""
+        return sum_dense(self.target.t, self.workspace.t_total, self.rows)
+
+    def compute_total(self) -> Tensor | float:
+        """T = p + Σ t."""
+        return add_totals(self.target.p, self.compute_dense_total())
 
     def compute_class_slope(self) -> Tensor | float:
         """dv/dz at the target's class."""
@@ -267,7 +409,7 @@ class Block:
             if slope is not None:
                 z.mul_(slope)
         if y is not None and class_term is not None:
-            self.z.scatter_add_(1, y, -class_term)
+            self.add_to_class_(self.z, -class_term)
         return None
 
     def _scale_exponentials_(self, weight: Tensor, class_term: Tensor | None) -> Tensor:
@@ -279,7 +421,7 @@ class Block:
         weight = torch.where((weight == 0) & (class_term != 0), tiny, weight)
         # without a z-loss the share is exactly dv_y/dz_y
         share = torch.where(weight == 0, 0.0, class_term / weight)
-        self.z.scatter_add_(1, self.target.y, -share * self.s)
+        self.add_to_class_(self.z, -share * self.s)
         return weight / self.s
 
     # Rows and memory
@@ -328,8 +470,27 @@ def select_target(target: Target, rows: Any) -> Target:
     return Target(
         None if y is None else y[rows],
         None if p is None else p[rows],
-        t if t is None or t.shape[0] == 1 else t[rows],
+        select_rows(t, rows),
     )
+
+
+def select_rows(t: Tensor | None, rows: Any) -> Tensor | None:
+    """Some rows of t, unless all rows share one."""
+    return t if t is None or t.shape[0] == 1 else t[rows]
+
+
+def sum_dense(t: Tensor | None, total: Tensor | None, rows: Any) -> Tensor | None:
+    """Σ t of a block's rows; `total` are those of all rows, where ranks share the classes."""
+    if t is None:
+        return None
+    return t.sum(1, keepdim=True) if total is None else select_rows(total, rows)
+
+
+def add_totals(p: Tensor | None, dense: Tensor | None) -> Tensor | float:
+    """T = p + Σ t."""
+    if dense is None:
+        return 0.0 if p is None else p
+    return dense if p is None else p + dense
 
 
 def count_block_rows(N: int, C: int) -> int:
@@ -346,6 +507,7 @@ def count_block_rows(N: int, C: int) -> int:
 def group_rows(inputs: HeadInputs) -> list[Any]:
     """The rows of each block: slices, or indices where some rows are ignored."""
     (N, _), C, keep = inputs.x.shape, inputs.W.shape[0], inputs.keep
+    C = C if inputs.shard is None else inputs.shard.max_classes
     if not N or not C:
         return []
     if keep is not None and may_gather_rows(keep):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from torch_nnmath import _torch
 from torch_nnmath._precision import make_scalar, wide_type
+from torch_nnmath._records import FLAT_SIZE, HeadInputs
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 MIN_KERNEL_SIZE = 2**15  # entries; up to this PyTorch uses one thread, and few kernels are faster
@@ -21,6 +23,13 @@ FAST_IF_SMALL: set[str] = set()  # operators that the CPU uses for tensors of an
 GPU_MODULES: dict[str, str] = {}  # module of `kernels.gpu` by the operator's name
 GPU_ONLY: set[str] = set()  # operators without a kernel for the CPU
 NO_TRITON = "Triton is not installed"
+
+
+def has_dtensor(*tensors: Any) -> bool:
+    """Whether one of them is a DTensor. Its module takes half as long to import as PyTorch."""
+    subclasses = [type(x) for x in tensors if type(x) not in PLAIN_TYPES]
+    module = sys.modules.get("torch.distributed.tensor") if subclasses else None
+    return module is not None and any(issubclass(cls, module.DTensor) for cls in subclasses)
 
 
 class LossKernel:
@@ -148,6 +157,8 @@ def find_gpu_obstacle(name: str, args: Any) -> str | None:
     if GPU_MODULES[name] != "head":
         return find_triton_obstacle([x for x in args if isinstance(x, Tensor)])
     x, W, *_, needs_gradient = args
+    if HeadInputs.from_flat(args[:FLAT_SIZE]).shard is not None:
+        return "the ranks of a process group share the classes"
     if not x.numel() or not W.numel():
         return "a tensor is empty"
     is_half_beside_float = wide_type(x.dtype) == wide_type(W.dtype) in (x.dtype, W.dtype)

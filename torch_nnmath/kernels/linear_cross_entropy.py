@@ -2,7 +2,8 @@
 
 The operators take the fields of `HeadInputs` in its flat order. Half types are computed in float32
 and results are rounded once. A result that is not needed is an empty tensor. Ignored rows add
-nothing; on the CPU they are left out of every product.
+nothing; on the CPU they are left out of every product. Where the ranks of a group share the
+classes, all of them call the operator, and dx is each rank's part of the sum.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ from torch_nnmath._records import (
     RowResults,
     UpstreamGradients,
 )
+from torch_nnmath.kernels import collectives
 from torch_nnmath.kernels._block import (
     MIN_SHIFTED,
     Block,
     Coefficients,
     Workspace,
+    add_totals,
     cap_slope,
     select_target,
+    sum_dense,
 )
 from torch_nnmath.kernels._library import register_operator
 
 INPUTS = (
     "Tensor x, Tensor W, Tensor? b, Tensor? y, Tensor? p, Tensor? t, Tensor? keep,"
-    " Tensor? features, Tensor? scale, float base, float? cap, ScalarType? weight_dtype"
+    " Tensor? features, Tensor? scale, float base, float? cap, ScalarType? weight_dtype,"
+    " str? group, int first_class, int max_classes"
 )
 
 
@@ -64,8 +69,13 @@ def head(*args: Any) -> tuple[Tensor, ...]:
         inputs, needs_logits=block_requests.entropy or needs_gradient.t or has_capped_t
     )
     gradients = _allocate_gradients(inputs, needs_gradient, bool(workspace.groups))
-    for block in workspace.iterate_blocks():
-        if sums is None or needs_gradient.p or needs_gradient.t:
+    needs_sums = sums is None or needs_gradient.p or needs_gradient.t
+    if needs_sums:
+        blocks = workspace.iterate_softmaxes(inputs.target.t, block_requests)
+    else:
+        blocks = workspace.iterate_blocks()
+    for block in blocks:
+        if needs_sums:
             block.compute_softmax_(block.target.t, block_requests)
             _write_rows(block, RowResults(*rows), new_sums, requests)
         else:
@@ -73,6 +83,9 @@ def head(*args: Any) -> tuple[Tensor, ...]:
         if upstream is not None:
             coefficients = block.select_coefficients(upstream, inputs.base)
             _add_gradients(block, coefficients, gradients, needs_gradient)
+    if requests.predicted and inputs.shard is not None and workspace.groups:
+        *others, predicted = rows
+        rows = [*others, workspace.reduce(predicted, collectives.MIN).wait()]
     return *rows, new_sums, *round_gradients(inputs, gamma, gradients)
 
 
@@ -80,8 +93,9 @@ def _write_rows(block: Block, results: RowResults, sums: Tensor, requests: Reque
     """c = (1/ln β)(T lse(v) - (p e_y + t)·v), lse, q = lse² and the optional results."""
     rows, target, ln = block.rows, block.target, math.log(block.workspace.inputs.base)
     loss = -block.tv + torch.zeros_like(block.s)
-    if target.t is not None:
-        loss += target.t.sum(1, keepdim=True) * block.s.log()
+    dense_total = block.compute_dense_total()
+    if dense_total is not None:
+        loss += dense_total * block.s.log()
     if target.p is not None:
         loss += zero_safe_product(target.p, block.compute_derivative_wrt_p())
     lse = block.mask(block.compute_lse())
@@ -142,10 +156,10 @@ def head_second_order(*args: Any) -> tuple[Tensor, ...]:
     upstream = UpstreamGradients(gamma, omega, eta)
     ρ_c, ρ_q = torch.zeros_like(gamma), torch.zeros_like(gamma)
     ρ_h = gamma.new_zeros(0) if eta is None else torch.zeros_like(gamma)
-    workspace = Workspace(inputs, needs_logits=True)
+    workspace = Workspace(inputs, needs_logits=True, dt=tau)
     R = workspace.allocate_logits()
     gradients = _allocate_gradients(inputs, needs_gradient, bool(workspace.groups))
-    for block in workspace.iterate_blocks():
+    for block in workspace.iterate_softmaxes(tau, Requests(entropy=eta is not None)):
         coefficients = block.select_coefficients(upstream, inputs.base)
         second_order = _SecondOrder(block, direction, R, coefficients)
         second_order.write_derivatives(ρ_c, ρ_q, ρ_h)
@@ -168,6 +182,8 @@ class _SecondOrder:
         self.U = None if U is None else block.mask(U[block.rows].to(block.z.dtype))
         target = direction.to_target(block.workspace.inputs.target.y)
         self.dtarget = select_target(target, block.rows)
+        dt_total = block.workspace.dt_total
+        self.dense_dtotal = sum_dense(self.dtarget.t, dt_total, block.rows)
         has_entropy = coefficients.ηβ is not None
         block.compute_softmax_(self.dtarget.t, Requests(entropy=has_entropy))
         self.r = block.mask_(self._fill_direction_(buffer[: len(block.z)], σ))
@@ -202,15 +218,28 @@ class _SecondOrder:
             if self.coefficients.ηβ is not None:
                 self.avr += a.mul_(v.clamp_(min=MIN_SHIFTED)).sum(1, keepdim=True)
         y, p, _, _ = block.target
-        self.r_y: Any = None if y is None or p is None else self.r.gather(1, y)
+        self.r_y: Any = None if y is None or p is None else block.leave_to_owner(block.pick(self.r))
+        if block.workspace.inputs.shard is not None:
+            self._reduce_sums()
+
+    def _reduce_sums(self) -> None:
+        """Sums what the ranks of a group have of these sums."""
+        names = ["ar"]
+        names += ["avr"] if self.coefficients.ηβ is not None else []
+        names += ["tr"] if self.block.target.t is not None else []
+        names += ["r_y"] if self.r_y is not None else []
+        sums = torch.cat([getattr(self, name) for name in names], 1)
+        reduced = self.block.workspace.reduce(sums, collectives.SUM).wait()
+        for name, v in zip(names, reduced.split(1, 1), strict=True):
+            setattr(self, name, v)
 
     def write_derivatives(self, ρ_c: Tensor, ρ_q: Tensor, ρ_h: Tensor) -> None:
         """ρ_c = (1/ln β)((T a - t)·r + (lse - v)·t'), ρ_q = 2 lse a·r, ρ_h = dh."""
         block, ar, target, dtarget = self.block, self.ar, self.block.target, self.dtarget
         rows, ln = block.rows, math.log(block.workspace.inputs.base)
-        dc = target.total() * ar - self.tr - block.tv
-        if dtarget.t is not None:
-            dc += dtarget.t.sum(1, keepdim=True) * block.s.log()
+        dc = block.compute_total() * ar - self.tr - block.tv
+        if self.dense_dtotal is not None:
+            dc += self.dense_dtotal * block.s.log()
         if self.r_y is not None and target.p is not None:
             dc -= zero_safe_product(target.p, self.r_y)
         if dtarget.p is not None:
@@ -256,7 +285,7 @@ class _SecondOrder:
         """
         block, cap, (γβ, ω, ηβ) = self.block, self.block.cap, self.coefficients
         (y, p, t, _), dtarget = block.target, self.dtarget
-        D = γβ * dtarget.total()
+        D = γβ * add_totals(dtarget.p, self.dense_dtotal)
         if ηβ is not None:
             D = D - ηβ * self._compute_entropy_derivative()
         if ω is not None:
@@ -282,10 +311,10 @@ class _SecondOrder:
             z.copy_(G)
         if y is not None and p is not None:
             if cap is not None and z_y is not None:
-                self.r.scatter_add_(1, y, γβ * p * self.r_y * z_y * (2 / cap))
-            block.z.scatter_add_(1, y, -γβ * p * class_slope)
+                block.add_to_class_(self.r, γβ * p * self.r_y * z_y * (2 / cap))
+            block.add_to_class_(block.z, -γβ * p * class_slope)
         if y is not None and dtarget.p is not None:
-            self.r.scatter_add_(1, y, -γβ * dtarget.p * class_slope)
+            block.add_to_class_(self.r, -γβ * dtarget.p * class_slope)
 
 
 def _add_product_(r: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class _Operands:
         buffers: int = 1,
         reads_once: bool = False,
     ):
-        x, _, b, target, keep, base, cap, _, features, scale = inputs
+        x, _, b, target, keep, base, cap, _, features, scale, _ = inputs
         y, p, t, _ = target
         W = inputs.round_weight()
         self.W, self.keep = W, keep
