@@ -304,7 +304,7 @@ def test_training_step_of_a_loss_is_one_function():
         (G.sigmoid_squared_error, (z, t)),
     ):
         leaf = args[0].clone().requires_grad_()
-        loss = f(leaf, *args[1:])  # PyTorch 2.11 frees the graph with it
+        loss = f(leaf, *args[1:])  # PyTorch up to 2.12 frees the graph with it
         assert loss.grad_fn.name() == "CostWithGradientBackward"
         assert loss.grad_fn.next_functions[0][0].name() == "torch::autograd::AccumulateGrad"
 
