@@ -117,6 +117,12 @@ def compute_cross_term(z, o):
     return -(p * z.log_softmax(-1)).sum(-1)
 
 
+def compute_cross_term_in_other_order(z, o):
+    with torch.no_grad():
+        p = z.softmax(-1)
+    return -(z.log_softmax(-1) * p).sum(-1)
+
+
 def compute_entropy_with_hook(z, o):
     l = z.log_softmax(-1)
     p = l.exp()
@@ -161,6 +167,10 @@ MATERIALIZED: dict[str, tuple[str, Any]] = {
         lambda z, o: -(z.softmax(-1).detach() * z.log_softmax(-1)).sum(-1),
     ),
     "entropy of constant probabilities": ("nothing stands between", compute_cross_term),
+    "entropy, then constant probabilities": (
+        "nothing stands between",
+        compute_cross_term_in_other_order,
+    ),
     "entropy with a hook": ("register_hook", compute_entropy_with_hook),
     "entropy over rows and classes": (
         "sum",
