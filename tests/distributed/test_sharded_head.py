@@ -83,6 +83,8 @@ def test_bfloat16_is_as_exact_as_in_one_process(workers):
         {"label_smoothing": 0.1, "weight": "replicated", "logit_scale": 0.5},
     ]
     cases = [(layout, o) for layout in LAYOUTS for o in options]
+    on_logits = {"function": "cross_entropy", "z_loss": 0.1, "label_smoothing": 0.1}
+    cases += [(layout, on_logits) for layout in LAYOUTS if "sequence" not in layout]
     for lines in workers.run("compare_bfloat16", cases):
         assert not lines, "\n".join(lines)
 
