@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas, kernels
+from torch_nnmath._distillation import linear_jsd, linear_kl_div
 from torch_nnmath._head import make_any_class, prepare_head
 from torch_nnmath._logits import compute_cross_entropy, read_logit_options
 from torch_nnmath._precision import (
@@ -35,6 +36,8 @@ __all__ = [
     "feedforward",
     "linear",
     "linear_cross_entropy",
+    "linear_jsd",
+    "linear_kl_div",
     "linear_log_probs",
     "linear_log_sum_exp",
     "mse_loss",

@@ -21,12 +21,20 @@ from torch_nnmath.kernels.elementwise import (
 )
 from torch_nnmath.kernels.gpu.plan import get_memory_budget, set_memory_budget
 from torch_nnmath.kernels.linear_cross_entropy import head, head_second_order
+from torch_nnmath.kernels.linear_divergence import (
+    choose_divergence_dtype,
+    divergence,
+    divergence_second_order,
+)
 from torch_nnmath.kernels.row_functions import entropy, log_softmax_product, log_sum_exp, z_loss
 
 __all__ = [
+    "choose_divergence_dtype",
     "class_indices",
     "cross_entropy",
     "cross_entropy_cost",
+    "divergence",
+    "divergence_second_order",
     "entropy",
     "explain",
     "get_memory_budget",
