@@ -100,7 +100,7 @@ def compute_divergence(
 def _reduce(inputs: DivergenceInputs, reduction: str) -> Tensor:
     """The sum of the rows' losses, or their mean over the rows that are not ignored."""
     zero = inputs.x.new_zeros((), dtype=wide_type(inputs.x.dtype))
-    n = choose_divisor(reduction, count_kept(inputs.keep, len(inputs.x)), zero)
+    n = choose_divisor(reduction, count_kept(inputs.keep, inputs.x.shape[0]), zero)
     needs_gradient = formulas.LinearDivergenceCost.select_gradients(inputs)
     if formulas.LinearDivergenceCost.may_replace(n, needs_gradient):
         cost: Tensor

@@ -23,9 +23,15 @@ def compute_rows(inputs: DivergenceInputs) -> Tensor:
     """c of each row, (N, 1)."""
     z = _compute_logits(inputs.x, inputs.W, inputs.b, inputs.keep)
     l = _log_softmax(z / inputs.temperature)
-    zt = _compute_logits(inputs.xt, inputs.Wt, inputs.bt, inputs.keep)
-    lt = _log_softmax(zt / inputs.temperature)
-    c = inputs.factor * _compute_divergence(l, lt, inputs.mix)
+    if inputs.indices is None:
+        zt = _compute_logits(inputs.xt, inputs.Wt, inputs.bt, inputs.keep)
+        c = _compute_divergence(l, _log_softmax(zt / inputs.temperature), inputs.mix)
+    else:
+        xt = widen(mask_ignored(inputs.keep, inputs.xt))
+        c = _compute_divergence(
+            *_select_classes(l, xt, inputs.indices, inputs.has_rest), inputs.mix
+        )
+    c = inputs.factor * c
     if inputs.y is not None and inputs.label_factor:
         label_l = l if inputs.temperature == 1 else _log_softmax(z)
         c = c - inputs.label_factor * label_l.gather(1, inputs.y)
@@ -43,6 +49,20 @@ def _compute_logits(x: Tensor, W: Tensor | None, b: Tensor | None, keep: Tensor 
 def _log_softmax(z: Tensor) -> Tensor:
     z = z - z.detach().amax(1, keepdim=True)
     return z - z.exp().sum(1, keepdim=True).log()
+
+
+def _select_classes(l: Tensor, lt: Tensor, indices: Tensor, has_rest: bool) -> tuple[Tensor, Tensor]:
+    """l and lt of the teacher's classes, and of the others as one class."""
+    selected = l.gather(1, indices)
+    if not has_rest or indices.shape[1] == l.shape[1]:
+        return selected, lt
+    others = l.scatter(1, indices, -torch.inf)
+    m = others.detach().amax(1, keepdim=True)
+    m = m.masked_fill(m == -torch.inf, 0)
+    l_rest = m + (others - m).exp().sum(1, keepdim=True).log()
+    mass = (1 - lt.double().exp().sum(1, keepdim=True)).clamp(min=torch.finfo(lt.dtype).eps)
+    lt_rest = mass.log().to(lt.dtype)
+    return torch.cat((selected, l_rest), 1), torch.cat((lt, lt_rest), 1)
 
 
 def _compute_divergence(l: Tensor, lt: Tensor, mix: float) -> Tensor:

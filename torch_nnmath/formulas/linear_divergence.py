@@ -126,7 +126,7 @@ class LinearDivergenceCost(Function):
                 return None, *_pad(gradients), None
             known_gradients = gradients
         # a differentiated backward, or a dC that must not be multiplied
-        γ = (dC / n).expand(len(inputs.x), 1)
+        γ = (dC / n).expand(inputs.x.shape[0], 1)
         results = LinearDivergenceGradient.apply(*inputs, γ, needs, known_gradients)
         return None, *_pad(results), None
 
@@ -276,7 +276,7 @@ class LinearDivergenceSecondOrder(KernelFormula):
 def _make_rows(inputs: DivergenceInputs) -> Tensor:
     """A tensor of the shape and type of c."""
     dtype = kernels.choose_divergence_dtype(inputs)
-    return inputs.x.new_empty((len(inputs.x), 1), dtype=dtype)
+    return inputs.x.new_empty((inputs.x.shape[0], 1), dtype=dtype)
 
 
 def _pad(gradients: Any) -> tuple[Any, ...]:
@@ -293,7 +293,7 @@ def _scale(dC: Tensor, gradients: PairValues, inputs: DivergenceInputs) -> PairV
     any_kept = None if keep is None else keep.any()
 
     def scale(g: Tensor, v: Tensor, is_per_row: bool) -> Tensor:
-        if len(inputs.x) or keep is not None:
+        if inputs.x.shape[0] or keep is not None:
             g = scale_gradient_(g, dC, keep if is_per_row else any_kept)
         return g.to(v.dtype)
 

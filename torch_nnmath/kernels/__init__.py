@@ -6,6 +6,7 @@ call `class_indices`. `elementwise` has the kernels of several formulas, `_block
 head share.
 """
 
+from torch_nnmath.kernels._divergence_block import choose_divergence_dtype
 from torch_nnmath.kernels.class_indices import class_indices, read_kept_indices
 from torch_nnmath.kernels.cross_entropy import cross_entropy, cross_entropy_cost
 from torch_nnmath.kernels.dispatch import explain
@@ -21,11 +22,7 @@ from torch_nnmath.kernels.elementwise import (
 )
 from torch_nnmath.kernels.gpu.plan import get_memory_budget, set_memory_budget
 from torch_nnmath.kernels.linear_cross_entropy import head, head_second_order
-from torch_nnmath.kernels.linear_divergence import (
-    choose_divergence_dtype,
-    divergence,
-    divergence_second_order,
-)
+from torch_nnmath.kernels.linear_divergence import divergence, divergence_second_order
 from torch_nnmath.kernels.row_functions import entropy, log_softmax_product, log_sum_exp, z_loss
 
 __all__ = [
