@@ -9,8 +9,8 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath._divergence import (
-    DivergenceOptions,
     Distributions,
+    DivergenceOptions,
     Labels,
     compute_divergence,
 )
@@ -25,6 +25,8 @@ def linear_kl_div(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_indices: Tensor | None = None,
+    remainder: str = "class",
     reverse: bool = False,
     temperature: float = 1.0,
     temperature_factor: bool = False,
@@ -44,9 +46,14 @@ def linear_kl_div(
     Args:
         student: the student's features, (*, D).
         student_weight: (C, D).
-        teacher: the teacher's features (*, D'), or its logits (*, C).
-        teacher_weight: (C, D'); None if `teacher` holds logits.
+        teacher: the teacher's features (*, D'), or its logits (*, C), or its log-probabilities
+            (*, k) of the classes `teacher_indices`.
+        teacher_weight: (C, D'); None if `teacher` holds logits or log-probabilities.
         student_bias, teacher_bias: (C).
+        teacher_indices: (*, k), different classes in each row, such as the teacher's likeliest
+            (F28). Only the student's logits are then divided by the temperature.
+        remainder: what becomes of the other classes: "class" makes one class of them, for student
+            and teacher; "drop" leaves their terms out of the sum.
         reverse: whether to compute KL(q||p) instead (F26).
         temperature: divides both logits; must be positive and finite.
         temperature_factor: whether the divergence is multiplied by temperature², which keeps the
@@ -77,12 +84,19 @@ def linear_kl_div(
     """
     return compute_divergence(
         Distributions(
-            *(student, student_weight, student_bias), *(teacher, teacher_weight, teacher_bias)
+            *(student, student_weight, student_bias),
+            *(teacher, teacher_weight, teacher_bias),
+            teacher_indices,
         ),
         Labels(labels, alpha, ignore_index),
         DivergenceOptions(
-            *(1.0 if reverse else 0.0, temperature, temperature_factor),
-            *(base, reduction, output_dtype),
+            mix=1.0 if reverse else 0.0,
+            temperature=temperature,
+            has_temperature_factor=temperature_factor,
+            remainder=remainder,
+            base=base,
+            reduction=reduction,
+            output_dtype=output_dtype,
         ),
     )
 
@@ -96,6 +110,8 @@ def linear_jsd(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_indices: Tensor | None = None,
+    remainder: str = "class",
     beta: float = 0.5,
     temperature: float = 1.0,
     temperature_factor: bool = False,
@@ -114,9 +130,9 @@ def linear_jsd(
     Args:
         beta: in [0, 1], the weight of the teacher. 0 gives KL(p||q) and 1 gives KL(q||p), as in
             TRL: the limits of the divergence over beta and over 1 - beta.
-        student, student_weight, teacher, teacher_weight, student_bias, teacher_bias, temperature,
-        temperature_factor, labels, alpha, ignore_index, base, reduction, output_dtype: as in
-            `linear_kl_div`.
+        student, student_weight, teacher, teacher_weight, student_bias, teacher_bias,
+        teacher_indices, remainder, temperature, temperature_factor, labels, alpha, ignore_index,
+        base, reduction, output_dtype: as in `linear_kl_div`.
 
     Returns:
         (*) without a reduction, else ().
@@ -132,10 +148,18 @@ def linear_jsd(
     check.fraction("beta", beta)
     return compute_divergence(
         Distributions(
-            *(student, student_weight, student_bias), *(teacher, teacher_weight, teacher_bias)
+            *(student, student_weight, student_bias),
+            *(teacher, teacher_weight, teacher_bias),
+            teacher_indices,
         ),
         Labels(labels, alpha, ignore_index),
         DivergenceOptions(
-            *(beta, temperature, temperature_factor), *(base, reduction, output_dtype)
+            mix=beta,
+            temperature=temperature,
+            has_temperature_factor=temperature_factor,
+            remainder=remainder,
+            base=base,
+            reduction=reduction,
+            output_dtype=output_dtype,
         ),
     )

@@ -184,17 +184,12 @@ class DivergenceInputs(NamedTuple):
     has_rest: bool  # whether the classes that are not among `indices` count, as one class
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The fields that may be tensors."""
-        return self[:DIVERGENCE_TENSOR_COUNT]
-
-    @property
     def values(self) -> PairValues:
         """The differentiable inputs."""
         return PairValues(*self[:6])
 
 
-DIVERGENCE_TENSOR_COUNT = 9
+DIVERGENCE_TENSOR_COUNT = 9  # the first fields of `DivergenceInputs`
 
 
 class PairValues(NamedTuple):

@@ -51,7 +51,9 @@ def _log_softmax(z: Tensor) -> Tensor:
     return z - z.exp().sum(1, keepdim=True).log()
 
 
-def _select_classes(l: Tensor, lt: Tensor, indices: Tensor, has_rest: bool) -> tuple[Tensor, Tensor]:
+def _select_classes(
+    l: Tensor, lt: Tensor, indices: Tensor, has_rest: bool
+) -> tuple[Tensor, Tensor]:
     """l and lt of the teacher's classes, and of the others as one class."""
     selected = l.gather(1, indices)
     if not has_rest or indices.shape[1] == l.shape[1]:
@@ -91,7 +93,9 @@ def compute_second_order(*flat: Any) -> tuple[Any, ...]:
 
     def h(γ: Tensor, *values: Tensor) -> Tensor:
         def f(*values: Tensor) -> Tensor:
-            changes = {DivergenceInputs._fields[i]: v for i, v in zip(places, values, strict=True)}
+            changes: Any = {
+                DivergenceInputs._fields[i]: v for i, v in zip(places, values, strict=True)
+            }
             return compute_rows(inputs._replace(**changes))
 
         _, pullback = vjp(f, *values)

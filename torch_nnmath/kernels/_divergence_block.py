@@ -6,7 +6,7 @@ cache. Δ overwrites the logits, and dΔ their derivative along a direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -245,7 +245,8 @@ class DenseBlock(Block):
                 d = (s - side.k).mul_(own_r).add_(ds).sub_(side.dk).mul_(q)
                 dG, dGt = (d, dGt) if side is student else (dG, d)
             G, Gt = parts.compute_gradients(True, True)
-            assert G is not None and Gt is not None
+            assert G is not None
+            assert Gt is not None
             Δ, Q, R = G.mul_(γD), dG.mul(γD), student.R[:, classes]
             if self.y is not None:
                 a = self.compute_label_probabilities(classes) * (γ * self.inputs.label_factor)

@@ -1,4 +1,4 @@
-"""A block of rows of a divergence whose teacher has log-probabilities of k classes in each row (F28).
+"""A block of rows of a divergence whose teacher has log-probabilities of k classes a row (F28).
 
 The student's other classes are one more class, the rest, or they are left out. Their logits stay in
 the buffer, in which those of the k classes are -inf.
@@ -197,9 +197,9 @@ class TopKBlock(Block):
     def form_second_deltas_(self, γ: Tensor) -> None:
         """Overwrites the logits with Δ, and R with Q = dΔ; dxt holds the derivative of its own.
 
-        The Δ of other classes is w_j A, A = f_rest - q_rest F, so Q_j = w_j ((R_j/τ - w·R/τ) A + dA).
+        The Δ of other classes is w_j A, A = f_rest - q_rest F: Q_j = w_j ((R_j/τ - w·R/τ) A + dA).
         """
-        _, f, ft = self.partials
+        _, f, _ = self.partials
         df, dft = differentiate_partials(self.l, self.lt, self.r, self.rt, self.inputs.mix)
         F, dF = f.sum(1, keepdim=True), df.sum(1, keepdim=True)
         q, k = self.l[:, : self.k].exp(), self.k
