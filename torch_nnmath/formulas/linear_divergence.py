@@ -26,7 +26,7 @@ NO_GRADIENTS = PairValues(*[False] * VALUE_COUNT)
 
 
 class LinearDivergence(KernelFormula):
-    r"""F25 to F27: the divergence c of a teacher's p = softmax(zt/τ), zt = xt Wtᵀ + bt, from a
+    r"""F25, F26, F27: the divergence c of a teacher's p = softmax(zt/τ), zt = xt Wtᵀ + bt, from a
     student's q = softmax(z/τ), z = x Wᵀ + b. With l = ln q, lt = ln p and m = μ p + (1-μ) q:
 
     F25, μ = 0:  c = Σ p st,  st = lt - l
@@ -35,6 +35,12 @@ class LinearDivergence(KernelFormula):
 
     A score s gives dc/d(z/τ) = G = q ∘ (s - q·s), and st likewise Gt = p ∘ (st - p·st). Without a
     score, G = q - p in F25 and Gt = p - q in F26. Δ = G/τ:  dW = Δᵀ x, dx = Δ W, db = Σ_rows Δ.
+
+    With `indices`, F28: lt = xt are log-probabilities of these classes; the others are one class of
+    student and teacher, or are left out. With the partial derivatives f, ft of the same c with
+    respect to l and lt, w the softmax of the others' logits, and F = Σ f:
+    G_i = f_i - q_i F of the given classes, w_j (f_rest - q_rest F) of the others,
+    dlt_i = ft_i - p_i ft_rest/p_rest.
 
     c is multiplied by `factor`; `label_factor` times F14 of z and the label is added (F29). Without
     Wt, zt = xt. `DivergenceInputs` -> c (N, 1). The logits exist for a block of rows at a time.
