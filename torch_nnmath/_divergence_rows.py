@@ -19,6 +19,8 @@ LABEL = 1
 
 STUDENT = {"x": vector(2), **layer(2, CLASSES)}
 TEACHER = {"xt": vector(2), **layer(2, CLASSES, "t")}
+# two classes, since the polynomials of a proof grow fast
+SMALL_HEADS = {"x": vector(1), **layer(1, 2), "xt": vector(1), **layer(1, 2, "t")}
 LABELS = {"y": Input((), "label")}
 LOG_PROBABILITIES = {"lt": vector(2, "log_probability")}
 
@@ -110,8 +112,7 @@ DIVERGENCE_ROWS = (
         samples=(
             Sample(
                 _compute(per_example(F.linear_jsd), beta=0.3, base=2, temperature=1.5),
-                # small, since the proof's polynomials grow fast
-                {"x": vector(1), **layer(1, 2), "xt": vector(1), **layer(1, 2, "t")},
+                SMALL_HEADS,
             ),
             Sample(
                 _compute(F.linear_jsd, alpha=0.4), {**STUDENT, **TEACHER, **LABELS}, "labels, mean"
@@ -155,7 +156,7 @@ DIVERGENCE_ROWS = (
         function=formulas.LinearDivergence,
         reference=reference.DISTILLATION,
         samples=(
-            Sample(compute_distillation_loss, {**STUDENT, **TEACHER}),
+            Sample(compute_distillation_loss, SMALL_HEADS),
             Sample(
                 _compute(F.linear_kl_div, alpha=0.3, temperature=2, reverse=True),
                 {**STUDENT, **TEACHER, **LABELS},

@@ -274,11 +274,19 @@ class LinearKLDivLoss(_DivergenceLoss):
         student_weight: Tensor,
         teacher: Tensor,
         teacher_weight: Tensor | None = None,
-        **inputs: Tensor | None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        teacher_indices: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        options = self.get_options()
         return F.linear_kl_div(
-            student, student_weight, teacher, teacher_weight, **inputs, **options
+            *(student, student_weight, teacher, teacher_weight),
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            teacher_indices=teacher_indices,
+            labels=labels,
+            **self.get_options(),
         )
 
     def get_options(self) -> dict[str, Any]:
@@ -302,10 +310,20 @@ class LinearJSDLoss(_DivergenceLoss):
         student_weight: Tensor,
         teacher: Tensor,
         teacher_weight: Tensor | None = None,
-        **inputs: Any,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        teacher_indices: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        heads = student, student_weight, teacher, teacher_weight
-        return F.linear_jsd(*heads, **inputs, **self.get_options())
+        return F.linear_jsd(
+            *(student, student_weight, teacher, teacher_weight),
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            teacher_indices=teacher_indices,
+            labels=labels,
+            **self.get_options(),
+        )
 
     def get_options(self) -> dict[str, Any]:
         """The options by name."""

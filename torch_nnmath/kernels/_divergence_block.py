@@ -15,7 +15,9 @@ from torch import Tensor
 from torch_nnmath._precision import wide_type
 from torch_nnmath._records import DivergenceInputs, PairValues
 from torch_nnmath.kernels._block import fill_affine_, may_gather_rows
-from torch_nnmath.kernels._library import SLICE_SIZE
+from torch_nnmath.kernels._library import SAFE_EXP, SLICE_SIZE
+
+NO_VALUES = PairValues(*[False] * 6)
 
 
 def choose_divergence_dtype(inputs: DivergenceInputs) -> torch.dtype:
@@ -35,11 +37,15 @@ class Side:
     dk: Tensor  # derivative of k along the direction
     z: Tensor  # becomes Δ
     R: Tensor  # becomes Q = dΔ
+    needs_mask: bool  # whether scores are masked where the probability is 0
+    needs_maximum: bool  # whether the sum of exponentials is computed relative to the maximum
 
     def __init__(self, values: Any, direction: Any, C: int, row_count: int, dtype: torch.dtype):
         self.x, W, b = values
         self.W, self.b = (None if v is None else v.to(dtype) for v in (W, b))
         self.dtype = dtype
+        # on a GPU reading a result would wait for it
+        self.needs_mask = self.needs_maximum = self.x.device.type != "cpu"
         self.buffers = [self.x.new_empty((C, row_count), dtype=dtype).T]
         self.direction = None
         if direction is not None:
@@ -67,6 +73,22 @@ class Side:
         else:
             fill_affine_(z, self.x_rows, self.W, self.b, classes)
         return z if self.ignored is None else z.masked_fill_(self.ignored, 0)
+
+    def start_sum(self, temperature: float) -> ExpSum:
+        """An empty sum of exponentials of the block's logits."""
+        return ExpSum(self.z.new_zeros((len(self.z), 1)), temperature, self.needs_maximum)
+
+    def take_log(self, total: ExpSum, slices: Sequence[slice]) -> Tensor:
+        """ln of the sum over all slices.
+
+        Without the maximum it may overflow. Then it is computed again, and so for later blocks.
+        """
+        if not total.has_maximum and not total.is_safe():
+            self.needs_maximum = True
+            total = self.start_sum(total.temperature)
+            for classes in slices:
+                total.add(self.z[:, classes])
+        return total.log()
 
     def _fill_direction_(self, u: Tensor | None, V: Tensor | None, σ: Tensor | None) -> None:
         """Writes R = U Wᵀ + X Vᵀ + σ, or U for given logits."""
@@ -164,31 +186,80 @@ class DenseBlock(Block):
         self.teacher = teacher
         teacher.start_block(rows, self.ignored)
 
-    def compute_loss_(self) -> Tensor:
-        """Fills the logits; returns c of each row."""
-        student, teacher = self.student, self.teacher
-        sums = [OnlineSum(self.zeros, τ) for τ in (self.τ, self.τ, 1.0)]
-        has_label_sum = self.y is not None and self.τ != 1
+    def compute_loss_(self, needs: PairValues = NO_VALUES) -> Tensor:
+        """Fills the logits; returns c of each row.
+
+        If the student alone needs gradients, its logits become q ∘ s or G, and the teacher's q.
+        """
+        self._compute_sums_()
+        is_student_alone = needs.needs_student and not needs.needs_teacher
+        # labels need the logits again if their temperature differs
+        self.is_overwritten = is_student_alone and (self.y is None or self.τ == 1)
+        c = self._sum_scores_()
+        # 0 * inf is nan: these rows and those of later blocks are masked
+        if not self.student.needs_mask and not bool(c.isfinite().all()):
+            self.student.needs_mask = True
+            if self.is_overwritten:
+                self._compute_sums_()
+            c = self._sum_scores_()
+        c = c * self.inputs.factor
+        return mask(c if self.y is None else c + self.label_loss, self.ignored)
+
+    def _compute_sums_(self) -> None:
+        """Fills the logits; computes what follows from the sums of their exponentials."""
+        student, teacher, τ = self.student, self.teacher, self.τ
+        sums = student.start_sum(τ), teacher.start_sum(τ)
+        label_sum = student.start_sum(1.0) if self.y is not None and τ != 1 else None
         for classes in self.slices:
             z = student.fill_logits_(classes)
             sums[0].add(z)
-            if has_label_sum:
-                sums[2].add(z)
+            if label_sum is not None:
+                label_sum.add(z)
             sums[1].add(teacher.fill_logits_(classes))
-        student.lse, teacher.lse = sums[0].log(), sums[1].log()
+        student.lse, teacher.lse = (
+            side.take_log(total, self.slices)
+            for side, total in zip((student, teacher), sums, strict=True)
+        )
+        if self.y is not None:
+            self.label_lse = student.lse
+            if label_sum is not None:
+                self.label_lse = student.take_log(label_sum, self.slices)
+            self.label_loss = self.compute_label_loss()
+
+    def _sum_scores_(self) -> Tensor:
+        """The divergence of each row, k + kt."""
+        student, teacher = self.student, self.teacher
         student.k, teacher.k = torch.zeros_like(self.zeros), torch.zeros_like(self.zeros)
         for classes in self.slices:
-            for side, q, s in _Slice(self, classes).scores:
-                side.k += s.mul_(q).sum(1, keepdim=True)
-        c = (student.k + teacher.k) * self.inputs.factor
-        if self.y is not None:
-            self.label_lse = sums[2].log() if has_label_sum else student.lse
-            c += self.compute_label_loss()
-        return mask(c, self.ignored)
+            parts, z = _Slice(self, classes), student.z[:, classes]
+            for side, q, s in parts.scores:
+                out = z if self.is_overwritten and side is student else s
+                side.k += torch.mul(s, q, out=out).sum(1, keepdim=True)
+            if self.is_overwritten:
+                if self.inputs.mix == 0:
+                    torch.sub(parts.q, parts.p, out=z)
+                if self.inputs.mix != 0 or self.y is not None:
+                    teacher.z[:, classes] = parts.q
+        return student.k + teacher.k
 
     def form_deltas_(self, γ: Tensor, needs: PairValues) -> None:
         """Overwrites the logits with the gradients of Σ γ c: (γ/τ) G, G = q ∘ (s - k) or q - p."""
         γD = γ * (self.inputs.factor / self.τ)
+        if self.is_overwritten:
+            self._form_deltas_from_products_(γD, γ * self.inputs.label_factor)
+        else:
+            self._form_deltas_from_logits_(γD, γ * self.inputs.label_factor, needs)
+        self.subtract_labels_(γ)
+
+    def _form_deltas_from_products_(self, γD: Tensor, γ_y: Tensor) -> None:
+        """The same where q ∘ s or q - p, and q, are in the memory of the logits."""
+        factor = -γD * self.student.k if self.y is None else γ_y - γD * self.student.k
+        for classes in self.slices:
+            Δ, q = self.student.z[:, classes].mul_(γD), self.teacher.z[:, classes]
+            if self.inputs.mix != 0 or self.y is not None:
+                Δ.addcmul_(q, factor)
+
+    def _form_deltas_from_logits_(self, γD: Tensor, γ_y: Tensor, needs: PairValues) -> None:
         for classes in self.slices:
             G, Gt = _Slice(self, classes).compute_gradients(
                 needs.needs_student, needs.needs_teacher
@@ -196,12 +267,10 @@ class DenseBlock(Block):
             if G is not None:
                 Δ = G.mul_(γD)
                 if self.y is not None:
-                    a = self.compute_label_probabilities(classes)
-                    Δ += a.mul_(γ * self.inputs.label_factor)
+                    Δ += self.compute_label_probabilities(classes).mul_(γ_y)
                 self.student.z[:, classes] = Δ
             if Gt is not None:
                 torch.mul(Gt, γD, out=self.teacher.z[:, classes])
-        self.subtract_labels_(γ)
 
     def compute_derivative_(self) -> Tensor:
         """Fills the logits; returns ρ of each row."""
@@ -264,15 +333,19 @@ class DenseBlock(Block):
         self.teacher.add_gradients(gradients[3:], needs[3:], self.is_first)
 
 
-class OnlineSum:
-    """Σ e^{z/τ} of each row, slice by slice, relative to the maximum so far."""
+class ExpSum:
+    """Σ e^{z/τ} of each row, slice by slice; with `has_maximum` relative to the maximum so far."""
 
-    def __init__(self, zeros: Tensor, temperature: float):
-        self.temperature = temperature
-        self.m, self.s = zeros - torch.inf, zeros
+    def __init__(self, zeros: Tensor, temperature: float, has_maximum: bool = True):
+        self.temperature, self.has_maximum = temperature, has_maximum
+        self.m, self.s = zeros - torch.inf if has_maximum else zeros, zeros
 
     def add(self, z: Tensor) -> None:
         """Adds the terms of some classes."""
+        if not self.has_maximum:
+            v = z.exp() if self.temperature == 1 else (z / self.temperature).exp_()
+            self.s = self.s + v.sum(1, keepdim=True)
+            return
         m = torch.maximum(self.m, z.amax(1, keepdim=True))
         shift = m.masked_fill(m == -torch.inf, 0)  # since -inf - -inf is nan
         v = z - shift
@@ -280,6 +353,10 @@ class OnlineSum:
             v /= self.temperature
         decay = ((self.m - shift) / self.temperature).exp()
         self.s, self.m = self.s * decay + v.exp_().sum(1, keepdim=True), m
+
+    def is_safe(self) -> bool:
+        """Whether a sum without maximum neither overflowed nor lost terms."""
+        return bool(((self.s < SAFE_EXP) & (self.s > 1 / SAFE_EXP)).all())
 
     def log(self) -> Tensor:
         """ln Σ e^{z/τ}."""
@@ -298,18 +375,21 @@ class _Slice:
         self.student, self.teacher = block.student, block.teacher
         l, lt = (self._subtract(side.lse, side.z) for side in (self.student, self.teacher))
         self.q, self.p = l.exp(), lt.exp()
-        # 0 ln 0 = 0, also where the logarithm of the other side is infinite
         if self.mix == 0:
-            self.scores = [(self.teacher, self.p, lt.sub_(l).masked_fill_(self.p == 0, 0))]
+            self.scores = [(self.teacher, self.p, self._mask_(lt.sub_(l), self.p))]
         elif self.mix == 1:
-            self.scores = [(self.student, self.q, l.sub_(lt).masked_fill_(self.q == 0, 0))]
+            self.scores = [(self.student, self.q, self._mask_(l.sub_(lt), self.q))]
         else:
             self.m = (self.mix * self.p).add_(self.q, alpha=1 - self.mix)
             self.m.clamp_(min=torch.finfo(l.dtype).tiny)
             lm = self.m.log()
-            s = l.sub_(lm).mul_(1 - self.mix).masked_fill_(self.q == 0, 0)
-            st = lt.sub_(lm).mul_(self.mix).masked_fill_(self.p == 0, 0)
+            s = self._mask_(l.sub_(lm).mul_(1 - self.mix), self.q)
+            st = self._mask_(lt.sub_(lm).mul_(self.mix), self.p)
             self.scores = [(self.student, self.q, s), (self.teacher, self.p, st)]
+
+    def _mask_(self, s: Tensor, q: Tensor) -> Tensor:
+        """s, 0 where q is: 0 ln 0 = 0, also where a logarithm is infinite."""
+        return s.masked_fill_(q == 0, 0) if self.student.needs_mask else s
 
     def _subtract(self, sums: Tensor, values: Tensor) -> Tensor:
         """values/τ - sums, of the slice."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._records import DivergenceInputs, PairValues
-from torch_nnmath.kernels._divergence_block import Block, OnlineSum, Side, mask
+from torch_nnmath.kernels._divergence_block import NO_VALUES, Block, ExpSum, Side, mask
 
 ALL_VALUES = PairValues(*[True] * 6)
 
@@ -76,7 +76,7 @@ class TopKBlock(Block):
         self.has_rest = inputs.has_rest and self.indices.shape[1] < C
         self.k = self.indices.shape[1]
 
-    def compute_loss_(self) -> Tensor:
+    def compute_loss_(self, needs: PairValues = NO_VALUES) -> Tensor:
         """Fills the logits, sets those of the k classes to -inf; returns c of each row."""
         student = self.student
         for classes in self.slices:
@@ -85,7 +85,7 @@ class TopKBlock(Block):
             self.z_y = student.z.gather(1, self.y)
         self.z_k = student.z.gather(1, self.indices)
         student.z.scatter_(1, self.indices, -torch.inf)
-        rest, label_rest = OnlineSum(self.zeros, self.τ), OnlineSum(self.zeros, 1.0)
+        rest, label_rest = ExpSum(self.zeros, self.τ), ExpSum(self.zeros, 1.0)
         has_label_sum = self.y is not None and self.τ != 1
         for classes in self.slices:
             z = student.z[:, classes]

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from torch_nnmath._records import DivergenceInputs, PairValues
 from torch_nnmath.kernels._block import count_rows, group_rows
-from torch_nnmath.kernels._divergence_block import DenseBlock, Side, choose_divergence_dtype
+from torch_nnmath.kernels._divergence_block import (
+    NO_VALUES,
+    DenseBlock,
+    Side,
+    choose_divergence_dtype,
+)
 from torch_nnmath.kernels._library import register_operator
 from torch_nnmath.kernels._top_k_block import TopKBlock
 from torch_nnmath.kernels.linear_cross_entropy import is_rounded_now
@@ -41,11 +46,11 @@ def divergence(*args: Any) -> tuple[Tensor, ...]:
     inputs, (gamma, needs_gradient) = DivergenceInputs(*args[:INPUT_COUNT]), args[INPUT_COUNT:]
     needs = PairValues(*needs_gradient)
     if gamma is None:
-        needs = PairValues(*[False] * 6)
+        needs = NO_VALUES
     c = inputs.x.new_zeros((inputs.x.shape[0], 1), dtype=choose_divergence_dtype(inputs))
     gradients = _allocate_gradients(inputs, needs)
     for block in _iterate_blocks(inputs):
-        c[block.rows] = block.compute_loss_()
+        c[block.rows] = block.compute_loss_(needs)
         if gamma is not None:
             block.form_deltas_(block.select_gamma(gamma), needs)
             block.add_gradients(gradients, needs)
