@@ -7,7 +7,7 @@ cache. Δ overwrites the logits, and dΔ their derivative along a direction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Side:
     The memory is that of all blocks. Without a weight, x holds the logits.
     """
 
-    lse: Tensor  # ln Σ e^{z/τ} of each row
+    lse: LogSum  # ln Σ e^{z/τ} of each row
     k: Tensor  # q·s of the side's probabilities q and its score s
     qR: Tensor  # q·R/τ
     dk: Tensor  # derivative of k along the direction
@@ -78,7 +78,7 @@ class Side:
         """An empty sum of exponentials of the block's logits."""
         return ExpSum(self.z.new_zeros((len(self.z), 1)), temperature, self.needs_maximum)
 
-    def take_log(self, total: ExpSum, slices: Sequence[slice]) -> Tensor:
+    def take_log(self, total: ExpSum, slices: Sequence[slice]) -> LogSum:
         """ln of the sum over all slices.
 
         Without the maximum it may overflow. Then it is computed again, and so for later blocks.
@@ -132,7 +132,7 @@ class Side:
 class Block:
     """Some rows of the student's head, and of the cross entropy with their labels."""
 
-    label_lse: Tensor  # ln Σ e^z of each row
+    label_lse: LogSum  # ln Σ e^z of each row
     aR: Tensor  # a·R
 
     def __init__(self, inputs: DivergenceInputs, student: Side, rows: Any, is_first: bool):
@@ -158,12 +158,14 @@ class Block:
 
     def compute_label_probabilities(self, classes: slice) -> Tensor:
         """a = softmax(z), at temperature 1, of some classes."""
-        return (self.student.z[:, classes] - self.label_lse).exp_()
+        high, low = self.label_lse
+        return (self.student.z[:, classes] - high).sub_(low).exp_()
 
     def compute_label_loss(self) -> Tensor:
         """ln Σ e^z - z_y, times its factor."""
         assert self.y is not None
-        return (self.label_lse - self.student.z.gather(1, self.y)) * self.inputs.label_factor
+        high, low = self.label_lse
+        return (high - self.student.z.gather(1, self.y) + low) * self.inputs.label_factor
 
     def compute_label_derivative(self) -> Tensor:
         """The derivative of `compute_label_loss`: a·R - R_y."""
@@ -333,6 +335,18 @@ class DenseBlock(Block):
         self.teacher.add_gradients(gradients[3:], needs[3:], self.is_first)
 
 
+class LogSum(NamedTuple):
+    """A logarithm of a sum as two terms: rounded, it would be less exact than the largest logit."""
+
+    high: Tensor
+    low: Tensor
+
+
+def widen_most(v: Tensor) -> Tensor:
+    """v in float64 on the CPU; other devices may lack it, or be slow."""
+    return v.double() if v.device.type == "cpu" else v
+
+
 class ExpSum:
     """Σ e^{z/τ} of each row, slice by slice; with `has_maximum` relative to the maximum so far."""
 
@@ -358,9 +372,16 @@ class ExpSum:
         """Whether a sum without maximum neither overflowed nor lost terms."""
         return bool(((self.s < SAFE_EXP) & (self.s > 1 / SAFE_EXP)).all())
 
-    def log(self) -> Tensor:
+    def log(self) -> LogSum:
         """ln Σ e^{z/τ}."""
-        return self.s.log() + self.m / self.temperature
+        a, b = widen_most(self.m) / self.temperature, widen_most(self.s).log()
+        high = (a + b).to(self.s.dtype)
+        if a.dtype != high.dtype:
+            low = (a + b - high).to(high.dtype)
+        else:
+            shift = high - a  # low is the rounding error of a + b
+            low = (a - (high - shift)) + (b - shift)
+        return LogSum(high, low.masked_fill(high.isinf(), 0))
 
 
 class _Slice:
@@ -373,7 +394,10 @@ class _Slice:
     def __init__(self, block: DenseBlock, classes: slice):
         self.block, self.classes, self.mix = block, classes, block.inputs.mix
         self.student, self.teacher = block.student, block.teacher
-        l, lt = (self._subtract(side.lse, side.z) for side in (self.student, self.teacher))
+        l, lt = (
+            self._subtract(side.lse.high, side.z).sub_(side.lse.low)
+            for side in (self.student, self.teacher)
+        )
         self.q, self.p = l.exp(), lt.exp()
         if self.mix == 0:
             self.scores = [(self.teacher, self.p, self._mask_(lt.sub_(l), self.p))]

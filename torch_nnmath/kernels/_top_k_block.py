@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._records import DivergenceInputs, PairValues
-from torch_nnmath.kernels._divergence_block import NO_VALUES, Block, ExpSum, Side, mask
+from torch_nnmath.kernels._divergence_block import (
+    NO_VALUES,
+    Block,
+    ExpSum,
+    LogSum,
+    Side,
+    mask,
+    widen_most,
+)
 
 ALL_VALUES = PairValues(*[True] * 6)
 
@@ -93,28 +101,33 @@ class TopKBlock(Block):
             if has_label_sum:
                 label_rest.add(z)
         self.rest_lse = rest.log()
-        self.lse = self._add_k_classes(self.rest_lse, self.τ)
         # w is then 0, and not nan
-        self.rest_shift = self.rest_lse.masked_fill(self.rest_lse == -torch.inf, 0)
-        self.l = self._extend(self.z_k / self.τ, self.rest_lse) - self.lse
+        self.rest_shift = self.rest_lse.high.masked_fill(self.rest_lse.high == -torch.inf, 0)
+        l, _ = self._add_k_classes(self.rest_lse, self.τ)
+        self.q_rest = l[:, self.k :].exp()
+        self.l = l if self.has_rest else l[:, : self.k]
         self.lt = self.given
         if self.has_rest:
-            mass = 1 - self.given.double().exp().sum(1, keepdim=True)
+            mass = 1 - widen_most(self.given).exp().sum(1, keepdim=True)
             floor = torch.finfo(self.given.dtype).eps
             self.is_rest_given = (mass > floor).to(self.given.dtype)
-            self.lt = torch.cat((self.given, mass.clamp_(min=floor).log_().to(self.l.dtype)), 1)
+            self.lt = torch.cat((self.given, mass.clamp_(min=floor).log_().to(l.dtype)), 1)
         self.partials = compute_partials(self.l, self.lt, self.inputs.mix)
         c = self.partials.c * self.inputs.factor
         if self.y is not None:
-            self.label_lse = self.lse
-            if has_label_sum:
-                self.label_lse = self._add_k_classes(label_rest.log(), 1.0)
-            c += (self.label_lse - self.z_y) * self.inputs.label_factor
+            label_sum = label_rest.log() if has_label_sum else self.rest_lse
+            _, lse = self._add_k_classes(label_sum, 1.0)
+            high = lse.to(self.z_k.dtype)
+            self.label_lse = LogSum(high, (lse - high).to(high.dtype))
+            c += (lse - self.z_y).to(c.dtype) * self.inputs.label_factor
         return mask(c, self.ignored)
 
-    def _add_k_classes(self, rest_lse: Tensor, τ: float) -> Tensor:
-        """ln of the sum over all classes, from that over the rest."""
-        return torch.cat((self.z_k / τ, rest_lse), 1).logsumexp(1, keepdim=True)
+    def _add_k_classes(self, rest: LogSum, τ: float) -> tuple[Tensor, Tensor]:
+        """The log-probabilities of k classes and the rest, and ln of the sum over all classes."""
+        z_k, high, low = (widen_most(v) for v in (self.z_k, *rest))
+        logarithms = torch.cat((z_k / τ, high + low), 1)
+        lse = logarithms.logsumexp(1, keepdim=True)
+        return (logarithms - lse).to(self.z_k.dtype), lse
 
     def _extend(self, values: Tensor, rest: Tensor) -> Tensor:
         """The values of the k classes, and that of the rest if it counts."""
@@ -146,7 +159,7 @@ class TopKBlock(Block):
     def _compute_rest(self, f: Tensor, F: Tensor) -> Tensor:
         """f_rest - q_rest F."""
         f_rest = f[:, self.k :] if self.has_rest else self.zeros
-        return f_rest - (self.rest_lse - self.lse).exp() * F
+        return f_rest - self.q_rest * F
 
     def _subtract_rest(self, ft: Tensor) -> Tensor:
         """ft_i - p_i ft_rest/p_rest, since p_rest = 1 - Σ p_i."""
@@ -158,10 +171,11 @@ class TopKBlock(Block):
 
     def _compute_w(self, classes: slice) -> Tensor:
         z = self.student.z[:, classes]
-        return torch.add(-self.rest_shift, z, alpha=1 / self.τ).exp_()
+        return torch.add(-self.rest_shift, z, alpha=1 / self.τ).sub_(self.rest_lse.low).exp_()
 
     def _compute_label_probabilities_of_k(self) -> Tensor:
-        return (self.z_k - self.label_lse).exp()
+        high, low = self.label_lse
+        return (self.z_k - high).sub_(low).exp_()
 
     # Second order
 
@@ -176,9 +190,8 @@ class TopKBlock(Block):
                 a = self.compute_label_probabilities(classes)
                 self.aR = self.aR + a.mul_(R[:, classes]).sum(1, keepdim=True)
         self.wR = self.wR / τ
-        q_rest = (self.rest_lse - self.lse).exp()
-        q = (self.z_k / τ - self.lse).exp()
-        qR = q_rest * self.wR + (q * self.R_k).sum(1, keepdim=True) / τ
+        q = self.l[:, : self.k].exp()
+        qR = self.q_rest * self.wR + (q * self.R_k).sum(1, keepdim=True) / τ
         self.r_rest = self.wR - qR
         self.r = self._extend(self.R_k / τ, self.wR) - qR
         self.rt = self.zeros.expand(self.given.shape) if self.u is None else self.u
@@ -203,9 +216,8 @@ class TopKBlock(Block):
         df, dft = differentiate_partials(self.l, self.lt, self.r, self.rt, self.inputs.mix)
         F, dF = f.sum(1, keepdim=True), df.sum(1, keepdim=True)
         q, k = self.l[:, : self.k].exp(), self.k
-        q_rest = (self.rest_lse - self.lse).exp()
         A = self._compute_rest(f, F)
-        dA = self._compute_rest(df, dF) - q_rest * self.r_rest * F
+        dA = self._compute_rest(df, dF) - self.q_rest * self.r_rest * F
         γD = γ * (self.inputs.factor / self.τ)
         γ_y = γ * self.inputs.label_factor
         R, Q_k = self.student.R, γD * (df[:, :k] - q * (self.r[:, :k] * F + dF))
