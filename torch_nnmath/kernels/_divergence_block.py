@@ -234,12 +234,14 @@ class DenseBlock(Block):
         student.k, teacher.k = torch.zeros_like(self.zeros), torch.zeros_like(self.zeros)
         for classes in self.slices:
             parts, z = _Slice(self, classes), student.z[:, classes]
+            if self.is_overwritten and self.inputs.mix == 0:
+                difference = parts.subtract_other()
             for side, q, s in parts.scores:
                 out = z if self.is_overwritten and side is student else s
                 side.k += torch.mul(s, q, out=out).sum(1, keepdim=True)
             if self.is_overwritten:
                 if self.inputs.mix == 0:
-                    torch.sub(parts.q, parts.p, out=z)
+                    z.copy_(difference)
                 if self.inputs.mix != 0 or self.y is not None:
                     teacher.z[:, classes] = parts.q
         return student.k + teacher.k
@@ -400,16 +402,14 @@ class _Slice:
         )
         self.q, self.p = l.exp(), lt.exp()
         if self.mix == 0:
-            self.scores = [(self.teacher, self.p, self._mask_(lt.sub_(l), self.p))]
+            s, st = None, lt.sub_(l)
         elif self.mix == 1:
-            self.scores = [(self.student, self.q, self._mask_(l.sub_(lt), self.q))]
+            s, st = l.sub_(lt), None
         else:
-            self.m = (self.mix * self.p).add_(self.q, alpha=1 - self.mix)
-            self.m.clamp_(min=torch.finfo(l.dtype).tiny)
-            lm = self.m.log()
-            s = self._mask_(l.sub_(lm).mul_(1 - self.mix), self.q)
-            st = self._mask_(lt.sub_(lm).mul_(self.mix), self.p)
-            self.scores = [(self.student, self.q, s), (self.teacher, self.p, st)]
+            s, st = subtract_log_mixture(l, lt, self.mix)
+            s, st = s.mul_(1 - self.mix), st.mul_(self.mix)
+        sides = (self.student, self.q, s), (self.teacher, self.p, st)
+        self.scores = [(side, q, self._mask_(s, q)) for side, q, s in sides if s is not None]
 
     def _mask_(self, s: Tensor, q: Tensor) -> Tensor:
         """s, 0 where q is: 0 ln 0 = 0, also where a logarithm is infinite."""
@@ -426,14 +426,23 @@ class _Slice:
         self, needs_student: bool, needs_teacher: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """G and Gt, the gradients of the divergence with respect to z/τ and zt/τ."""
-        G = self.q - self.p if needs_student and self.mix == 0 else None
-        Gt = self.p - self.q if needs_teacher and self.mix == 1 else None
+        G = self.subtract_other() if needs_student and self.mix == 0 else None
+        Gt = self.subtract_other() if needs_teacher and self.mix == 1 else None
         for side, q, s in self.scores:
             if side is self.student and needs_student:
                 G = s.sub_(side.k).mul_(q)
             elif side is self.teacher and needs_teacher:
                 Gt = s.sub_(side.k).mul_(q)
         return G, Gt
+
+    def subtract_other(self) -> Tensor:
+        """The gradient of the side without a score, q - p or p - q.
+
+        It is exact where both are nearly 1: max(p, q) (1 - e^{-|s|}), with the sign of -s.
+        """
+        ((_, _, s),) = self.scores
+        difference = s.abs().neg_().expm1_().mul_(torch.maximum(self.p, self.q))
+        return difference.abs_().copysign_(s).neg_()
 
     @property
     def r(self) -> Tensor:
@@ -453,8 +462,23 @@ class _Slice:
         if self.mix == 1:
             return [(r, r - rt)]
         # ds = (1-μ)(r - dm/m) = (1-μ)(μ p/m)(r - rt)
-        difference = (r - rt).mul_(self.mix * (1 - self.mix)).div_(self.m)
+        m = (self.mix * self.p).add_(self.q, alpha=1 - self.mix)
+        m.clamp_(min=torch.finfo(m.dtype).tiny)
+        difference = (r - rt).mul_(self.mix * (1 - self.mix)).div_(m)
         return [(r, self.p * difference), (rt, -self.q * difference)]
+
+
+def subtract_log_mixture(l: Tensor, lt: Tensor, mix: float) -> tuple[Tensor, Tensor]:
+    """l - ln m and lt - ln m of m = μ e^lt + (1-μ) e^l, exact also where l and lt are nearly 0.
+
+    With t = lt - l, the logarithm of the larger side's probability over m is
+    g = -ln(1 + w (e^{-|t|} - 1)), w the weight of the other side; that of the other is g - |t|.
+    """
+    t = lt - l
+    g = t.abs().neg_().expm1_()
+    g = g.mul_(mix) if mix == 0.5 else g.mul_(torch.where(t > 0, t.new_tensor(1 - mix), mix))
+    g = g.log1p_().neg_()
+    return g - t.clamp(min=0), g + t.clamp_(max=0)
 
 
 def mask(v: Tensor, ignored: Tensor | None) -> Tensor:

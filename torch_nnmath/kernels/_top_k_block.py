@@ -19,6 +19,7 @@ from torch_nnmath.kernels._divergence_block import (
     LogSum,
     Side,
     mask,
+    subtract_log_mixture,
     widen_most,
 )
 
@@ -44,9 +45,9 @@ def compute_partials(l: Tensor, lt: Tensor, mix: float) -> Partials:
     if mix == 1:
         f, ft = q * (l - lt).masked_fill(q == 0, 0), -q
         return Partials(f.sum(1, keepdim=True), f + q, ft)
-    lm = (mix * p + (1 - mix) * q).clamp_(min=torch.finfo(l.dtype).tiny).log_()
-    f = (1 - mix) * q * (l - lm).masked_fill(q == 0, 0)
-    ft = mix * p * (lt - lm).masked_fill(p == 0, 0)
+    s, st = subtract_log_mixture(l, lt, mix)
+    f = (1 - mix) * q * s.masked_fill_(q == 0, 0)
+    ft = mix * p * st.masked_fill_(p == 0, 0)
     return Partials((f + ft).sum(1, keepdim=True), f, ft)
 
 
