@@ -408,12 +408,13 @@ class _Slice:
         else:
             s, st = subtract_log_mixture(l, lt, self.mix)
             s, st = s.mul_(1 - self.mix), st.mul_(self.mix)
+        self.log_ratio = s if st is None else st  # of F25 and F26, not masked
         sides = (self.student, self.q, s), (self.teacher, self.p, st)
         self.scores = [(side, q, self._mask_(s, q)) for side, q, s in sides if s is not None]
 
     def _mask_(self, s: Tensor, q: Tensor) -> Tensor:
         """s, 0 where q is: 0 ln 0 = 0, also where a logarithm is infinite."""
-        return s.masked_fill_(q == 0, 0) if self.student.needs_mask else s
+        return s.masked_fill(q == 0, 0) if self.student.needs_mask else s
 
     def _subtract(self, sums: Tensor, values: Tensor) -> Tensor:
         """values/τ - sums, of the slice."""
@@ -440,9 +441,11 @@ class _Slice:
 
         It is exact where both are nearly 1: max(p, q) (1 - e^{-|s|}), with the sign of -s.
         """
-        ((_, _, s),) = self.scores
-        difference = s.abs().neg_().expm1_().mul_(torch.maximum(self.p, self.q))
-        return difference.abs_().copysign_(s).neg_()
+        larger = torch.maximum(self.p, self.q)
+        difference = self.log_ratio.abs().neg_().expm1_().mul_(larger).abs_()
+        if self.student.needs_mask:
+            difference.masked_fill_(larger == 0, 0)
+        return difference.copysign_(self.log_ratio).neg_()
 
     @property
     def r(self) -> Tensor:
