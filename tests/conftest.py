@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torch_nnmath.kernels import _block, dispatch, elementwise
+from torch_nnmath.kernels import _block, _divergence_block, dispatch, elementwise
 
 deferred_logits = importlib.import_module("torch_nnmath.deferred.logits")
 cross_entropy_kernel = importlib.import_module("torch_nnmath.kernels.cross_entropy")
@@ -143,7 +143,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes kernels run for few entries, too, in blocks of 32 rows and slices of 64 entries."""
     monkeypatch.setattr(_block, "BLOCK_BYTES", (1, 1))
     monkeypatch.setattr(dispatch, "MIN_KERNEL_SIZE", 0)
-    for module in (_block, elementwise, cross_entropy_kernel):
+    for module in (_block, _divergence_block, elementwise, cross_entropy_kernel):
         monkeypatch.setattr(module, "SLICE_SIZE", 64)
 
 

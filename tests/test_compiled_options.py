@@ -1,5 +1,6 @@
 """Every public function and module, compiled with each of its options that are numbers."""
 
+import functools
 import inspect
 import math
 import re
@@ -21,13 +22,16 @@ INDUCTOR_CALLS = [
 
 # Two good values of each option, and bad ones.
 OPTIONS = {
+    "alpha": ((0.3, 1), (1.5, -0.5, math.inf, math.nan)),
     "base": ((2.5, 10), (1.0, 0.0, math.inf, math.nan)),
+    "beta": ((0.3, 0.8), (1.5, -0.5, math.inf, math.nan)),
     "label_smoothing": ((0.2, 1), (1.5, -0.5, math.inf, math.nan)),
     "logit_scale": ((0.7, -2), (math.inf, -math.inf, math.nan)),
     "softcap": ((1.5, 3), (0.0, -1.0, math.inf, math.nan)),
     "temperature": ((0.8, 2), (0.0, -1.0, math.inf, math.nan)),
     "z_loss": ((0.3, 1), (math.inf, -math.inf, math.nan)),
 }
+FRACTIONS = ("alpha", "beta", "label_smoothing")
 
 
 def draw(*shape):
@@ -42,6 +46,8 @@ FUNCTION_INPUTS = {
     "feedforward": (X, [W], [None]),
     "linear": (X, W),
     "linear_cross_entropy": (X, W, Y),
+    "linear_jsd": (X, W, X.cos(), W.sin()),
+    "linear_kl_div": (X, W, X.cos(), W.sin()),
     "linear_log_probs": (X, W, Y),
     "linear_log_sum_exp": (X, W),
     "mse_loss": (Z, Z.cos()),
@@ -53,6 +59,7 @@ FUNCTION_INPUTS = {
     "squared_error": (Z, Z.cos()),
     "tanh": (Z,),
 }
+DIVERGENCES = ("linear_jsd", "linear_kl_div", "LinearJSDLoss", "LinearKLDivLoss")
 # The module's arguments, then its inputs.
 MODULES = {
     "CategoricalCrossEntropyLoss": ((), (Z.softmax(1), Y)),
@@ -60,6 +67,8 @@ MODULES = {
     "Feedforward": (((D, C),), (X,)),
     "Linear": ((D, C), (X,)),
     "LinearCrossEntropyLoss": ((D, C), (X, Y)),
+    "LinearJSDLoss": ((), (X, W, X.cos(), W.sin())),
+    "LinearKLDivLoss": ((), (X, W, X.cos(), W.sin())),
     "MSELoss": ((), (Z, Z.cos())),
     "ReLU": ((), (Z,)),
     "Sigmoid": ((), (Z,)),
@@ -68,6 +77,12 @@ MODULES = {
     "SquaredErrorLoss": ((), (Z, Z.cos())),
     "Tanh": ((), (Z,)),
 }
+
+
+def get_function(name):
+    """Returns the function of `FUNCTION_INPUTS`."""
+    f = getattr(F, name)
+    return functools.partial(f, labels=Y) if name in DIVERGENCES else f
 
 
 def list_number_options(*functions):
@@ -131,7 +146,7 @@ def test_compiled_function_takes_every_number(name, dynamic):
     subsets = [(), names, *((option,) for option in names if dynamic and len(names) > 1)]
     for given in subsets if names else [()]:
         calls = [choose(given, i) for i in range(2 if given else 1)]
-        function, inputs = getattr(F, name), FUNCTION_INPUTS[name]
+        function, inputs = get_function(name), FUNCTION_INPUTS[name]
         assert_compiled_agrees(function, inputs, calls, backend="eager", dynamic=dynamic)
 
 
@@ -142,7 +157,7 @@ def test_compiled_function_takes_every_number(name, dynamic):
 def test_function_compiled_by_inductor_takes_every_number(name, dynamic):
     names = list_function_options(name)
     calls = [{}, choose(names)] if names else [{}]
-    assert_compiled_agrees(getattr(F, name), FUNCTION_INPUTS[name], calls, dynamic=dynamic)
+    assert_compiled_agrees(get_function(name), FUNCTION_INPUTS[name], calls, dynamic=dynamic)
 
 
 @DYNAMIC
@@ -153,6 +168,8 @@ def test_compiled_module_takes_every_number(name, dynamic):
     for options in [{}, choose(names)] if names else [{}]:
         torch.manual_seed(0)
         module = getattr(nn, name)(*arguments, **options).double()
+        if name in DIVERGENCES:
+            module = functools.partial(module, labels=Y)
         assert_compiled_agrees(module, inputs, [{}], backend="eager", dynamic=dynamic)
 
 
@@ -166,7 +183,7 @@ NUMBERS = [
 @pytest.mark.parametrize(("name", "option"), NUMBERS)
 def test_bad_number_after_good_one_raises_in_compiled_function(name, option):
     """The graph of the good number must not run with the bad one."""
-    function, inputs = getattr(F, name), FUNCTION_INPUTS[name]
+    function, inputs = get_function(name), FUNCTION_INPUTS[name]
     (good, _), bad_values = OPTIONS[option]
     torch.compiler.reset()
     compiled = torch.compile(function, backend="eager", dynamic=True, fullgraph=True)
@@ -192,8 +209,8 @@ def test_bad_number_in_graph_that_may_break_raises_the_eager_error(option):
 @pytest.mark.parametrize(("name", "option"), NUMBERS)
 def test_number_computed_from_a_symbolic_size_is_traced(name, option):
     """`make_fx` and non-strict export have symbolic numbers outside of Dynamo."""
-    function, inputs = getattr(F, name), FUNCTION_INPUTS[name]
-    for number in (lambda n: n**-0.5, lambda n: 1 / n if option == "label_smoothing" else n):
+    function, inputs = get_function(name), FUNCTION_INPUTS[name]
+    for number in (lambda n: n**-0.5, lambda n: 1 / n if option in FRACTIONS else n):
 
         def compute(*inputs, number=number):
             return function(*inputs, **{option: number(inputs[0].shape[0])})

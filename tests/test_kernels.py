@@ -57,6 +57,12 @@ AUTOCAST = HeadInputs(  # a float32 weight, and features that are scaled
     2 * x16.float(), W.float(), None, Target(y, p32, None), keep, 2.0, None, torch.float16,
     x16, torch.tensor(2.0),
 ).flatten()  # fmt: skip
+
+xt, Wt, bt, VALUES = draw(N, 3), draw(C, 3), draw(C, seed=6), [True] * 6
+k_indices = draw(N, C, seed=7).topk(2).indices
+STUDENT, HEADS = (x, W, b), (xt, Wt, bt)
+OPTIONS = (0.3, 1.5, 2.0, 0.5, True)  # mix, temperature, factors, has_rest
+TOP_K = (*STUDENT, -1 - t[:, :2], None, None, k_indices, y, keep)
 OPERATORS = {
     "class_indices": [(draw_classes(), C, -100), (draw_classes(False), C, None)],
     "cross_entropy": [
@@ -67,6 +73,32 @@ OPERATORS = {
         (*ROWS, True),
         (ROWS[0], z, None, None, t, None, 1, 2.0, False),
         (one, z.half(), y, p32, t32, keep, 1, 2.0, True),
+    ],
+    "divergence": [
+        (*STUDENT, *HEADS, None, y, keep, *OPTIONS, p, VALUES),
+        (*STUDENT, *HEADS, None, None, None, 0.0, *OPTIONS[1:], one, [*VALUES[:3], *NONE[:3]]),
+        (
+            x16,
+            W16,
+            None,
+            z,
+            None,
+            None,
+            None,
+            None,
+            keep,
+            1.0,
+            *OPTIONS[1:],
+            p,
+            [True] * 4 + NONE[:2],
+        ),
+        (*TOP_K, *OPTIONS, one, [True] * 4 + NONE[:2]),
+        (*TOP_K, *OPTIONS, None, [False] * 6),
+    ],
+    "divergence_second_order": [
+        (*STUDENT, *HEADS, None, y, keep, *OPTIONS, p, *STUDENT, *HEADS, VALUES),
+        (*STUDENT, *HEADS, None, y, keep, 0.0, *OPTIONS[1:], p, x, *[None] * 5, VALUES),
+        (*TOP_K, *OPTIONS, p, *STUDENT, t[:, :2], None, None, [True] * 4 + NONE[:2]),
     ],
     "head": [
         (*CLASS, one, None, None, None, [False] * 2, [*ALL[:4], False]),

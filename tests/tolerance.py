@@ -51,11 +51,12 @@ def find_errors(
     ours: Sequence[Tensor],
     theirs: Sequence[Tensor],
     truth: Callable[[Callable[[Tensor], Tensor]], Sequence[Tensor]],
+    cancellation: float = 0.0,
 ) -> list[str]:
     """Returns a line for each result with a wrong shape or dtype or too large an error.
 
     `truth(change)` computes PyTorch's results with `change` applied to each input, which casts or
-    perturbs it.
+    perturbs it. `cancellation` is the absolute error of terms that cancel, which is allowed, too.
     """
     lines = []
     in_float64 = truth(Tensor.double)
@@ -64,7 +65,7 @@ def find_errors(
             got, expected = f"{a.dtype} {tuple(a.shape)}", f"{b.dtype} {tuple(b.shape)}"
             lines.append(f"{name}: expected {expected}, got {got}")
             continue
-        error, allowed = compute_distance(a, t), compute_distance(b, t)
+        error, allowed = compute_distance(a, t), compute_distance(b, t) + cancellation
         scale = compute_distance(t.nan_to_num(), 0.0)
         k = get_rounding_tolerance(a.dtype)
         if not error <= allowed + k * scale:

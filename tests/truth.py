@@ -1,4 +1,4 @@
-"""Softmax, and cross entropy with every option, in differentiable PyTorch operations.
+"""Softmax, cross entropy and divergences with every option, in differentiable PyTorch operations.
 
 Tests take it as the truth in float64. Results have the dtype of the inputs, so a test can also run
 it in float32 or bfloat16 to see how far a plain implementation is from the truth there.
@@ -118,3 +118,72 @@ def linear_log_probs(
     l = scale_and_cap(compute_logits(x, W, b), logit_scale, softcap, temperature).log_softmax(-1)
     log_probs, entropy = l.gather(-1, y.unsqueeze(-1)).squeeze(-1), -(l.exp() * l).sum(-1)
     return log_probs / math.log(base), entropy / math.log(base)
+
+
+def divergence(l: Tensor, lt: Tensor, mix: float) -> Tensor:
+    """KL(p||q) for mix 0, KL(q||p) for 1, else the generalised Jensen-Shannon divergence.
+
+    l and lt are the log-probabilities of q and p, which need not be normalised.
+    """
+    q, p = l.exp(), lt.exp()
+    if mix == 0:
+        return (p * (lt - l)).sum(-1)
+    if mix == 1:
+        return (q * (l - lt)).sum(-1)
+    lm = torch.logaddexp(l + math.log(1 - mix), lt + math.log(mix))
+    return (mix * p * (lt - lm) + (1 - mix) * q * (l - lm)).sum(-1)
+
+
+def add_remainder(l: Tensor, lt: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns l and lt of the classes `indices`, and of all others as one class, if any."""
+    selected = l.gather(-1, indices)
+    if indices.shape[-1] == l.shape[-1]:
+        return selected, lt
+    others = l.scatter(-1, indices, -math.inf)
+    rest = log_sum_exp(others, -1).unsqueeze(-1)
+    lt_rest = (1 - lt.exp().sum(-1, keepdim=True)).log()
+    return torch.cat((selected, rest), -1), torch.cat((lt, lt_rest), -1)
+
+
+def linear_divergence(
+    x: Tensor,
+    W: Tensor,
+    xt: Tensor,
+    Wt: Tensor | None = None,
+    b: Tensor | None = None,
+    bt: Tensor | None = None,
+    *,
+    mix: float,
+    teacher_indices: Tensor | None = None,
+    remainder: str = "class",
+    temperature: float = 1.0,
+    temperature_factor: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 0.0,
+    ignore_index: int = -100,
+    base: float = math.e,
+    reduction: str = "mean",
+) -> Tensor:
+    """Returns the divergence between two heads; half types are computed in float32."""
+    dtype = x.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        x, W, xt, Wt, b, bt = (None if v is None else v.float() for v in (x, W, xt, Wt, b, bt))
+    z = compute_logits(x, W, b)
+    l = (z / temperature).log_softmax(-1)
+    if teacher_indices is not None:
+        lt = xt
+        if remainder == "class":
+            l, lt = add_remainder(l, lt, teacher_indices)
+        else:
+            l = l.gather(-1, teacher_indices)
+    else:
+        zt = xt if Wt is None else compute_logits(xt, Wt, bt)
+        lt = (zt / temperature).log_softmax(-1)
+    c = (1 - alpha) * divergence(l, lt, mix) * (temperature**2 if temperature_factor else 1)
+    keep = torch.ones(c.shape, dtype=torch.bool)
+    if labels is not None:
+        keep = labels.long() != ignore_index
+        y = labels.long().masked_fill(~keep, 0).unsqueeze(-1)
+        c = c - alpha * z.log_softmax(-1).gather(-1, y).squeeze(-1)
+    c = c.masked_fill(~keep, 0) / math.log(base)
+    return reduce_losses(c, reduction, keep.sum()).to(dtype)

@@ -152,7 +152,9 @@ class Head(NamedTuple):
     def compute_class_logits(self) -> Tensor:
         """The logit of each row's class."""
         if self.sharding is not None:
-            raise NotImplementedError("single logits of a head over split classes: gather the weight")
+            raise NotImplementedError(
+                "single logits of a head over split classes: gather the weight first"
+            )
         logits = []
         for inputs in self.inputs:
             x, W, b, target, _, _, cap, weight_dtype, *_ = inputs

@@ -184,3 +184,62 @@ class RowResults(NamedTuple):
     squared_lse: Any
     entropy: Any
     predicted: Any  # class of the largest logit, -1 for an ignored row, without derivative
+
+
+class DivergenceInputs(NamedTuple):
+    """What a divergence of a teacher's distribution p from a student's q is computed from.
+
+    N rows and C classes. q is the softmax of (x Wᵀ + b)/τ. p is that of (xt Wtᵀ + bt)/τ; without
+    Wt, xt holds the teacher's logits (N, C); with `indices` it holds log-probabilities (N, k) of
+    these classes. Rows where `keep` is False add nothing. The fields from `indices` on have no
+    derivative. The record is flat, as `autograd.Function.apply` and operators need it.
+    """
+
+    x: Tensor  # (N, D)
+    W: Tensor  # (C, D)
+    b: Tensor | None  # (C)
+    xt: Tensor  # (N, D'), (N, C) or (N, k)
+    Wt: Tensor | None  # (C, D')
+    bt: Tensor | None  # (C)
+    indices: Tensor | None  # (N, k), different classes in each row
+    y: Tensor | None  # (N, 1), labels of the cross entropy
+    keep: Tensor | None  # (N, 1)
+    mix: float  # μ of the divergence: 0 is KL(p||q), 1 is KL(q||p)
+    temperature: float  # τ
+    factor: float  # of the divergence
+    label_factor: float  # of the cross entropy
+    has_rest: bool  # whether the classes that are not among `indices` count, as one class
+
+    @property
+    def values(self) -> PairValues:
+        """The differentiable inputs."""
+        return PairValues(*self[:6])
+
+
+DIVERGENCE_TENSOR_COUNT = 9  # the first fields of `DivergenceInputs`
+
+
+class PairValues(NamedTuple):
+    """One value for each differentiable input of `DivergenceInputs`, as `InputValues`."""
+
+    x: Any
+    W: Any
+    b: Any
+    xt: Any
+    Wt: Any
+    bt: Any
+
+    def select(self, needs_gradient: PairValues) -> PairValues:
+        """The values whose gradient is needed, None for the others."""
+        pairs = zip(self, needs_gradient, strict=True)
+        return PairValues(*(value if is_needed else None for value, is_needed in pairs))
+
+    @property
+    def needs_student(self) -> bool:
+        """Of values that say whether a gradient is needed: whether one of the student's is."""
+        return bool(self.x or self.W or self.b)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Of values that say whether a gradient is needed: whether one of the teacher's is."""
+        return bool(self.xt or self.Wt or self.bt)

@@ -17,32 +17,26 @@ from torch import Tensor
 
 from torch_nnmath import formulas, nn, reference
 from torch_nnmath import functional as F
-from torch_nnmath._catalog_row import CLASSES, Input, Kind, Row, Sample
+from torch_nnmath._catalog_rows import (
+    CLASSES,
+    EXAMPLES,
+    Input,
+    Row,
+    Sample,
+    layer,
+    make_module,
+    per_example,
+    vector,
+)
+from torch_nnmath._divergence_rows import DIVERGENCE_ROWS
 from torch_nnmath._records import Target
 from torch_nnmath.reference import Form, Forms
 from torch_nnmath.reference_losses import WEIGHTED_COST
 from torch_nnmath.reference_shards import SPLIT_LOG_SUM_EXP
 
-# Inputs
-
-
-def _vector(n: int, kind: Kind = "real") -> Input:
-    return Input((n,), kind)
-
-
-def _layer(n_in: int, n_out: int, suffix: str = "") -> dict[str, Input]:
-    """Returns weight and bias of a linear layer."""
-    return {
-        f"W{suffix}": Input((n_out, n_in), shared=True),
-        f"b{suffix}": Input((n_out,), shared=True),
-    }
-
+__all__ = ["CATALOG", "CLASSES", "EXAMPLES", "Input", "Row", "Sample"]
 
 # Calls with positional tensors only
-
-
-def _per_example(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    return partial(loss, reduction="none", **options)
 
 
 def _with_weight(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -108,15 +102,6 @@ def _run_network(x: Tensor, *parameters: Tensor, **options: str) -> Tensor:
     return F.feedforward(x, parameters[::2], parameters[1::2], **options)
 
 
-def _make_module(
-    make: Callable[..., torch.nn.Module], *sizes: Any, **options: Any
-) -> torch.nn.Module:
-    """Returns a module in float64, always with the same parameters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make(*sizes, **options).double()
-
-
 def _flatten_parameters(form: Form) -> Form:
     """Returns the reference network with its parameters as W1, b1, W2, b2, ..."""
 
@@ -132,14 +117,14 @@ def _flatten_parameters(form: Form) -> Form:
     return Form(rule)
 
 
-_LOGITS = {"z": _vector(CLASSES)}
-_PROBABILITIES = {"t": _vector(CLASSES, "positive")}
+_LOGITS = {"z": vector(CLASSES)}
+_PROBABILITIES = {"t": vector(CLASSES, "positive")}
 _LABELS = {"y": Input((), "label")}
-_HEAD = {"x": _vector(2), **_layer(2, CLASSES)}
+_HEAD = {"x": vector(2), **layer(2, CLASSES)}
 _CLASS_WEIGHT = {"w": Input((CLASSES,), "positive", shared=True)}
 _ROW_WEIGHT = {"r": Input((), "positive")}
 _SCALE = {"s": Input((1,), "positive", shared=True)}
-_NETWORK = {"x": _vector(3), **_layer(3, 2, "1"), **_layer(2, 2, "2")}
+_NETWORK = {"x": vector(3), **layer(3, 2, "1"), **layer(2, 2, "2")}
 
 CATALOG: tuple[Row, ...] = (
     Row(
@@ -149,11 +134,9 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.Affine,
         reference=reference.AFFINE,
         samples=(
-            Sample(F.linear, {"x": _vector(3), **_layer(3, 2)}),
-            Sample(
-                lambda x, W: F.linear(x, W), {"x": _vector(3), "W": _layer(3, 2)["W"]}, "no bias"
-            ),
-            Sample(_make_module(nn.Linear, 3, 2), {"x": _vector(3)}, "module"),
+            Sample(F.linear, {"x": vector(3), **layer(3, 2)}),
+            Sample(lambda x, W: F.linear(x, W), {"x": vector(3), "W": layer(3, 2)["W"]}, "no bias"),
+            Sample(make_module(nn.Linear, 3, 2), {"x": vector(3)}, "module"),
         ),
         slips=("E3", "E4", "E12"),
     ),
@@ -164,8 +147,8 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.Tanh,
         reference=reference.TANH,
         samples=(
-            Sample(F.tanh, {"z": _vector(3)}),
-            Sample(nn.Tanh(), {"z": _vector(3)}, "module"),
+            Sample(F.tanh, {"z": vector(3)}),
+            Sample(nn.Tanh(), {"z": vector(3)}, "module"),
         ),
     ),
     Row(
@@ -175,9 +158,9 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.ReLU,
         reference=reference.RELU,
         samples=(
-            Sample(F.relu, {"z": _vector(4, "signed")}),
-            Sample(lambda z: F.relu(z * 1, inplace=True), {"z": _vector(4, "signed")}, "in place"),
-            Sample(nn.ReLU(), {"z": _vector(4, "signed")}, "module"),
+            Sample(F.relu, {"z": vector(4, "signed")}),
+            Sample(lambda z: F.relu(z * 1, inplace=True), {"z": vector(4, "signed")}, "in place"),
+            Sample(nn.ReLU(), {"z": vector(4, "signed")}, "module"),
         ),
     ),
     Row(
@@ -203,12 +186,12 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.SquaredError,
         reference=reference.SQUARED_ERROR,
         samples=(
-            Sample(_per_example(F.squared_error), {"a": _vector(3), "t": _vector(3)}),
-            Sample(nn.SquaredErrorLoss(), {"a": _vector(3), "t": _vector(3)}, "module, mean"),
-            Sample(nn.MSELoss(), {"a": _vector(3), "t": _vector(3)}, "mean squared error"),
+            Sample(per_example(F.squared_error), {"a": vector(3), "t": vector(3)}),
+            Sample(nn.SquaredErrorLoss(), {"a": vector(3), "t": vector(3)}, "module, mean"),
+            Sample(nn.MSELoss(), {"a": vector(3), "t": vector(3)}, "mean squared error"),
             Sample(
                 _with_weight(F.mse_loss),
-                {"a": _vector(3), "t": _vector(3), "w": _vector(3, "positive")},
+                {"a": vector(3), "t": vector(3), "w": vector(3, "positive")},
                 "mean squared error, weighted",
             ),
         ),
@@ -222,17 +205,17 @@ CATALOG: tuple[Row, ...] = (
         reference=reference.CATEGORICAL_CROSS_ENTROPY,
         samples=(
             Sample(
-                _per_example(F.categorical_cross_entropy, base=2),
-                {"a": _vector(CLASSES, "positive"), **_PROBABILITIES},
+                per_example(F.categorical_cross_entropy, base=2),
+                {"a": vector(CLASSES, "positive"), **_PROBABILITIES},
             ),
             Sample(
-                _per_example(F.categorical_cross_entropy),
-                {"a": _vector(CLASSES, "positive"), "y": Input((), "class")},
+                per_example(F.categorical_cross_entropy),
+                {"a": vector(CLASSES, "positive"), "y": Input((), "class")},
                 "class indices",
             ),
             Sample(
                 nn.CategoricalCrossEntropyLoss(base=10),
-                {"a": _vector(CLASSES, "positive"), "y": Input((), "class")},
+                {"a": vector(CLASSES, "positive"), "y": Input((), "class")},
                 "module, class indices, mean",
             ),
         ),
@@ -246,8 +229,8 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.Sigmoid,
         reference=reference.SIGMOID,
         samples=(
-            Sample(F.sigmoid, {"z": _vector(3)}),
-            Sample(nn.Sigmoid(), {"z": _vector(3)}, "module"),
+            Sample(F.sigmoid, {"z": vector(3)}),
+            Sample(nn.Sigmoid(), {"z": vector(3)}, "module"),
         ),
         slips=("E14",),
     ),
@@ -258,9 +241,9 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.Softmax,
         reference=reference.SOFTMAX,
         samples=(
-            Sample(partial(F.softmax, dim=-1), {"z": _vector(3)}),
+            Sample(partial(F.softmax, dim=-1), {"z": vector(3)}),
             Sample(partial(F.softmax, dim=1), {"z": Input((3, 2))}, "middle axis"),
-            Sample(nn.Softmax(-1), {"z": _vector(3)}, "module"),
+            Sample(nn.Softmax(-1), {"z": vector(3)}, "module"),
         ),
         slips=("E10", "E11"),
     ),
@@ -270,7 +253,7 @@ CATALOG: tuple[Row, ...] = (
         title="softmax's Jacobian",
         function=formulas.Softmax,
         reference=reference.SOFTMAX_JACOBIAN,
-        samples=(Sample(partial(F.softmax_jacobian, dim=-1), {"z": _vector(3)}),),
+        samples=(Sample(partial(F.softmax_jacobian, dim=-1), {"z": vector(3)}),),
         slips=("E9", "E10", "E11"),
     ),
     Row(
@@ -282,7 +265,7 @@ CATALOG: tuple[Row, ...] = (
         samples=(
             Sample(
                 lambda x, W, b, t: F.sigmoid_squared_error(F.linear(x, W, b), t, reduction="none"),
-                {"x": _vector(3), **_layer(3, 2), "t": _vector(2)},
+                {"x": vector(3), **layer(3, 2), "t": vector(2)},
             ),
             Sample(
                 partial(F.sigmoid_squared_error, dim=(1, 2)),
@@ -291,7 +274,7 @@ CATALOG: tuple[Row, ...] = (
             ),
             Sample(
                 nn.SigmoidSquaredErrorLoss(reduction="sum"),
-                {"z": _vector(2), "t": _vector(2)},
+                {"z": vector(2), "t": vector(2)},
                 "module, sum",
             ),
         ),
@@ -310,7 +293,7 @@ CATALOG: tuple[Row, ...] = (
             Sample(_run_network, _NETWORK),
             Sample(
                 partial(_run_network, activation="tanh", output_activation="softmax"),
-                {**_NETWORK, **_layer(2, 2, "3")},
+                {**_NETWORK, **layer(2, 2, "3")},
                 "three layers, tanh and softmax",
             ),
             Sample(
@@ -318,7 +301,7 @@ CATALOG: tuple[Row, ...] = (
                 _NETWORK,
                 "relu and identity",
             ),
-            Sample(_make_module(nn.Feedforward, (3, 2, 2)), {"x": _vector(3)}, "module"),
+            Sample(make_module(nn.Feedforward, (3, 2, 2)), {"x": vector(3)}, "module"),
         ),
         slips=("E5", "E13"),
     ),
@@ -329,8 +312,8 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.CrossEntropy,
         reference=reference.CROSS_ENTROPY,
         samples=(
-            Sample(_per_example(F.cross_entropy, base=2), {**_LOGITS, **_PROBABILITIES}),
-            Sample(_per_example(F.cross_entropy), {**_LOGITS, **_LABELS}, "class indices"),
+            Sample(per_example(F.cross_entropy, base=2), {**_LOGITS, **_PROBABILITIES}),
+            Sample(per_example(F.cross_entropy), {**_LOGITS, **_LABELS}, "class indices"),
             Sample(
                 _with_weight(F.cross_entropy, label_smoothing=0.2, base=10),
                 {**_LOGITS, **_LABELS, **_CLASS_WEIGHT},
@@ -358,8 +341,8 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.LinearCrossEntropy,
         reference=reference.LINEAR_CROSS_ENTROPY,
         samples=(
-            Sample(_per_example(_compute_head_loss, base=2), {**_HEAD, **_PROBABILITIES}),
-            Sample(_per_example(_compute_head_loss), {**_HEAD, **_LABELS}, "class indices"),
+            Sample(per_example(_compute_head_loss, base=2), {**_HEAD, **_PROBABILITIES}),
+            Sample(per_example(_compute_head_loss), {**_HEAD, **_LABELS}, "class indices"),
             Sample(
                 _with_weight(_compute_head_loss, label_smoothing=0.2, base=10),
                 {**_HEAD, **_LABELS, **_CLASS_WEIGHT},
@@ -367,21 +350,21 @@ CATALOG: tuple[Row, ...] = (
             ),
             Sample(
                 _with_weight(_compute_head_loss, label_smoothing=0.2, reduction="sum"),
-                {"x": _vector(2), "W": _HEAD["W"], **_PROBABILITIES, **_CLASS_WEIGHT},
+                {"x": vector(2), "W": _HEAD["W"], **_PROBABILITIES, **_CLASS_WEIGHT},
                 "probabilities, weights, smoothing, no bias, sum",
             ),
             Sample(
                 _compute_head_loss,
                 {
-                    "x": _vector(2),
+                    "x": vector(2),
                     "W": Input((CLASSES, 2, 2), shared=True),
                     "y": Input((2,), "label"),
                 },
                 "K-dimensional, mean",
             ),
             Sample(
-                _make_module(nn.LinearCrossEntropyLoss, 2, CLASSES),
-                {"x": _vector(2), **_LABELS},
+                make_module(nn.LinearCrossEntropyLoss, 2, CLASSES),
+                {"x": vector(2), **_LABELS},
                 "module, mean",
             ),
         ),
@@ -395,8 +378,8 @@ CATALOG: tuple[Row, ...] = (
         function=formulas.LogitScale,
         reference=reference.LOGIT_SCALE,
         samples=(
-            Sample(_scale_logits, {"x": _vector(3), **_SCALE}),
-            Sample(lambda x: formulas.LogitScale.evaluate(x, -0.7), {"x": _vector(3)}, "a number"),
+            Sample(_scale_logits, {"x": vector(3), **_SCALE}),
+            Sample(lambda x: formulas.LogitScale.evaluate(x, -0.7), {"x": vector(3)}, "a number"),
         ),
     ),
     Row(
@@ -405,7 +388,7 @@ CATALOG: tuple[Row, ...] = (
         title="soft cap",
         function=formulas.SoftCap,
         reference=reference.SOFTCAP,
-        samples=(Sample(lambda z: formulas.SoftCap.evaluate(z, 1.5), {"z": _vector(3)}),),
+        samples=(Sample(lambda z: formulas.SoftCap.evaluate(z, 1.5), {"z": vector(3)}),),
         options={"cap": 1.5},
     ),
     Row(
@@ -417,7 +400,7 @@ CATALOG: tuple[Row, ...] = (
         samples=(
             Sample(lambda z: formulas.ZLoss.evaluate(z, 1).squeeze(1), _LOGITS),
             Sample(
-                _per_example(F.cross_entropy, z_loss=0.3),
+                per_example(F.cross_entropy, z_loss=0.3),
                 {**_LOGITS, **_LABELS},
                 "in cross entropy",
             ),
@@ -451,7 +434,7 @@ CATALOG: tuple[Row, ...] = (
             Sample(_compute_log_probs, _HEAD),
             Sample(
                 lambda x, W, y: sum(F.linear_log_probs(x, W, y, return_entropy=True)),
-                {"x": _vector(2), "W": _HEAD["W"], **_LABELS},
+                {"x": vector(2), "W": _HEAD["W"], **_LABELS},
                 "and the entropy, no bias",
             ),
         ),
@@ -465,7 +448,7 @@ CATALOG: tuple[Row, ...] = (
         reference=reference.SCALED_HEAD,
         samples=(
             Sample(
-                _per_example(_compute_scaled_head_loss, base=2, softcap=1.5, z_loss=0.3),
+                per_example(_compute_scaled_head_loss, base=2, softcap=1.5, z_loss=0.3),
                 {**_HEAD, **_PROBABILITIES, **_SCALE},
             ),
             Sample(
@@ -495,14 +478,14 @@ CATALOG: tuple[Row, ...] = (
                 "on logits, mean",
             ),
             Sample(
-                _make_module(
+                make_module(
                     nn.LinearCrossEntropyLoss,
                     *(2, CLASSES),
                     logit_scale=torch.nn.Parameter(torch.tensor(0.7)),
                     softcap=1.5,
                     z_loss=0.3,
                 ),
-                {"x": _vector(2), **_LABELS},
+                {"x": vector(2), **_LABELS},
                 "module, learnt scale, mean",
             ),
         ),
@@ -520,6 +503,7 @@ CATALOG: tuple[Row, ...] = (
         ),
         options={"sizes": (2, 0, 1)},
     ),
+    *DIVERGENCE_ROWS,
     Row(
         ids=("F30",),
         section="head",
@@ -541,7 +525,7 @@ CATALOG: tuple[Row, ...] = (
                     x, W, y, weight=w, row_weight=r, reduction="sum", base=2
                 ),
                 {
-                    "x": _vector(2),
+                    "x": vector(2),
                     "W": _HEAD["W"],
                     **_LABELS,
                     **_CLASS_WEIGHT,
@@ -551,7 +535,7 @@ CATALOG: tuple[Row, ...] = (
             ),
             Sample(
                 _with_row_weight(F.linear_log_probs),
-                {"x": _vector(2), "W": _HEAD["W"], **_LABELS, "r": Input((), "signed")},
+                {"x": vector(2), "W": _HEAD["W"], **_LABELS, "r": Input((), "signed")},
                 "log-probabilities",
             ),
             Sample(
@@ -561,7 +545,7 @@ CATALOG: tuple[Row, ...] = (
             ),
             Sample(
                 _with_row_weight(F.categorical_cross_entropy, reduction="sum"),
-                {"a": _vector(CLASSES, "positive"), **_PROBABILITIES, **_ROW_WEIGHT},
+                {"a": vector(CLASSES, "positive"), **_PROBABILITIES, **_ROW_WEIGHT},
                 "cross entropy of probabilities, sum",
             ),
         ),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
+from torch_nnmath._distillation import linear_jsd, linear_kl_div
 from torch_nnmath._head import make_any_class, prepare_head
 from torch_nnmath._logits import (
     compute_categorical_cross_entropy,
@@ -33,6 +34,8 @@ __all__ = [
     "feedforward",
     "linear",
     "linear_cross_entropy",
+    "linear_jsd",
+    "linear_kl_div",
     "linear_log_probs",
     "linear_log_sum_exp",
     "mse_loss",

@@ -23,6 +23,8 @@ __all__ = [
     "Feedforward",
     "Linear",
     "LinearCrossEntropyLoss",
+    "LinearJSDLoss",
+    "LinearKLDivLoss",
     "MSELoss",
     "ReLU",
     "Sigmoid",
@@ -231,6 +233,108 @@ class LinearCrossEntropyLoss(_CrossEntropyOptions, _LinearCrossEntropyLoss):
             row_weight=row_weight,
             **self.get_own_options(),
         )
+
+
+class _DivergenceLoss(torch.nn.Module):
+    """The options that `functional.linear_kl_div` and `linear_jsd` share."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        temperature_factor: bool = False,
+        alpha: float = 0.0,
+        ignore_index: int = -100,
+        remainder: str = "class",
+        base: float = math.e,
+        reduction: str = "mean",
+        output_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.temperature, self.temperature_factor = temperature, temperature_factor
+        self.alpha, self.ignore_index, self.remainder = alpha, ignore_index, remainder
+        self.base, self.reduction, self.output_dtype = base, reduction, output_dtype
+
+    def get_options(self) -> dict[str, Any]:
+        """The options by name."""
+        names = "temperature", "temperature_factor", "alpha", "ignore_index", "remainder"
+        return {n: getattr(self, n) for n in (*names, "base", "reduction", "output_dtype")}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.get_options().items())
+
+
+class LinearKLDivLoss(_DivergenceLoss):
+    """KL(p||q) of a teacher's head from a student's (F25), or KL(q||p) with `reverse` (F26).
+
+    It has no parameters: features, weights and biases are those of `functional.linear_kl_div`,
+    labels its `labels`; options are its options, keyword-only.
+    """
+
+    def __init__(self, *, reverse: bool = False, **options: Any):
+        super().__init__(**options)
+        self.reverse = reverse
+
+    def forward(
+        self,
+        student: Tensor,
+        student_weight: Tensor,
+        teacher: Tensor,
+        teacher_weight: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        teacher_indices: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        return F.linear_kl_div(
+            *(student, student_weight, teacher, teacher_weight),
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            teacher_indices=teacher_indices,
+            labels=labels,
+            **self.get_options(),
+        )
+
+    def get_options(self) -> dict[str, Any]:
+        """The options by name."""
+        return {"reverse": self.reverse, **super().get_options()}
+
+
+class LinearJSDLoss(_DivergenceLoss):
+    """The generalised Jensen-Shannon divergence of two heads (F27), with the weight `beta`.
+
+    Inputs and options are those of `functional.linear_jsd`; it has no parameters.
+    """
+
+    def __init__(self, *, beta: float = 0.5, **options: Any):
+        super().__init__(**options)
+        self.beta = beta
+
+    def forward(
+        self,
+        student: Tensor,
+        student_weight: Tensor,
+        teacher: Tensor,
+        teacher_weight: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        teacher_indices: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        return F.linear_jsd(
+            *(student, student_weight, teacher, teacher_weight),
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            teacher_indices=teacher_indices,
+            labels=labels,
+            **self.get_options(),
+        )
+
+    def get_options(self) -> dict[str, Any]:
+        """The options by name."""
+        return {"beta": self.beta, **super().get_options()}
 
 
 class SquaredErrorLoss(torch.nn.Module):

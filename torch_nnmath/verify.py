@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath import testing
-from torch_nnmath._catalog_row import EXAMPLES, Input, Row, Sample
+from torch_nnmath._catalog_rows import EXAMPLES, Input, Row, Sample
 from torch_nnmath.catalog import CATALOG
 from torch_nnmath.reference import Elementary, Form
 from torch_nnmath.testing import Report, Verdict
@@ -46,7 +46,7 @@ def prove(row: Row, device: str) -> None:
         columns.append(symbols if symbols.ndim == 2 else symbols[:, None])
         leaves.append(symbols.ravel())
     options = dict(row.options)
-    for name in {"beta", "cap", "zeta"} & options.keys():
+    for name in {"alpha", "beta", "cap", "mix", "tau", "zeta"} & options.keys():
         options[name] = sympy.Symbol(name, positive=True)
     forms = (row.reference.element, row.reference.matrix)
     values = [_flatten(form.value(*columns, fn=SYMBOLIC, **options)) for form in forms]
@@ -399,9 +399,11 @@ def _make_symbols(name: str, spec: Input) -> Any:
     """Returns an array of symbols; those of a "signed" input alternate in sign."""
     array = np.empty(spec.shape, dtype=object)
     signs = itertools.cycle(({"positive": True}, {"negative": True}))
-    assumptions: dict[str, Any] = {"real": {"real": True}, "positive": {"positive": True}}
+    assumptions: dict[str, Any] = {"positive": {"positive": True}}
     for index in np.ndindex(spec.shape):
-        assumption = next(signs) if spec.kind == "signed" else assumptions[spec.kind]
+        assumption = (
+            next(signs) if spec.kind == "signed" else assumptions.get(spec.kind, {"real": True})
+        )
         array[index] = sympy.Symbol("_".join([name, *map(str, index)]), **assumption)
     return array
 

@@ -58,6 +58,16 @@ def draw_head_and_advantages(
     return replace(problem, constants=(*problem.constants, random.normal(rows)))
 
 
+def draw_two_heads(
+    random: RandomTensors, rows: int, features: int, teacher_features: int, classes: int
+) -> Problem:
+    student, teacher = (
+        (random.normal(rows, n), random.normal(classes, n) / n**0.5)
+        for n in (features, teacher_features)
+    )
+    return Problem(student, teacher)
+
+
 def draw_logits(random: RandomTensors, rows: int, classes: int) -> Problem:
     return Problem((random.normal(rows, classes),), (random.class_indices(rows, classes),))
 
@@ -121,6 +131,13 @@ def prepare_products(problem: Problem, with_backward: bool = True) -> Callable[[
     return run
 
 
+def prepare_distillation(problem: Problem) -> Callable[[], object]:
+    """Returns a call of `prepare_products` of the student, and of the teacher's one product."""
+    student = prepare_products(replace(problem, constants=()))
+    teacher = prepare_products(Problem(problem.constants), with_backward=False)
+    return lambda: (student(), teacher())
+
+
 def prepare_copy(problem: Problem) -> Callable[[], object]:
     """Returns a copy of half the bytes that the work reads and writes, so that it moves as many."""
     upstream = problem.upstream or ()
@@ -135,6 +152,10 @@ THREE_PRODUCTS = Floor("the three matrix products into allocated memory", prepar
 ONE_PRODUCT = Floor(
     "the matrix product into allocated memory",
     functools.partial(prepare_products, with_backward=False),
+)
+FOUR_PRODUCTS = Floor(
+    "three matrix products of the student and one of the teacher into allocated memory",
+    prepare_distillation,
 )
 COPY = Floor("a copy of the bytes of arguments, output and gradients", prepare_copy)
 
@@ -281,6 +302,11 @@ def weighted_row_losses(x: Tensor, W: Tensor, t: Tensor, advantages: Tensor) -> 
     return (advantages * functional.linear_cross_entropy(x, W, t, reduction="none")).mean()
 
 
+def eager_kl_div(x: Tensor, W: Tensor, xt: Tensor, Wt: Tensor) -> Tensor:
+    l, lt = (F.log_softmax(F.linear(*v), -1) for v in ((x, W), (xt, Wt)))
+    return F.kl_div(l, lt, reduction="batchmean", log_target=True)
+
+
 LIGER = "liger_kernel.transformers.functional"
 HEAD_CONTENDERS = {
     **make_contenders(functional.linear_cross_entropy, eager_head, materialises_logits=True),
@@ -406,6 +432,25 @@ heads = (
         targets=(Target(128, kind="peak", size=(4096, 256, 32000)), Target(8, kind="growth")),
         round_limits=(0, 0),
         measures_error=False,
+    ),
+)
+distillation = replace(
+    head,
+    name="distillation",
+    description="the divergence of a frozen teacher's head from a student's",
+    axes=("ROWS", "FEATURES", "TEACHER_FEATURES", "CLASSES"),
+    draw_inputs=draw_two_heads,
+    contenders={
+        **make_contenders(functional.linear_kl_div, eager_kl_div, materialises_logits=True),
+        "ours, Jensen-Shannon": Contender(functional.linear_jsd, is_equivalent=False),
+    },
+    sizes=((1024, 512, 1024, 32000),),
+    cuda_sizes=((4096, 2048, 4096, 128256),),
+    floor=FOUR_PRODUCTS,
+    targets=(
+        Target(1.25, "floor"),
+        Target(1.25, "floor", contender="ours, Jensen-Shannon"),
+        Target(1.00, "eager"),
     ),
 )
 scaling = replace(
@@ -546,6 +591,7 @@ WORKS = {
     work.name: work
     for work in (
         *heads,
+        distillation,
         cross_entropy,
         sigmoid_squared_error,
         *elementwise,

@@ -8,6 +8,7 @@ from torch_nnmath.formulas.cross_entropy import CrossEntropy, WeightedTarget
 from torch_nnmath.formulas.entropy import Entropy
 from torch_nnmath.formulas.feedforward import ACTIVATIONS, Feedforward
 from torch_nnmath.formulas.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropyCost
+from torch_nnmath.formulas.linear_divergence import LinearDivergence, LinearDivergenceCost
 from torch_nnmath.formulas.logit_scale import LogitScale
 from torch_nnmath.formulas.relu import ReLU, relu_
 from torch_nnmath.formulas.sigmoid import Sigmoid
@@ -31,6 +32,8 @@ __all__ = [
     "Feedforward",
     "LinearCrossEntropy",
     "LinearCrossEntropyCost",
+    "LinearDivergence",
+    "LinearDivergenceCost",
     "LogSoftmax",
     "LogitScale",
     "ReLU",

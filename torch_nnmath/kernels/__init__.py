@@ -6,6 +6,7 @@ call `class_indices`. `elementwise` has the kernels of several formulas, `_block
 head share.
 """
 
+from torch_nnmath.kernels._divergence_block import choose_divergence_dtype
 from torch_nnmath.kernels.class_indices import (
     class_indices,
     read_kept_indices,
@@ -25,12 +26,16 @@ from torch_nnmath.kernels.elementwise import (
 )
 from torch_nnmath.kernels.gpu.plan import get_memory_budget, set_memory_budget
 from torch_nnmath.kernels.linear_cross_entropy import head, head_second_order
+from torch_nnmath.kernels.linear_divergence import divergence, divergence_second_order
 from torch_nnmath.kernels.row_functions import entropy, log_softmax_product, log_sum_exp, z_loss
 
 __all__ = [
+    "choose_divergence_dtype",
     "class_indices",
     "cross_entropy",
     "cross_entropy_cost",
+    "divergence",
+    "divergence_second_order",
     "entropy",
     "explain",
     "get_memory_budget",

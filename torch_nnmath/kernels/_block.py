@@ -56,9 +56,11 @@ class Workspace:
         b = None if inputs.b is None else inputs.b.to(dtype)
         self.inputs = inputs._replace(W=W.to(dtype), b=b)
         self.needs_logits = needs_logits
-        self.groups = group_rows(inputs)
+        shard = inputs.shard
+        C = len(W) if shard is None else shard.max_classes
+        self.groups = group_rows(len(inputs.x), C, inputs.keep)
         # a block's logits exist while the products of the block before it run
-        is_pipelined = inputs.shard is not None and len(self.groups) > 1
+        is_pipelined = shard is not None and len(self.groups) > 1
         self.buffers = [self.allocate_logits() for _ in range(2 if is_pipelined else 1)]
         self.slice_size = _get_slice_size(self.buffers[0])
         scratch_count = 0 if inputs.cap is None else 1
@@ -75,8 +77,7 @@ class Workspace:
         """Memory for the logits of one block, class-major."""
         W = self.inputs.W
         rows = self.groups[0] if self.groups else slice(0, 0)
-        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        return W.new_empty((W.shape[0], count)).T
+        return W.new_empty((W.shape[0], count_rows(rows))).T
 
     def iterate_blocks(self) -> Iterator[Block]:
         """Each block is finished before the next, which reuses its memory."""
@@ -223,13 +224,7 @@ class Block:
         """Writes the logits of some classes: z = W x + b, or tanh(z/κ)."""
         workspace, z = self.workspace, self.z[:, classes]
         W, b, cap = workspace.inputs.W, workspace.inputs.b, workspace.inputs.cap
-        # cuBLASLt may reject an addmm with one row, which it reads as a bias
-        if b is None or len(z) == 1:
-            torch.mm(self.x, W[classes].T, out=z)
-            z = z if b is None else z.add_(b[classes])
-        else:
-            torch.addmm(b[classes], self.x, W[classes].T, out=z)
-        z = self.mask_(z)
+        z = self.mask_(fill_affine_(z, self.x, W, b, classes))
         if cap is None:
             return z
         if z.device.type != "cpu":
@@ -459,6 +454,15 @@ class Block:
         return self.workspace.scratch[index][: z.shape[0], : z.shape[1]]
 
 
+def fill_affine_(z: Tensor, x: Tensor, W: Tensor, b: Tensor | None, classes: slice) -> Tensor:
+    """Writes x Wᵀ + b of some classes to z."""
+    # cuBLASLt may reject an addmm with one row, which it reads as a bias
+    if b is None or len(z) == 1:
+        torch.mm(x, W[classes].T, out=z)
+        return z if b is None else z.add_(b[classes])
+    return torch.addmm(b[classes], x, W[classes].T, out=z)
+
+
 def cap_slope(u: Tensor) -> Tensor:
     """dv/dz = 1 - u², u = tanh(z/κ)."""
     return (1 - u).mul_(1 + u)
@@ -504,10 +508,8 @@ def count_block_rows(N: int, C: int) -> int:
     return math.ceil(N / math.ceil(N / rows) / 32) * 32
 
 
-def group_rows(inputs: HeadInputs) -> list[Any]:
+def group_rows(N: int, C: int, keep: Tensor | None) -> list[Any]:
     """The rows of each block: slices, or indices where some rows are ignored."""
-    (N, _), C, keep = inputs.x.shape, inputs.W.shape[0], inputs.keep
-    C = C if inputs.shard is None else inputs.shard.max_classes
     if not N or not C:
         return []
     if keep is not None and may_gather_rows(keep):
@@ -518,6 +520,11 @@ def group_rows(inputs: HeadInputs) -> list[Any]:
             return list(rows.split(count_block_rows(len(rows), C)))
     size = count_block_rows(N, C)
     return [slice(i, min(i + size, N)) for i in range(0, N, size)]
+
+
+def count_rows(rows: Any) -> int:
+    """The number of rows in an entry of `group_rows`."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def may_gather_rows(keep: Tensor) -> bool:

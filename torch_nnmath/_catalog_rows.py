@@ -1,10 +1,11 @@
-"""What a row of the catalogue consists of: a formula, and calls with random inputs."""
+"""What a row of the catalogue consists of, and functions that the rows share."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,14 +17,15 @@ from torch_nnmath.reference import Forms
 EXAMPLES = 5  # in a batch; unlike any other size, so that swapped dimensions raise an error
 CLASSES = 3
 
-Kind = Literal["real", "signed", "positive", "class", "label"]
+Kind = Literal["real", "signed", "positive", "log_probability", "class", "label"]
 
 
 class Input(NamedTuple):
     """An input of one example, or one that all examples share.
 
-    Kinds of real numbers: "real", "positive", and "signed", which keeps away from 0. A "class" is
-    a class index. So is a "label", except that the first example's is -100, which is ignored.
+    Kinds of real numbers: "real", "positive", "signed", which keeps away from 0, and
+    "log_probability", of a class that two others like it leave some mass. A "class" is a class
+    index. So is a "label", except that the first example's is -100, which is ignored.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +42,8 @@ class Input(NamedTuple):
             return y
         if self.kind == "positive":
             return rng.uniform(0.2, 1.2, shape)
+        if self.kind == "log_probability":
+            return rng.uniform(-3, -1.2, shape)
         if self.kind == "signed":
             return rng.uniform(0.2, 1.2, shape) * rng.choice([-1.0, 1.0], shape)
         return rng.normal(size=shape)
@@ -96,3 +100,34 @@ class Row:
     def name(self) -> str:
         """The ids and the title."""
         return f"{' '.join(self.ids)} {self.title}"
+
+
+# Inputs
+
+
+def vector(n: int, kind: Kind = "real") -> Input:
+    return Input((n,), kind)
+
+
+def layer(n_in: int, n_out: int, suffix: str = "") -> dict[str, Input]:
+    """Returns weight and bias of a linear layer."""
+    return {
+        f"W{suffix}": Input((n_out, n_in), shared=True),
+        f"b{suffix}": Input((n_out,), shared=True),
+    }
+
+
+# Calls with positional tensors only
+
+
+def per_example(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    return partial(loss, reduction="none", **options)
+
+
+def make_module(
+    make: Callable[..., torch.nn.Module], *sizes: Any, **options: Any
+) -> torch.nn.Module:
+    """Returns a module in float64, always with the same parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(*sizes, **options).double()
