@@ -333,7 +333,7 @@ def draw_divergence(a: RandomArguments, mix: float, **kind: Any) -> Call:
         # the mass of other classes is not so small that rounding the log-probabilities removes it
         lt = a.normal(*batch, k + 1).log_softmax(-1)[..., :k] - 0.1
         inputs["xt"] = lt.to(a.dtype)
-        options["teacher_indices"] = a.lay_out(a.uniform(*batch, C).topk(k).indices)
+        options["teacher_indices"] = a.uniform(*batch, C).topk(k).indices
         options["remainder"] = a.choose("class", "drop")
     if a.choose(True, False):
         y = a.indices(batch, C)
