@@ -71,6 +71,9 @@ class Stage:
     def place(self, path: str) -> str:
         """Returns the path in the site of a file of the repository; adds the file if needed."""
         source = ROOT / path
+        generated = path.removeprefix("docs/")
+        if not source.exists() and (self.folder / generated).is_file():
+            return generated
         if not source.is_file():
             raise FileNotFoundError(f"a page links to {path}, which is no file")
         if path in PAGES:
