@@ -5,7 +5,7 @@ import re
 
 TOKEN = re.compile(r"\\\\|\\[a-z]+|\\[,:]|[A-Za-z']|\d+|\S")
 SPACE = {r"\,", r"\:"}
-DECORATED = {r"\dot", r"\operatorname"}
+DECORATED = {r"\dot", r"\mathrm"}
 
 
 class Evaluator:

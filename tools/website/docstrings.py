@@ -13,7 +13,12 @@ class Examples(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = mark_examples(obj.docstring.value)
+            obj.docstring.value = mark_examples(escape_shapes(obj.docstring.value))
+
+
+def escape_shapes(text: str) -> str:
+    """Returns the docstring with a backslash before the star of a shape such as (*, C)."""
+    return re.sub(r"(?<=\()\*(?=[,)])|(?<=, )\*(?=[,)])", r"\\*", text)
 
 
 def mark_examples(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the document prints for each formula, by the catalogue's title, in the document's notation."""
+"""What the document prints for each formula, in its notation, by the catalogue's title."""
 
 PRINTED: dict[str, tuple[str, ...]] = {
     "affine map": (

@@ -15,9 +15,11 @@ from formula_statements import STATEMENTS
 from plots import PICTURES, STYLES, draw_picture
 from staging import ROOT, Stage, fence, make_table
 from statements import Statement, typeset
+
 from torch_nnmath import reference
 from torch_nnmath.catalog import CATALOG, Row
 from torch_nnmath.reference import Forms
+from torch_nnmath.verify import SHORT_TEXTS
 
 VERIFICATION = ROOT / "examples" / "results" / "verify-cpu.txt"
 
@@ -30,6 +32,7 @@ class Verification(NamedTuple):
     environment: str
 
 
+VERDICTS = {short: str(verdict) for verdict, short in SHORT_TEXTS.items()}
 FEEDFORWARD = "feed-forward network"  # whose reference takes lists of parameters
 
 
@@ -44,7 +47,12 @@ def add_pages(stage: Stage) -> list[Any]:
         stage.write(place, stage.translate_links(page, f"docs/{place}", place))
     link_pages(stage)
     pages = [{row.name: place_of(row)} for row in CATALOG]
-    return ["formulas.md", *pages, {"The document's slips": "slips.md"}, {"By hand": "by_hand.md"}]
+    return [
+        {"All formulas": "formulas.md"},
+        *pages,
+        {"The document's slips": "slips.md"},
+        {"By hand": "by_hand.md"},
+    ]
 
 
 def place_of(row: Row) -> str:
@@ -143,7 +151,8 @@ def write_statement(row: Row, statement: Statement) -> list[str]:
                 for pair, second in statement.seconds.items()
             )
         )
-    if statement.is_complete:
+    has_others = len(statement.seconds) < len(statement.inputs) * (len(statement.inputs) + 1) // 2
+    if statement.is_complete and has_others:
         parts.append(f"All {'other ' if statement.seconds else ''}second derivatives are 0.\n")
     parts.append(
         "These expressions are proved by SymPy: for the sizes of the catalogue's first sample, "
@@ -214,8 +223,8 @@ def write_function(row: Row) -> list[str]:
     link = f"From [`{path.split('/')[-1]}`](../../{path})."
     if parents and parents[0].__name__ != "Formula":
         link += (
-            f" `{parents[0].__name__}`, in [`_formula.py`](../../torch_nnmath/formulas/_formula.py), "
-            "derives the rest."
+            f" `{parents[0].__name__}`, in "
+            "[`_formula.py`](../../torch_nnmath/formulas/_formula.py), derives the rest."
         )
     return ["## The Function\n", f"{link}\n", fence(inspect.getsource(row.function), "python")]
 
@@ -226,16 +235,16 @@ def write_verification(row: Row, results: Mapping[str, Verification]) -> list[st
     samples = ", ".join(sample.name or "plain" for sample in row.samples)
     return [
         "## Verification\n",
-        "`python -m torch_nnmath verify` proves the NumPy forms by symbols, compares the library with "
-        "them, and checks each sample under every transform against numerical differentiation "
-        "in float64.\n",
+        "`python -m torch_nnmath verify` proves the NumPy forms by symbols, compares the library "
+        "with them, and checks each sample under every transform against numerical "
+        "differentiation in float64.\n",
         make_table(
             ("samples", "checks and transforms", "result"), [(samples, verdicts, result.summary)]
         ),
         f"From a run with {result.environment} ([its output]"
         "(../../examples/results/verify-cpu.txt), which explains what is not `right`). "
-        "[On a GPU](../../examples/results/verify-cuda.txt), the run is that of the code before the "
-        "GPU's kernels.\n",
+        "[On a GPU](../../examples/results/verify-cuda.txt), the run is that of the code before "
+        "the GPU's kernels.\n",
     ]
 
 
@@ -251,7 +260,7 @@ def read_results() -> dict[str, Verification]:
     for line in itertools.takewhile(bool, lines[header + 1 :]):
         for counter, start, end in zip(verdicts, starts, [*starts[1:], None], strict=True):
             verdict = line[start:end].strip()
-            counter["not applicable" if verdict == "-" else verdict] += 1
+            counter[VERDICTS.get(verdict, verdict)] += 1
     if len(summaries) != len(starts):
         raise ValueError(f"{VERIFICATION} has {len(summaries)} rows, its table {len(starts)}")
     return {
@@ -273,7 +282,6 @@ def read_by_hand() -> dict[str, list[str]]:
     items = re.findall(r"^  (F[F\d, ]*?) {2,}(.*?)(?=^  [EF]\d|^\S|\Z)", text, re.M | re.DOTALL)
     excerpts: dict[str, list[str]] = {}
     for ids, body in items:
-        block = textwrap.indent(body, " " * 11)[11:].rstrip()
         for id in ids.split(", "):
-            excerpts.setdefault(id, []).append(f"{ids:9}{block}")
+            excerpts.setdefault(id, []).append(f"  {ids:9}{body.rstrip()}")
     return excerpts

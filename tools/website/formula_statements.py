@@ -14,7 +14,7 @@ beta, cap, zeta = (Symbol(name, positive=True) for name in ("beta", "cap", "zeta
 a, b, c, t, v, x, z, W, δ, J, h = map(
     IndexedBase, ("a", "b", "c", "t", "v", "x", "z", "w", r"\delta", "J", "h")
 )
-T, lse, s = Symbol("T"), Symbol(r"\operatorname{lse}"), Symbol("s")
+T, lse, s = Symbol("T"), Symbol(r"\mathrm{lse}"), Symbol("s")
 
 HALF = sympy.Rational(1, 2)
 CLASSES = 3  # of the catalogue's samples

@@ -10,6 +10,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+
 from torch_nnmath import formulas
 from torch_nnmath import functional as F
 
@@ -152,7 +153,7 @@ PICTURES: dict[str, tuple[str, Draw]] = {
         draw_function(compute_loss, LOSS, MARGIN),
     ),
     "scaled and capped head with z-loss": (
-        "Loss and gradient of two classes over the margin, with a soft cap of 2 and a z-loss of 0.1",
+        "Loss and gradient of two classes over the margin, with soft cap 2 and z-loss 0.1",
         draw_function(lambda m: compute_loss(m, softcap=2.0, z_loss=0.1), LOSS, MARGIN),
     ),
     "z-loss": (

@@ -18,11 +18,11 @@ COPIED = {".png", ".svg", ".json"}
 
 # Pages outside of docs/, by their paths in the repository and in the site.
 PAGES = {
-    "CONTRIBUTING.md": "CONTRIBUTING.md",
-    "CHANGELOG.md": "CHANGELOG.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changes.md",
     "README.md": "index.md",
-    "examples/README.md": "examples/README.md",
-    "examples/results/README.md": "examples/results/README.md",
+    "examples/README.md": "examples.md",
+    "examples/results/README.md": "results.md",
 }
 CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")

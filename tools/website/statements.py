@@ -1,4 +1,4 @@
-"""What the pages of the formulas state, as SymPy's expressions, and how these are typeset and proved.
+"""What the formulas' pages state, as SymPy's expressions; how these are typeset and proved.
 
 A statement has a formula's value, its partial derivatives, its tangent and second derivatives. Each
 is an expression with indices and sums, for any sizes. `typeset` writes it in LaTeX. `prove` puts in
@@ -17,6 +17,7 @@ import numpy as np
 import sympy
 from sympy import Expr, Indexed, KroneckerDelta, Sum, Symbol
 from sympy.printing.latex import LatexPrinter
+
 from torch_nnmath import verify
 from torch_nnmath.catalog import Row
 
@@ -28,8 +29,8 @@ class Statement:
     """The value of a formula and its derivatives, each `left: right` with free indices.
 
     `value` is the formula itself. `where` defines the other letters, which may use each other.
-    `partials` has the derivative in each input, `tangent` the one in forward mode, and `seconds` the
-    second derivatives in pairs of inputs. If `is_complete`, all other second derivatives are 0.
+    `partials` has the derivative in each input, `tangent` the one in forward mode, and `seconds`
+    the second derivatives in pairs of inputs. If `is_complete`, all other second derivatives are 0.
     `lengths` has the number of values of each index in the catalogue's first sample, `inputs` the
     letter of each of that sample's inputs, and `constants` the numbers of letters such as N.
     """
