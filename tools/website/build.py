@@ -34,7 +34,7 @@ def build(folder: Path) -> Path:
     formulas = formula_pages.add_pages(stage)
     copy_styles(katex, stage.folder / "assets")
     settings = folder / "mkdocs.yml"
-    settings.write_text(yaml.safe_dump(make_settings(folder, formulas)), encoding="utf-8")
+    settings.write_text(yaml.safe_dump(make_settings(formulas)), encoding="utf-8")
     run(sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(settings))
     site = folder / "site"
     run("node", str(HERE / "render.mjs"), str(katex), *map(str, sorted(site.rglob("*.html"))))
@@ -60,10 +60,10 @@ def copy_styles(katex: Path, folder: Path) -> None:
     shutil.copy(HERE / "site.css", folder)
 
 
-def make_settings(folder: Path, formulas: list[Any]) -> dict[str, Any]:
+def make_settings(formulas: list[Any]) -> dict[str, Any]:
     """Returns the settings of MkDocs with the folders and the pages of the formulas."""
     settings: dict[str, Any] = yaml.safe_load((HERE / "mkdocs.yml").read_text(encoding="utf-8"))
-    settings |= {"docs_dir": str(folder / "pages"), "site_dir": str(folder / "site")}
+    settings |= {"docs_dir": "pages", "site_dir": "site"}  # beside the settings
     for section in settings["nav"]:
         if section.get("Formulas") == []:
             section["Formulas"] = formulas
