@@ -4,6 +4,7 @@ The environment variable SITE names the folder of a site that `tools/website/bui
 without it the tests build one. They are skipped where a program for that is absent.
 """
 
+import contextlib
 import functools
 import http.server
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from scripts import ROOT, TOOLS
+from scripts import ROOT, TOOLS, import_scripts
 
 from torch_nnmath.catalog import CATALOG
 
@@ -140,6 +141,76 @@ def open_page(browser, address):
     for page in windows.values():
         page.close()
     assert not errors
+
+
+DOCSTRING = """The loss.
+
+Args:
+    input, target: (*, C) or (N, *), of
+        one shape.
+    weight: (C).
+
+>>> 1 + 1
+2
+"""
+REWRITTEN = """The loss.
+
+Args:
+    input: (\\*, C) or (N, \\*), of
+        one shape.
+    target: (\\*, C) or (N, \\*), of
+        one shape.
+    weight: (C).
+
+Examples:
+    >>> 1 + 1
+    2
+    """
+
+
+def test_docstring_is_rewritten_for_the_page():
+    with import_scripts("docstrings", folder=TOOLS / "website") as (docstrings,):
+        assert docstrings.rewrite(DOCSTRING) == REWRITTEN
+
+
+@pytest.fixture(scope="module")
+def build():
+    with import_scripts("build", folder=TOOLS / "website") as (build,):
+        yield build
+
+
+@pytest.fixture(scope="module")
+def katex(build, tmp_path_factory):
+    return build.install_katex(tmp_path_factory.mktemp("katex") / "npm")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [
+        ("[x](other.md#place) $a_j$", True),
+        ("[x](other.md#nowhere)", False),
+        ("[x](nowhere.md)", False),
+        (r"$\nothing$", False),
+        (r"$\frac{1}{$", False),
+    ],
+)
+def test_build_refuses_broken_links_and_formulas(build, katex, tmp_path, text, is_right):
+    pages = tmp_path / "pages"
+    build.copy_styles(katex, pages / "assets")
+    (pages / "index.md").write_text(f"# Page\n\n{text}\n", encoding="utf-8")
+    (pages / "other.md").write_text("# Other\n\n## Place\n", encoding="utf-8")
+    settings = build.make_settings([]) | {"nav": ["index.md", "other.md"]}
+    with contextlib.nullcontext() if is_right else pytest.raises(subprocess.CalledProcessError):
+        build.make_site(tmp_path, settings, katex)
+
+
+@pytest.mark.parametrize("link", ["nowhere.md", "../nowhere.py"])
+def test_page_with_a_link_to_no_file_is_refused(tmp_path, link):
+    with import_scripts("staging", folder=TOOLS / "website") as (staging,):
+        stage = staging.Stage(tmp_path)
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            stage.translate_links(f"[x]({link})", "docs/index.md", "index.md")
+        assert stage.translate_links(f"`[x]({link})`", "docs/index.md", "index.md")
 
 
 def test_every_formula_has_a_page(site):

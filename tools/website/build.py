@@ -33,9 +33,14 @@ def build(folder: Path) -> Path:
     stage.add_pages()
     formulas = formula_pages.add_pages(stage)
     copy_styles(katex, stage.folder / "assets")
-    settings = folder / "mkdocs.yml"
-    settings.write_text(yaml.safe_dump(make_settings(formulas)), encoding="utf-8")
-    run(sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(settings))
+    return make_site(folder, make_settings(formulas), katex)
+
+
+def make_site(folder: Path, settings: dict[str, Any], katex: Path) -> Path:
+    """Makes the site of the folder `pages` and typesets its mathematics. A warning is an error."""
+    file = folder / "mkdocs.yml"
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    run(sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(file))
     site = folder / "site"
     run("node", str(HERE / "render.mjs"), str(katex), *map(str, sorted(site.rglob("*.html"))))
     return site

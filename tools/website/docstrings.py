@@ -1,4 +1,4 @@
-"""The extension by which mkdocstrings shows the examples of docstrings as examples."""
+"""The extension by which mkdocstrings reads this library's docstrings as those of Google's style."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import Any
 
 import griffe
 
+# An entry of a section for several names, with its further lines.
+GROUP = re.compile(r"^    (\w+(?:, \w+)+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+# The star of a shape such as (*, C), which would begin emphasis.
+STAR = re.compile(r"(?<=\()\*(?=[,)])|(?<=, )\*(?=[,)])")
 
-class Examples(griffe.Extension):
-    """Puts lines that start with >>> into a section of examples, as Google's style has it."""
+
+class GoogleStyle(griffe.Extension):
+    """Rewrites the docstring of each object."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = mark_examples(escape_shapes(obj.docstring.value))
+            obj.docstring.value = rewrite(obj.docstring.value)
 
 
-def escape_shapes(text: str) -> str:
-    """Returns the docstring with a backslash before the star of a shape such as (*, C)."""
-    return re.sub(r"(?<=\()\*(?=[,)])|(?<=, )\*(?=[,)])", r"\\*", text)
-
-
-def mark_examples(text: str) -> str:
-    """Returns the docstring with each example in a section of its own."""
+def rewrite(text: str) -> str:
+    """Returns the docstring with an entry for each name and a section for each example."""
+    text = GROUP.sub(split_group, STAR.sub(r"\\*", text))
     paragraphs = re.split(r"\n{2,}(?!\s)", text)
     return "\n\n".join(
         "Examples:\n" + re.sub("^", "    ", paragraph, flags=re.MULTILINE)
@@ -30,3 +31,8 @@ def mark_examples(text: str) -> str:
         else paragraph
         for paragraph in paragraphs
     )
+
+
+def split_group(match: re.Match[str]) -> str:
+    names, text = match.groups()
+    return "\n".join(f"    {name}: {text}" for name in names.split(", "))
