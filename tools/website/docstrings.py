@@ -1,4 +1,4 @@
-"""The extension by which mkdocstrings reads this library's docstrings as those of Google's style."""
+"""The extension by which mkdocstrings reads this library's docstrings in Google's style."""
 
 from __future__ import annotations
 
