@@ -1,51 +1,84 @@
-"""The README's table, links and examples, and the example of docs/swapping.md."""
+"""The examples and links of README and pages, and the table of formulas in docs/formulas.md."""
 
+import doctest
 import re
 from importlib.util import find_spec
-from pathlib import Path
+
+import pytest
+from scripts import DOCS, ROOT
 
 from torch_nnmath.catalog import CATALOG
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")]
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+OUTPUT = re.compile(r"```text\n(.*?)```", re.DOTALL)
+# Other tests run the examples of the remaining pages.
+PAGES_WITH_EXAMPLES = [
+    "index",
+    "migration",
+    "troubleshooting",
+    *(
+        f"api/{name}"
+        for name in ("functional", "nn", "swap", "testing", "lightning", "kernels", "formulas")
+    ),
+]
 
 
 def test_table_of_formulas_equals_catalog():
-    lines = re.findall(r"^\| F\d.*$", README, re.MULTILINE)
+    page = (DOCS / "formulas.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| F\d.*$", page, re.MULTILINE)
     files = {row.function: row.function.__module__.replace(".", "/") + ".py" for row in CATALOG}
     assert lines == [
         f"| {' '.join(row.ids)} | {row.section} | {row.title} | "
-        f"[`{row.function.__name__}`]({files[row.function]}) |"
+        f"[`{row.function.__name__}`](../{files[row.function]}) |"
         for row in CATALOG
     ]
 
 
-def test_links_of_pages_exist():
-    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
-    for page in (README, *pages):
-        for link in re.findall(r"\]\(([^)#:]+)\)", page):
-            assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_of_page_exist(page):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).is_file(), link
 
 
-def test_examples_of_readme_run(capsys):
+def test_readme_has_four_entry_points_of_at_most_four_lines_each(capsys):
+    entries = PYTHON.findall(README)
+    assert len(entries) == 4
     namespace: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    exec(entries[0], namespace)
+    assert namespace["report"].heads["1"].fused == 1
+    for code in entries[1:]:
         exec(code, namespace)
-    printed = capsys.readouterr().out
-    assert "3 modules changed\nhead 2: 1 loss without logits" in printed
-    assert "second order" in printed  # a row of the checker's table
-    assert namespace["HV"].shape == namespace["W"].shape
-    assert abs(namespace["J"].sum()) < 1e-6
+    assert max(len(code.splitlines()) for code in entries) <= 4
+    assert namespace["weight"].grad is not None  # of the log-probabilities
+    assert namespace["report"].right
+    assert "second order" in capsys.readouterr().out  # a row of the checker's table
 
 
 def test_example_of_swapping_prints_output_of_page(capsys):
-    page = (ROOT / "docs" / "swapping.md").read_text(encoding="utf-8")
+    page = (DOCS / "swapping.md").read_text(encoding="utf-8")
     namespace = {}
-    (text,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
-    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+    (text,) = OUTPUT.findall(page)
+    for code in PYTHON.findall(page):
         if "opacus" not in code or find_spec("opacus") is not None:
             exec(code, namespace)
     assert 0 <= namespace["accuracy"] <= 1
     assert namespace["report"].heads["3"].fused == 2
     assert not namespace["report"].heads["3"].materialized
     assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("name", PAGES_WITH_EXAMPLES)
+def test_examples_of_page_run_and_print_its_output(name, capsys):
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    namespace: dict = {"__name__": "page"}
+    for code in PYTHON.findall(page):
+        exec(compile(code, f"{name}.md", "exec"), namespace)
+    assert capsys.readouterr().out == "".join(OUTPUT.findall(page))
+
+
+def test_session_of_gpu_page_prints_what_it_shows():
+    results = doctest.testfile(str(DOCS / "gpu.md"), module_relative=False, encoding="utf-8")
+    assert results.attempted >= 5
+    assert results.failed == 0

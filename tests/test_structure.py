@@ -101,7 +101,7 @@ def test_head_reaches_the_first_product_in_ten_frames_in_one_direction():
 
 
 def test_head_training_step_runs_the_linked_backward():
-    """The backward that runs is in the file that the README links for F14 and F15."""
+    """The backward that runs is in the file that docs/formulas.md links for F14 and F15."""
     head = nn.LinearCrossEntropyLoss(8, 20)
     x, y = torch.randn(6, 8, requires_grad=True), torch.randint(20, (6,))
     loss, files = head(x, y), set()

@@ -42,24 +42,22 @@ def prove(row: Row, device: str) -> None:
     """
     columns, leaves = [], []
     for name, spec in row.samples[0].inputs.items():
-        symbols = _make_symbols(name, spec)
+        symbols = make_symbols(name, spec)
         columns.append(symbols if symbols.ndim == 2 else symbols[:, None])
         leaves.append(symbols.ravel())
-    options = dict(row.options)
-    for name in {"alpha", "beta", "cap", "mix", "tau", "zeta"} & options.keys():
-        options[name] = sympy.Symbol(name, positive=True)
+    options = make_symbolic_options(row)
     forms = (row.reference.element, row.reference.matrix)
     values = [_flatten(form.value(*columns, fn=SYMBOLIC, **options)) for form in forms]
     for i, (element, matrix) in enumerate(zip(*values, strict=True)):
-        _prove_zero(element - matrix, f"element form minus matrix form, entry {i}")
+        prove_zero(element - matrix, f"element form minus matrix form, entry {i}")
     value = forms[0].value(*columns, fn=SYMBOLIC, **options)
-    g = _make_symbols("g", Input(np.shape(value)))
+    g = make_symbols("g", Input(np.shape(value)))
     contraction = sum(map(sympy.Mul, _flatten(g), values[0]))
     for form in forms:
         gradients = form.pullback(g if g.ndim else g.item(), *columns, fn=SYMBOLIC, **options)
         for symbols, gradient in zip(leaves, gradients, strict=True):
             for symbol, entry in zip(symbols, _flatten(gradient), strict=True):
-                _prove_zero(sympy.diff(contraction, symbol) - entry, f"derivative in {symbol}")
+                prove_zero(sympy.diff(contraction, symbol) - entry, f"derivative in {symbol}")
 
 
 def compare_with_reference(row: Row, device: str) -> None:
@@ -395,7 +393,15 @@ def _compute_reference_gradients(
     return gradients
 
 
-def _make_symbols(name: str, spec: Input) -> Any:
+def make_symbolic_options(row: Row) -> dict[str, Any]:
+    """Returns the options of the row's reference, with symbols for real numbers."""
+    options = dict(row.options)
+    for name in {"alpha", "beta", "cap", "mix", "tau", "zeta"} & options.keys():
+        options[name] = sympy.Symbol(name, positive=True)
+    return options
+
+
+def make_symbols(name: str, spec: Input) -> Any:
     """Returns an array of symbols; those of a "signed" input alternate in sign."""
     array = np.empty(spec.shape, dtype=object)
     signs = itertools.cycle(({"positive": True}, {"negative": True}))
@@ -412,7 +418,7 @@ def _flatten(entries: Any) -> list[Any]:
     return [sympy.sympify(entry) for entry in np.asarray(entries, dtype=object).ravel()]
 
 
-def _prove_zero(expression: Any, name: str) -> None:
+def prove_zero(expression: Any, name: str) -> None:
     """Raises Wrong unless the expression simplifies to 0.
 
     Each exponential, logarithm and tanh becomes a symbol, so that a rational function remains.

@@ -1,0 +1,448 @@
+"""The statements of the catalogue's formulas, by title; a test proves each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from statements import Statement, dot
+from sympy import IndexedBase, KroneckerDelta, Sum, Symbol, exp, log, tanh
+
+i, j, k, l, q, N = sympy.symbols("i j k l q N", integer=True)
+y = Symbol("y", integer=True)  # the class of a log-probability
+beta, cap, zeta = (Symbol(name, positive=True) for name in ("beta", "cap", "zeta"))
+a, b, c, t, v, x, z, W, δ, J, h = map(
+    IndexedBase, ("a", "b", "c", "t", "v", "x", "z", "w", r"\delta", "J", "h")
+)
+T, lse, s = Symbol("T"), Symbol(r"\mathrm{lse}"), Symbol("s")
+
+HALF = sympy.Rational(1, 2)
+CLASSES = 3  # of the catalogue's samples
+
+
+def over(index: Symbol, body: Any) -> Sum:
+    """Returns the sum over all values of an index."""
+    return Sum(body, (index, 0, N))
+
+
+def sigmoid(argument: Any) -> Any:
+    return 1 / (1 + exp(-argument))
+
+
+def kronecker(first: Any, second: Any) -> Any:
+    return KroneckerDelta(first, second)
+
+
+def state_activation(value: Any, slope: Any, curvature: Any, **options: Any) -> Statement:
+    """Returns the statement of a function of each entry, from its first two derivatives."""
+    left = options.pop("left", a[j])
+    seconds = {}
+    if curvature is not None:
+        seconds[z[k], z[l]] = kronecker(j, k) * kronecker(j, l) * curvature
+    return Statement(
+        value=(left, value),
+        partials={z[k]: kronecker(j, k) * slope},
+        tangent=slope * dot(z[j]),
+        seconds=seconds,
+        inputs={"z": z},
+        lengths={j: 3, k: 3, l: 3},
+        is_complete=True,
+        **options,
+    )
+
+
+def state_affine() -> Statement:
+    return Statement(
+        value=(z[i], over(k, W[i, k] * x[k]) + b[i]),
+        partials={x[k]: W[i, k], W[j, k]: kronecker(i, j) * x[k], b[j]: kronecker(i, j)},
+        tangent=over(k, W[i, k] * dot(x)[k] + dot(W)[i, k] * x[k]) + dot(b)[i],
+        seconds={(W[j, k], x[l]): kronecker(i, j) * kronecker(k, l)},
+        inputs={"x": x, "W": W, "b": b},
+        lengths={i: 2, j: 2, k: 3, l: 3},
+        is_complete=True,
+    )
+
+
+def state_tanh() -> Statement:
+    return state_activation(tanh(z[j]), 1 - a[j] ** 2, -2 * a[j] * (1 - a[j] ** 2))
+
+
+def state_relu() -> Statement:
+    slope = sympy.Piecewise((0, z[j] <= 0), (1, True), evaluate=False)
+    where = {h[j]: slope}
+    return state_activation(sympy.Max(z[j], 0, evaluate=False), h[j], None, where=where)
+
+
+def state_sigmoid() -> Statement:
+    slope = a[j] * (1 - a[j])
+    return state_activation(sigmoid(z[j]), slope, slope * (1 - 2 * a[j]))
+
+
+def state_softcap() -> Statement:
+    slope = 1 - (v[j] / cap) ** 2
+    curvature = -(2 / cap**2) * v[j] * slope
+    return state_activation(cap * tanh(z[j] / cap), slope, curvature, left=v[j])
+
+
+def state_cost() -> Statement:
+    cost = Symbol("C")
+    return Statement(
+        value=(cost, 1 / N * over(i, c[i])),
+        partials={c[j]: 1 / N},
+        tangent=1 / N * over(i, dot(c)[i]),
+        seconds={},
+        inputs={"c": c},
+        lengths={i: 4, j: 4},
+        is_complete=True,
+        constants={N: 4},
+    )
+
+
+def state_squared_error() -> Statement:
+    return Statement(
+        value=(Symbol("c"), HALF * over(j, (t[j] - a[j]) ** 2)),
+        partials={a[j]: a[j] - t[j], t[j]: t[j] - a[j]},
+        tangent=over(j, (a[j] - t[j]) * (dot(a)[j] - dot(t)[j])),
+        seconds={
+            (a[j], a[k]): kronecker(j, k),
+            (a[j], t[k]): -kronecker(j, k),
+            (t[j], t[k]): kronecker(j, k),
+        },
+        inputs={"a": a, "t": t},
+        lengths={j: 3, k: 3},
+        is_complete=True,
+    )
+
+
+def state_categorical_cross_entropy() -> Statement:
+    factor = -(1 / log(beta))
+    return Statement(
+        value=(Symbol("c"), factor * over(j, t[j] * log(a[j]))),
+        partials={a[j]: factor * (t[j] / a[j]), t[j]: factor * log(a[j])},
+        tangent=factor * over(j, t[j] / a[j] * dot(a)[j] + log(a[j]) * dot(t)[j]),
+        seconds={
+            (a[j], a[k]): 1 / log(beta) * kronecker(j, k) * (t[j] / a[j] ** 2),
+            (a[j], t[k]): factor * kronecker(j, k) * (1 / a[j]),
+        },
+        inputs={"a": a, "t": t},
+        lengths={j: CLASSES, k: CLASSES},
+        is_complete=True,
+    )
+
+
+def softmax(index: Any) -> Any:
+    return exp(z[index]) / over(i, exp(z[i]))
+
+
+def state_softmax() -> Statement:
+    return Statement(
+        value=(a[j], softmax(j)),
+        partials={z[k]: a[j] * (kronecker(j, k) - a[k])},
+        tangent=a[j] * (dot(z)[j] - over(i, a[i] * dot(z)[i])),
+        seconds={
+            (z[k], z[l]): a[j]
+            * (
+                (kronecker(j, k) - a[k]) * (kronecker(j, l) - a[l])
+                - a[k] * (kronecker(k, l) - a[l])
+            )
+        },
+        inputs={"z": z},
+        lengths={i: 3, j: 3, k: 3, l: 3},
+        is_complete=True,
+    )
+
+
+def state_softmax_jacobian() -> Statement:
+    d = IndexedBase("d")
+    slope = a[j] * (dot(z)[j] - over(q, a[q] * dot(z)[q]))
+    return Statement(
+        value=(J[i, j], a[i] * (kronecker(i, j) - a[j])),
+        partials={z[k]: a[i] * (d[i, k] * d[i, j] - a[j] * d[j, k])},
+        tangent=dot(a)[i] * (kronecker(i, j) - a[j]) - a[i] * dot(a)[j],
+        seconds={
+            (z[k], z[l]): a[i]
+            * (
+                d[i, l] * (d[i, k] * d[i, j] - a[j] * d[j, k])
+                - a[k] * d[k, l] * d[i, j]
+                - a[j] * (d[i, k] * d[j, l] + d[j, l] * d[j, k] - a[k] * d[k, l])
+            )
+        },
+        inputs={"z": z},
+        lengths={i: 3, j: 3, k: 3, l: 3, q: 3},
+        where={
+            a[j]: exp(z[j]) / over(q, exp(z[q])),
+            d[i, j]: kronecker(i, j) - a[j],
+            dot(a)[j]: slope,
+        },
+        is_complete=True,
+    )
+
+
+def state_sigmoid_squared_error() -> Statement:
+    slope = a[j] * (1 - a[j])
+    return Statement(
+        value=(Symbol("c"), HALF * over(j, (t[j] - a[j]) ** 2)),
+        partials={
+            x[k]: over(j, δ[j] * W[j, k]),
+            W[j, k]: δ[j] * x[k],
+            b[j]: δ[j],
+            t[j]: t[j] - a[j],
+        },
+        tangent=over(j, δ[j] * dot(z)[j] - (a[j] - t[j]) * dot(t)[j]),
+        seconds={
+            (b[i], b[j]): kronecker(i, j) * h[j],
+            (W[j, k], W[i, l]): kronecker(i, j) * h[j] * x[k] * x[l],
+            (W[j, k], x[l]): h[j] * W[j, l] * x[k] + δ[j] * kronecker(k, l),
+            (b[i], t[j]): -kronecker(i, j) * a[j] * (1 - a[j]),
+            (t[i], t[j]): kronecker(i, j),
+        },
+        inputs={"x": x, "W": W, "b": b, "t": t},
+        lengths={i: 2, j: 2, k: 3, l: 3},
+        where={
+            z[j]: over(k, W[j, k] * x[k]) + b[j],
+            a[j]: sigmoid(z[j]),
+            δ[j]: (a[j] - t[j]) * a[j] * (1 - a[j]),
+            h[j]: slope * (slope + (a[j] - t[j]) * (1 - 2 * a[j])),
+            dot(z)[j]: over(k, W[j, k] * dot(x)[k] + dot(W)[j, k] * x[k]) + dot(b)[j],
+        },
+    )
+
+
+def state_feedforward() -> Statement:
+    W1, W2, b1, b2, a1, z1, z2 = map(
+        IndexedBase, ("w^{1}", "w^{2}", "b^{1}", "b^{2}", "a^{1}", "z^{1}", "z^{2}")
+    )
+    out, f1, f2, g1, g2 = map(IndexedBase, ("a^{2}", "f'^{1}", "f'^{2}", "f''^{1}", "f''^{2}"))
+
+    def slope(activation: Any) -> Any:
+        return activation * (1 - activation)
+
+    return Statement(
+        value=(out[i], sigmoid(z2[i])),
+        partials={
+            W2[j, k]: kronecker(i, j) * f2[i] * a1[k],
+            b2[j]: kronecker(i, j) * f2[i],
+            W1[k, q]: f2[i] * W2[i, k] * f1[k] * x[q],
+            b1[k]: f2[i] * W2[i, k] * f1[k],
+            x[q]: over(k, f2[i] * W2[i, k] * f1[k] * W1[k, q]),
+        },
+        tangent=f2[i] * dot(z2)[i],
+        seconds={
+            (b2[j], b2[l]): kronecker(i, j) * kronecker(i, l) * g2[i],
+            (b1[k], b1[l]): g2[i] * W2[i, k] * W2[i, l] * f1[k] * f1[l]
+            + kronecker(k, l) * f2[i] * W2[i, k] * g1[k],
+            (b2[j], b1[k]): kronecker(i, j) * g2[i] * W2[i, k] * f1[k],
+        },
+        inputs={"x": x, "W1": W1, "b1": b1, "W2": W2, "b2": b2},
+        lengths={i: 2, j: 2, k: 2, l: 2, q: 3},
+        where={
+            z1[k]: over(q, W1[k, q] * x[q]) + b1[k],
+            a1[k]: sigmoid(z1[k]),
+            z2[i]: over(k, W2[i, k] * a1[k]) + b2[i],
+            f1[k]: slope(a1[k]),
+            f2[i]: slope(out[i]),
+            g1[k]: f1[k] * (1 - 2 * a1[k]),
+            g2[i]: f2[i] * (1 - 2 * out[i]),
+            dot(z1)[k]: over(q, W1[k, q] * dot(x)[q] + dot(W1)[k, q] * x[q]) + dot(b1)[k],
+            dot(z2)[i]: over(k, W2[i, k] * f1[k] * dot(z1)[k] + dot(W2)[i, k] * a1[k]) + dot(b2)[i],
+        },
+    )
+
+
+def define_softmax(logits: Any) -> dict[Any, Any]:
+    """Returns the definitions of T, lse and a for these logits."""
+    return {
+        lse: log(over(i, exp(logits[i]))),
+        a[j]: exp(logits[j]) / over(i, exp(logits[i])),
+    }
+
+
+def state_cross_entropy() -> Statement:
+    factor = 1 / log(beta)
+    return Statement(
+        value=(Symbol("c"), factor * (T * lse - over(j, t[j] * z[j]))),
+        partials={z[j]: factor * (T * a[j] - t[j]), t[j]: factor * (lse - z[j])},
+        tangent=factor * over(j, (T * a[j] - t[j]) * dot(z)[j] + (lse - z[j]) * dot(t)[j]),
+        seconds={
+            (z[j], z[k]): T / log(beta) * a[j] * (kronecker(j, k) - a[k]),
+            (z[j], t[k]): factor * (a[j] - kronecker(j, k)),
+        },
+        inputs={"z": z, "t": t},
+        lengths={i: CLASSES, j: CLASSES, k: CLASSES},
+        where=TOTAL | define_softmax(z),
+        is_complete=True,
+    )
+
+
+HEAD_LENGTHS = {i: CLASSES, j: CLASSES, k: 2, l: 2}
+
+
+def state_head() -> Statement:
+    factor = 1 / log(beta)
+    H = IndexedBase("H")
+    return Statement(
+        value=(Symbol("c"), factor * (T * lse - over(j, t[j] * z[j]))),
+        partials={
+            x[k]: over(j, δ[j] * W[j, k]),
+            W[j, k]: δ[j] * x[k],
+            b[j]: δ[j],
+            t[j]: factor * (lse - z[j]),
+        },
+        tangent=over(j, δ[j] * dot(z)[j] + factor * (lse - z[j]) * dot(t)[j]),
+        seconds={
+            (b[i], b[j]): H[i, j],
+            (W[j, k], W[i, l]): H[i, j] * x[k] * x[l],
+            (W[j, k], x[l]): over(i, H[i, j] * W[i, l]) * x[k] + δ[j] * kronecker(k, l),
+            (b[i], t[j]): factor * (a[i] - kronecker(i, j)),
+        },
+        inputs={"x": x, "W": W, "b": b, "t": t},
+        lengths=HEAD_LENGTHS,
+        where=AFFINE
+        | TOTAL
+        | define_softmax(z)
+        | {
+            δ[j]: factor * (T * a[j] - t[j]),
+            H[i, j]: T / log(beta) * a[i] * (kronecker(i, j) - a[j]),
+        }
+        | AFFINE_TANGENT,
+    )
+
+
+def state_logit_scale() -> Statement:
+    return Statement(
+        value=(z[j], s * x[j]),
+        partials={x[k]: kronecker(j, k) * s, s: x[j]},
+        tangent=s * dot(x)[j] + dot(s) * x[j],
+        seconds={(x[k], s): kronecker(j, k)},
+        inputs={"x": x, "s": s},
+        lengths={j: 3, k: 3},
+        is_complete=True,
+    )
+
+
+def state_z_loss() -> Statement:
+    return Statement(
+        value=(Symbol("q"), lse**2),
+        partials={z[j]: 2 * lse * a[j]},
+        tangent=2 * lse * over(j, a[j] * dot(z)[j]),
+        seconds={(z[j], z[k]): 2 * a[j] * a[k] + 2 * lse * a[j] * (kronecker(j, k) - a[k])},
+        inputs={"z": z},
+        lengths={i: CLASSES, j: CLASSES, k: CLASSES},
+        where=define_softmax(z),
+        is_complete=True,
+    )
+
+
+def state_entropy() -> Statement:
+    logs, mean = IndexedBase("l"), Symbol("m")
+    factor = -(1 / log(beta))
+    return Statement(
+        value=(Symbol("h"), factor * over(j, a[j] * logs[j])),
+        partials={z[j]: factor * a[j] * (logs[j] - mean)},
+        tangent=factor * over(j, a[j] * (logs[j] - mean) * dot(z)[j]),
+        seconds={
+            (z[j], z[k]): factor
+            * a[j]
+            * ((kronecker(j, k) - a[k]) * (logs[j] - mean + 1) - a[k] * (logs[k] - mean))
+        },
+        inputs={"z": z},
+        lengths={i: CLASSES, j: CLASSES, k: CLASSES},
+        where=define_softmax(z) | {logs[j]: z[j] - lse, mean: over(j, a[j] * logs[j])},
+        is_complete=True,
+    )
+
+
+def state_log_probs() -> Statement:
+    factor = 1 / log(beta)
+    H = IndexedBase("H")
+    return Statement(
+        value=(Symbol("p"), factor * (z[y] - lse)),
+        partials={x[k]: over(j, δ[j] * W[j, k]), W[j, k]: δ[j] * x[k], b[j]: δ[j]},
+        tangent=over(j, δ[j] * dot(z)[j]),
+        seconds={
+            (b[i], b[j]): H[i, j],
+            (W[j, k], W[i, l]): H[i, j] * x[k] * x[l],
+            (W[j, k], x[l]): over(i, H[i, j] * W[i, l]) * x[k] + δ[j] * kronecker(k, l),
+        },
+        inputs={"x": x, "W": W, "b": b},
+        lengths=HEAD_LENGTHS,
+        where=AFFINE
+        | define_softmax(z)
+        | {
+            δ[j]: factor * (kronecker(j, y) - a[j]),
+            H[i, j]: factor * -1 * a[i] * (kronecker(i, j) - a[j]),
+        }
+        | AFFINE_TANGENT,
+        constants={y: 1},
+    )
+
+
+def state_scaled_head() -> Statement:
+    factor = 1 / log(beta)
+    G, r, H = IndexedBase("G"), IndexedBase("r"), IndexedBase("H")
+    slope = 1 - (v[j] / cap) ** 2
+    return Statement(
+        value=(Symbol("c"), factor * (T * lse - over(j, t[j] * v[j])) + zeta * lse**2),
+        partials={
+            x[k]: over(j, δ[j] * W[j, k]),
+            W[j, k]: δ[j] * x[k],
+            b[j]: δ[j],
+            t[j]: factor * (lse - v[j]),
+            s: over(j, G[j] * r[j] * z[j]),
+        },
+        tangent=over(j, δ[j] * dot(z)[j] + factor * (lse - v[j]) * dot(t)[j])
+        + over(j, G[j] * r[j] * z[j]) * dot(s),
+        seconds={
+            (b[i], b[j]): H[i, j],
+            (W[j, k], W[i, l]): H[i, j] * x[k] * x[l],
+        },
+        inputs={"x": x, "W": W, "b": b, "t": t, "s": s},
+        lengths=HEAD_LENGTHS,
+        where=AFFINE
+        | {v[j]: cap * tanh(s * z[j] / cap)}
+        | TOTAL
+        | define_softmax(v)
+        | {
+            G[j]: (T / log(beta) + 2 * zeta * lse) * a[j] - t[j] / log(beta),
+            r[j]: slope,
+            δ[j]: s * r[j] * G[j],
+            H[i, j]: s**2
+            * r[i]
+            * r[j]
+            * (
+                (T / log(beta) + 2 * zeta * lse) * a[i] * (kronecker(i, j) - a[j])
+                + 2 * zeta * a[i] * a[j]
+            )
+            - 2 * s**2 / cap**2 * kronecker(i, j) * v[j] * r[j] * G[j],
+        }
+        | AFFINE_TANGENT,
+    )
+
+
+with sympy.evaluate(False):  # keeps the order in which terms are written
+    AFFINE = {z[j]: over(k, W[j, k] * x[k]) + b[j]}
+    TOTAL = {T: over(j, t[j])}
+    AFFINE_TANGENT = {
+        dot(z)[j]: over(k, W[j, k] * dot(x)[k] + dot(W)[j, k] * x[k]) + dot(b)[j],
+    }
+    STATEMENTS: dict[str, Statement] = {
+        "affine map": state_affine(),
+        "tanh": state_tanh(),
+        "relu": state_relu(),
+        "cost of a batch": state_cost(),
+        "squared error": state_squared_error(),
+        "cross entropy of probabilities": state_categorical_cross_entropy(),
+        "sigmoid": state_sigmoid(),
+        "softmax": state_softmax(),
+        "softmax's Jacobian": state_softmax_jacobian(),
+        "affine, sigmoid, squared error": state_sigmoid_squared_error(),
+        "feed-forward network": state_feedforward(),
+        "softmax, cross entropy": state_cross_entropy(),
+        "affine, softmax, cross entropy": state_head(),
+        "logit scale": state_logit_scale(),
+        "soft cap": state_softcap(),
+        "z-loss": state_z_loss(),
+        "entropy of softmax": state_entropy(),
+        "log-probability of a class": state_log_probs(),
+        "scaled and capped head with z-loss": state_scaled_head(),
+    }
