@@ -132,7 +132,9 @@ class Head(NamedTuple):
     def compute_class_logits(self) -> Tensor:
         """The logit of each row's class."""
         if self.sharding is not None:
-            raise NotImplementedError("single logits of a head over split classes: gather the weight")
+            raise NotImplementedError(
+                "a head over split classes gives no logits: gather the weight"
+            )
         logits = []
         for inputs in self.inputs:
             x, W, b, target, _, _, cap, weight_dtype, *_ = inputs
