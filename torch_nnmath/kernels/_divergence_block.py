@@ -441,6 +441,7 @@ class _Slice:
 
         It is exact where both are nearly 1: max(p, q) (1 - e^{-|s|}), with the sign of -s.
         """
+        assert self.log_ratio is not None
         larger = torch.maximum(self.p, self.q)
         difference = self.log_ratio.abs().neg_().expm1_().mul_(larger).abs_()
         if self.student.needs_mask:
