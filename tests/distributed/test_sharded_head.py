@@ -211,6 +211,7 @@ def test_errors_say_what_is_wrong_on_every_rank(workers):
         "bias on another axis": "ValueError: linear_bias has placement",
         "target of another shape": "ValueError: Expected input batch_size to match",
         "third order": "NotImplementedError: the head over split classes has",
+        "tokens of a DTensor": "TypeError: count_tokens_per_rank got a DTensor",
         "module": "TypeError: VocabularyParallel needs a torch_nnmath.nn.LinearCrossEntropyLoss",
     }
     for messages in workers.run("collect_errors"):
