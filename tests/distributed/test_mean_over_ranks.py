@@ -59,5 +59,5 @@ def test_count_of_no_token_is_zero():
 def test_invalid_targets_raise():
     with pytest.raises(ValueError, match="at least one micro-batch"):
         count_tokens_per_rank([])
-    with pytest.raises(TypeError, match="integer type, got torch.float32"):
+    with pytest.raises(TypeError, match=r"integer type, got torch\.float32"):
         count_tokens_per_rank(torch.ones(3))
