@@ -86,7 +86,7 @@ class VocabularyParallel(ParallelStyle):
 
     def _localise(self, output: Any) -> Any:
         if isinstance(output, DTensor):
-            return output.to_local()
+            return output.to_local().clone()  # FSDP2 warns of outputs that are views
         if isinstance(output, tuple):  # the loss and `LossStats`
             loss, stats = output
             return self._localise(loss), type(stats)(*map(self._localise, stats))

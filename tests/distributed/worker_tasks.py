@@ -478,7 +478,7 @@ def compare_mean(wrapper: str, micro_batches: int, mean: str) -> tuple[float, fl
     every one with another number of tokens that are not ignored.
     """
     generator = torch.Generator().manual_seed(5)
-    world, rank, rows = dist.get_world_size(), dist.get_rank(), 24
+    world, rank, rows, group = dist.get_world_size(), dist.get_rank(), 24, None
     x = torch.randn(world * micro_batches, rows, D, dtype=F64, generator=generator)
     y = torch.randint(7, x.shape[:2], generator=generator)
     for i, target in enumerate(y):
@@ -490,12 +490,20 @@ def compare_mean(wrapper: str, micro_batches: int, mean: str) -> tuple[float, fl
     if wrapper == "ddp":
         wrapped = DistributedDataParallel(wrapped)
     else:
-        mesh = make_mesh((world,))
-        for module in (wrapped.body, *[wrapped.head] * wrapper.endswith("head alone"), wrapped):
-            fully_shard(module, mesh=mesh)
+        is_split = wrapper.endswith("classes split")
+        shape = (2, world // 2) if is_split else (world, 1)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "classes"))
+        if is_split:
+            parallelize_module(wrapped.head, mesh["classes"], VocabularyParallel())
+        for module in (wrapped.body, *[wrapped.head] * ("head" in wrapper), wrapped):
+            fully_shard(module, mesh=mesh["data"])
+        rank, world, group = mesh.get_local_rank("data"), shape[0], mesh.get_group("data")
+    x, y = x[: world * micro_batches], y[: world * micro_batches]
     own = slice(rank * micro_batches, (rank + 1) * micro_batches)
     inputs, targets = x[own], list(y[own])
-    divisor: Any = micro_batches if mean == "of means" else count_tokens_per_rank(targets)
+    divisor: Any = micro_batches
+    if mean == "counted":
+        divisor = count_tokens_per_rank(targets, group=group)
     total = torch.zeros((), dtype=F64)
     for i in range(micro_batches):
         is_last = i == micro_batches - 1
@@ -507,7 +515,7 @@ def compare_mean(wrapper: str, micro_batches: int, mean: str) -> tuple[float, fl
             loss = wrapped(inputs[i], targets[i]) / divisor
             loss.backward()
         total += loss.detach()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     expected = model(x, y)
     expected.backward()
     error = 0.0
