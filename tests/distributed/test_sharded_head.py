@@ -218,3 +218,4 @@ def test_errors_say_what_is_wrong_on_every_rank(workers):
         assert messages.keys() == expected.keys()
         for name, message in messages.items():
             assert message.startswith(expected[name]), (name, message)
+        assert "If FSDP2 has sharded the weight, call the module" in messages["plain features"]
