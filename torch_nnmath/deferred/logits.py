@@ -188,8 +188,9 @@ class HeadCall:
             raise RuntimeError(
                 f"the logits of head {self.log.name!r} are needed, but its parameters' memory has "
                 "since been freed, as FSDP does after the forward, and ZeRO-3: compute the loss "
-                "inside the wrapped model, keep the head's parameters (reshard_after_forward=False), read "
-                "logits before backward, or swap(model, head=None)"
+                "inside the wrapped model, keep the head's parameters "
+                "(reshard_after_forward=False), read logits before backward, or "
+                "swap(model, head=None)"
             )
         if any(_torch.get_version(x) != version for x, version, _ in self.versions):
             raise RuntimeError(
