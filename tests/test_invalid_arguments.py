@@ -841,3 +841,12 @@ def test_invalid_constructor_argument_raises(make_module, error_type, part):
 def test_unknown_keyword_raises_type_error(function):
     with pytest.raises(TypeError, match="unexpected keyword argument 'out'"):
         getattr(F, function)(out=None)
+
+
+def test_empty_weight_is_said_to_be_partitioned():
+    """ZeRO-3 leaves a parameter of shape (0,) outside of its module's forward."""
+    x, y = torch.randn(3, D), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"ZeRO-3 has partitioned it.*GatheredParameters"):
+        F.linear_cross_entropy(x, torch.empty(0), y)
+    with pytest.raises(RuntimeError, match=r"at least 2, got 1$"):
+        F.linear_cross_entropy(x, torch.ones(D), y)

@@ -199,8 +199,16 @@ def head(
 ) -> None:
     """Checks shapes and dtypes of the head's features, weight and bias."""
     if linear_weight.dim() < 2:
+        hint = ""
+        if not linear_weight.numel():
+            hint = (
+                " and no entry: if ZeRO-3 has partitioned it, compute the loss inside of "
+                "deepspeed.zero.GatheredParameters(linear_weight), or in the forward of a module "
+                "that has the weight, as nn.LinearCrossEntropyLoss"
+            )
         raise RuntimeError(
             f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+            f"{hint}"
         )
     if linear_weight.dim() > 2 and input.dim() != 2:
         raise RuntimeError(

@@ -232,7 +232,8 @@ def read_sharding(input: Tensor, linear_weight: Tensor) -> Sharding:
         raise TypeError(
             "input and linear_weight must both be DTensors, or none of them: make one of the other "
             "by DTensor.from_local, with Replicate() where all ranks have the same values, or use "
-            "torch_nnmath.parallel.VocabularyParallel"
+            "torch_nnmath.parallel.VocabularyParallel. If FSDP2 has sharded the weight, call the "
+            "module that it wraps, whose forward has the whole weight"
         )
     mesh, rows = input.device_mesh, input.placements
     check_mesh("linear_weight", linear_weight, mesh)

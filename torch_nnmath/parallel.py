@@ -1,17 +1,20 @@
-"""Styles for `torch.distributed.tensor.parallel.parallelize_module`."""
+"""Styles for `parallelize_module`, and the divisor of a mean over ranks and micro-batches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torch_nnmath.nn import LinearCrossEntropyLoss
 
-__all__ = ["VocabularyParallel"]
+__all__ = ["VocabularyParallel", "count_tokens_per_rank"]
 
 
 class VocabularyParallel(ParallelStyle):
@@ -83,8 +86,65 @@ class VocabularyParallel(ParallelStyle):
 
     def _localise(self, output: Any) -> Any:
         if isinstance(output, DTensor):
-            return output.to_local()
+            return output.to_local().clone()  # FSDP2 warns of outputs that are views
         if isinstance(output, tuple):  # the loss and `LossStats`
             loss, stats = output
             return self._localise(loss), type(stats)(*map(self._localise, stats))
         return output
+
+
+def count_tokens_per_rank(
+    targets: Tensor | Sequence[Tensor],
+    *,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The divisor that makes a step's loss the mean over all tokens that are not ignored (F3).
+
+    Args:
+        targets: class indices of any shape that this rank has in the step: a tensor, or one for
+            each micro-batch whose gradients are accumulated.
+        ignore_index: the class index of tokens that do not count.
+        weight: class weights (C) of the loss, if it has any; then a token counts as its weight.
+        group: the ranks with different tokens, over which gradients are averaged; all by default.
+            With DDP or FSDP on a mesh of several dimensions, `mesh.get_group("data")`.
+
+    Divide the loss of each micro-batch, with `reduction="sum"`, by it. DDP and FSDP2 average the
+    gradients over `group`, so the divisor is the number of all tokens over the number of ranks: a
+    scalar in float64. Every rank of `group` must call it. It is 0 if no token counts.
+
+    Without `torch.distributed`, or if it is not initialised, it is the count of this process.
+
+    Raises:
+        TypeError: if a target is a DTensor, since its loss is a sum over the mesh already, or is
+            not of an integer type.
+        ValueError: if there is no target.
+
+    >>> count_tokens_per_rank([torch.tensor([2, -100, 0]), torch.tensor([-100, 1])])
+    tensor(3., dtype=torch.float64)
+    """
+    targets = [targets] if isinstance(targets, Tensor) else list(targets)
+    if not targets:
+        raise ValueError("count_tokens_per_rank needs the target of at least one micro-batch")
+    for y in targets:
+        if isinstance(y, DTensor):
+            raise TypeError(
+                "count_tokens_per_rank got a DTensor: the loss of DTensors is over all ranks of "
+                "their mesh, so divide its sum by (target != ignore_index).sum().full_tensor()"
+            )
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise TypeError(f"targets must be class indices of an integer type, got {y.dtype}")
+    counts = [_count_tokens(y, ignore_index, weight) for y in targets]
+    total = torch.stack(counts).sum()
+    if not dist.is_available() or not dist.is_initialized():
+        return total
+    dist.all_reduce(total, group=group)
+    return total / dist.get_world_size(group)
+
+
+def _count_tokens(y: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:
+    keep = y != ignore_index
+    if weight is None:
+        return keep.sum().to(torch.float64)
+    return weight.detach().to(torch.float64)[y.masked_fill(~keep, 0)].masked_fill(~keep, 0).sum()

@@ -461,3 +461,16 @@ def test_logits_of_changed_operands_raise(name, use):
     ):
         v.sum() if use == "read" else z.sum() if use == "read of the head" else ce(v, o.y)
     assert log.fused == 1
+
+
+@pytest.mark.parametrize(
+    "use", [lambda z: z.sum(), lambda z: F.cross_entropy(z, z.new_zeros(4).long())]
+)
+def test_weight_that_is_partitioned_after_the_forward_raises(use):
+    """As ZeRO-3 does: the parameter stays, with an empty tensor as its data."""
+    head = nn.Linear(5, 30, bias=False)
+    swap(head)
+    logits = head(torch.randn(4, 5))
+    head.weight.data = torch.empty(0)
+    with pytest.raises(RuntimeError, match=r"memory has since been freed, as FSDP .* ZeRO-3"):
+        use(logits)

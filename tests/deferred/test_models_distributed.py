@@ -33,7 +33,7 @@ class Case(NamedTuple):
     kind: str
     options: dict
     loss: str  # inside the model or outside
-    outcome: str  # "fused" or "computed", "freed", "left" or "plain"
+    outcome: str  # "fused" or "computed", "freed" or "left"
     when: tuple[str, ...] = ("before", "after")  # swap, relative to the wrapper
 
 
@@ -56,7 +56,7 @@ CASES = [
     # the head is wrapped too: it has hooks and a class of its own
     Case("fsdp, the head too", {}, "inside", "computed", ("before",)),
     Case("fsdp, the head too", {}, "inside", "left", ("after",)),
-    Case("tensor parallel", {}, "inside", "plain"),  # the weight is a DTensor
+    Case("tensor parallel", {}, "inside", "computed"),  # the weight is a DTensor
 ]
 CASES = [(case, when) for case in CASES for when in case.when]
 
@@ -149,4 +149,6 @@ def test_gradients_agree_in_two_processes(process_results, i):
         fused, reasons, left = results[i]
         assert fused == ("fused" in outcome)
         assert bool(reasons) == ("computed" in outcome), reasons
+        is_split = "tensor parallel" in CASES[i][0].kind
+        assert [*reasons] == ["by a weight that is a DTensor"] or not is_split
         assert [*left] == ["lm_head"] * (outcome == "left")

@@ -230,6 +230,43 @@ def test_trainer_reaches_the_same_weights_and_metrics(tmp_path, plain_results, o
     assert all("trainer" in reason for reason in pair.reasons), pair.reasons  # of its predictions
 
 
+def test_trainer_averages_over_the_tokens_of_all_micro_batches(tmp_path):
+    """With `num_items_in_batch`; without it, Trainer has the mean of means."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    def train(batch_size, accumulation, accepts_count=True):
+        arguments = transformers.TrainingArguments(
+            output_dir=tmp_path,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            save_strategy="no",
+            max_steps=2,
+            seed=0,
+            optim="sgd",
+            learning_rate=0.5,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        )
+        pair = Pair(make_causal())
+        trainer = transformers.Trainer(
+            model=pair.swapped,
+            args=arguments,
+            train_dataset=make_sequences(),
+            data_collator=collate,
+        )
+        assert trainer.model_accepts_loss_kwargs
+        trainer.model_accepts_loss_kwargs = accepts_count
+        trainer.train()
+        assert pair.fused == 2 * accumulation
+        return torch.cat([p.detach().flatten() for p in pair.swapped.parameters()])
+
+    in_one_batch = train(4, 1)
+    torch.testing.assert_close(train(2, 2), in_one_batch, rtol=0, atol=2e-6)
+    assert (train(2, 2, accepts_count=False) - in_one_batch).abs().max() > 1e-3
+
+
 EVALUATIONS = {
     "loss": {"args": {"prediction_loss_only": True}},
     "smoothed loss": {"args": {"prediction_loss_only": True, "label_smoothing_factor": 0.1}},

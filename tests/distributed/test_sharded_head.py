@@ -213,9 +213,11 @@ def test_errors_say_what_is_wrong_on_every_rank(workers):
         "bias on another axis": "ValueError: linear_bias has placement",
         "target of another shape": "ValueError: Expected input batch_size to match",
         "third order": "NotImplementedError: the head over split classes has",
+        "tokens of a DTensor": "TypeError: count_tokens_per_rank got a DTensor",
         "module": "TypeError: VocabularyParallel needs a torch_nnmath.nn.LinearCrossEntropyLoss",
     }
     for messages in workers.run("collect_errors"):
         assert messages.keys() == expected.keys()
         for name, message in messages.items():
             assert message.startswith(expected[name]), (name, message)
+        assert "If FSDP2 has sharded the weight, call the module" in messages["plain features"]

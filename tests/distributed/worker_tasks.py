@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -25,12 +27,13 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from torch_nnmath import _records, nn
 from torch_nnmath import functional as F
 from torch_nnmath.formulas import LinearCrossEntropy
 from torch_nnmath.kernels import _block, collectives
-from torch_nnmath.parallel import VocabularyParallel
+from torch_nnmath.parallel import VocabularyParallel, count_tokens_per_rank
 
 F64 = torch.float64
 D = 4
@@ -456,6 +459,83 @@ def compare_module(layout: str, use_local_output: bool) -> list[str]:
     return lines
 
 
+class TokenModel(torch.nn.Module):
+    """Features and target to the loss, by a head of its own."""
+
+    def __init__(self, reduction: str):
+        super().__init__()
+        self.body = torch.nn.Linear(D, D, dtype=F64)
+        self.head = nn.LinearCrossEntropyLoss(D, 7, reduction=reduction, dtype=F64)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh(), y)
+
+
+def compare_mean(wrapper: str, micro_batches: int, mean: str) -> tuple[float, float]:
+    """Relative errors of loss and gradients of the mean over all tokens, against one process's.
+
+    `mean` is "of means", or "counted" by `count_tokens_per_rank`. Each rank has `micro_batches`,
+    every one with another number of tokens that are not ignored.
+    """
+    generator = torch.Generator().manual_seed(5)
+    world, rank, rows, group = dist.get_world_size(), dist.get_rank(), 24, None
+    x = torch.randn(world * micro_batches, rows, D, dtype=F64, generator=generator)
+    y = torch.randint(7, x.shape[:2], generator=generator)
+    for i, target in enumerate(y):
+        target[: 23 - 5 * (i % 5)] = IGNORE
+    torch.manual_seed(3)
+    model = TokenModel("mean")
+    wrapped: Any = copy.deepcopy(model)
+    wrapped.head.reduction = "mean" if mean == "of means" else "sum"
+    if wrapper == "ddp":
+        wrapped = DistributedDataParallel(wrapped)
+    else:
+        is_split = wrapper.endswith("classes split")
+        shape = (2, world // 2) if is_split else (world, 1)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "classes"))
+        if is_split:
+            parallelize_module(wrapped.head, mesh["classes"], VocabularyParallel())
+        for module in (wrapped.body, *[wrapped.head] * ("head" in wrapper), wrapped):
+            fully_shard(module, mesh=mesh["data"])
+        rank, world, group = mesh.get_local_rank("data"), shape[0], mesh.get_group("data")
+    x, y = x[: world * micro_batches], y[: world * micro_batches]
+    own = slice(rank * micro_batches, (rank + 1) * micro_batches)
+    inputs, targets = x[own], list(y[own])
+    divisor: Any = micro_batches
+    if mean == "counted":
+        divisor = count_tokens_per_rank(targets, group=group)
+    total = torch.zeros((), dtype=F64)
+    for i in range(micro_batches):
+        is_last = i == micro_batches - 1
+        with contextlib.ExitStack() as stack:
+            if wrapper == "ddp" and not is_last:
+                stack.enter_context(wrapped.no_sync())
+            elif wrapper != "ddp":
+                wrapped.set_requires_gradient_sync(is_last)
+            loss = wrapped(inputs[i], targets[i]) / divisor
+            loss.backward()
+        total += loss.detach()
+    dist.all_reduce(total, group=group)
+    expected = model(x, y)
+    expected.backward()
+    error = 0.0
+    for p, own_p in zip(model.parameters(), wrapped.parameters(), strict=True):
+        difference = gather(own_p.grad) - p.grad
+        error = max(error, (difference.abs().max() / p.grad.abs().max()).item())
+    return abs(total.item() / world / expected.item() - 1), error
+
+
+def count_weighted_tokens() -> tuple[float, float, float]:
+    """Counts of 4 ranks in groups of two: of all, of the own group, and with class weights."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("vocabulary", "data"))
+    y = torch.full((2, 5), IGNORE)
+    y[0, : rank + 1] = torch.arange(rank + 1)  # 1, 2, 3 and 4 tokens
+    count = functools.partial(count_tokens_per_rank, group=mesh.get_group("data"))
+    weighted = count([y, y.clamp(max=0)], weight=torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    return count_tokens_per_rank(y).item(), count(y).item(), weighted.item()
+
+
 def collect_errors() -> dict[str, str]:
     """Returns the messages of errors, by what is wrong."""
     mesh, other = make_mesh((4,)), make_mesh((2, 2))
@@ -486,6 +566,9 @@ def collect_errors() -> dict[str, str]:
         ),
         "target of another shape": lambda: F.linear_cross_entropy(x, W, y[:3]),
         "third order": differentiate_three_times,
+        "tokens of a DTensor": lambda: count_tokens_per_rank(
+            distribute_tensor(y, mesh, [Shard(0)], src_data_rank=None)
+        ),
         "module": lambda: parallelize_module(torch.nn.Linear(2, 3), mesh, VocabularyParallel()),
     }
     messages = {}

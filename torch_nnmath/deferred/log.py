@@ -17,7 +17,10 @@ _ENTROPY = (
     "returns it, and functional.linear_log_probs(..., return_entropy=True) one with a gradient"
 )
 _KEPT = "drop logits before the step, or keep a reduction, such as logits.detach().mean()"
+SPLIT_WEIGHT = "by a weight that is a DTensor"
 REMEDIES = {
+    SPLIT_WEIGHT: "compute the loss by nn.LinearCrossEntropyLoss with this weight, split by "
+    "torch_nnmath.parallel.VocabularyParallel",
     "exp": _ENTROPY,
     "sub": "logits.log_softmax(-1) is not computed, logits - logits.logsumexp(-1, True) is",
     "_log_softmax_backward_data": "only gather of one class, nll_loss, sum and mean of "

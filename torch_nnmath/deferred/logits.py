@@ -14,11 +14,12 @@ from torch.nn import Module
 from torch_nnmath import _torch, formulas
 from torch_nnmath import functional as F
 from torch_nnmath._precision import disable_autocast
-from torch_nnmath.deferred.log import HeadLog, find_user_frame
+from torch_nnmath.deferred.log import SPLIT_WEIGHT, HeadLog, find_user_frame
 from torch_nnmath.deferred.mark import get_head_log
 from torch_nnmath.deferred.operands import (
     Operands,
     are_operands_of_head,
+    is_freed,
     make_operands,
     set_inference_mode,
 )
@@ -37,7 +38,7 @@ from torch_nnmath.deferred.steps import (
     multiply,
 )
 from torch_nnmath.formulas.affine import compute_affine_gradients
-from torch_nnmath.kernels.dispatch import PLAIN_TYPES
+from torch_nnmath.kernels.dispatch import PLAIN_TYPES, has_dtensor
 
 # The calls of a head
 
@@ -64,10 +65,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
             return linear_between_graphs(input, weight, bias, module)
         else:
             log_unbroken_graph(module)
-    if torch.compiler.is_compiling() or not _are_plain_and_untraced(input, weight, bias):
+    log = None if torch.compiler.is_compiling() else get_head_log(module)
+    if log is None or not _are_plain_and_untraced(input, weight, bias):
+        if log is not None and has_dtensor(weight):
+            log.count_materialization(SPLIT_WEIGHT)
         return F.linear(input, weight, bias)
-    log = get_head_log(module)
-    assert log is not None
     reason = None if log.is_named else find_reason_for_plain_logits(input, weight)
     if reason is not None:
         log.count_materialization(reason)
@@ -166,7 +168,7 @@ class HeadCall:
 
     def __init__(self, operands: Operands):
         self.operands: Any = operands
-        self.versions: list[tuple[Tensor, int]] = []
+        self.versions: list[tuple[Tensor, int, torch.Size]] = []
         self.recipes: list[weakref.ref[Recipe]] = []
         self.is_materialized = False
         self.observer: str | None = None  # what first observed the logits' gradient
@@ -178,18 +180,19 @@ class HeadCall:
         LIVE_CALLS.add(self)
 
     def record_version(self, operand: Tensor) -> None:
-        self.versions.append((operand, _torch.get_version(operand)))
+        self.versions.append((operand, _torch.get_version(operand), operand.shape))
 
     def check_operands(self) -> None:
         """Raises RuntimeError if an operand was freed or changed since the call."""
-        if any(x.untyped_storage().nbytes() == 0 for x, _ in self.versions if x.numel()):
+        if any(is_freed(x, shape) for x, _, shape in self.versions):
             raise RuntimeError(
                 f"the logits of head {self.log.name!r} are needed, but its parameters' memory has "
-                "since been freed, as FSDP does after the forward: compute the loss inside the "
-                "wrapped model, keep the head's parameters (reshard_after_forward=False), read "
-                "logits before backward, or swap(model, head=None)"
+                "since been freed, as FSDP does after the forward, and ZeRO-3: compute the loss "
+                "inside the wrapped model, keep the head's parameters "
+                "(reshard_after_forward=False), read logits before backward, or "
+                "swap(model, head=None)"
             )
-        if any(_torch.get_version(x) != version for x, version in self.versions):
+        if any(_torch.get_version(x) != version for x, version, _ in self.versions):
             raise RuntimeError(
                 f"the logits of head {self.log.name!r} are needed, but its features, weight or "
                 "bias, or a scale or row applied to the logits, were changed in place since, as by "

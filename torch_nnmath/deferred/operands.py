@@ -29,6 +29,11 @@ class Operands(NamedTuple):
         return self.weight if self.weight_dtype is None else self.weight.to(self.weight_dtype)
 
 
+def is_freed(x: Tensor, shape: torch.Size) -> bool:
+    """Whether x, of this shape, has lost its memory: FSDP frees the storage, ZeRO-3 the shape."""
+    return x.shape != shape or bool(x.numel() and x.untyped_storage().nbytes() == 0)
+
+
 def make_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> Operands | None:
     """Returns the operands of the product; None if they cannot be kept.
 
