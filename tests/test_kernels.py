@@ -61,7 +61,7 @@ AUTOCAST = HeadInputs(  # a float32 weight, and features that are scaled
 xt, Wt, bt, VALUES = draw(N, 3), draw(C, 3), draw(C, seed=6), [True] * 6
 k_indices = draw(N, C, seed=7).topk(2).indices
 STUDENT, HEADS = (x, W, b), (xt, Wt, bt)
-OPTIONS = (0.3, 1.5, 2.0, 0.5, True)  # mix, temperature, factors, has_rest
+OPTIONS = (0.3, 1.5, 0.4, 2.0, True, True)  # the last fields of `DivergenceInputs`, from mix on
 TOP_K = (*STUDENT, -1 - t[:, :2], None, None, k_indices, y, keep)
 OPERATORS = {
     "class_indices": [(draw_classes(), C, -100), (draw_classes(False), C, None)],

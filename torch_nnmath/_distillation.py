@@ -143,7 +143,7 @@ def linear_jsd(
 
     >>> features, weight = torch.ones(3, 1), torch.tensor([[0.], [1.]])
     >>> linear_jsd(features, weight, 0 * features, weight)
-    tensor(0.0278)
+    tensor(0.0285)
     """
     check.fraction("beta", beta)
     return compute_divergence(

@@ -81,8 +81,6 @@ def compute_divergence(
             target.reshape(N, 1), C, TargetOptions(None, labels.ignore_index), student.dtype
         )
         y, keep = read.y if labels.alpha else None, read.keep
-    inverse_ln = 1 / math.log(options.base)
-    factor = options.temperature**2 if options.has_temperature_factor else 1.0
     inputs = DivergenceInputs(
         x=student.reshape(N, student.shape[-1]),
         W=W,
@@ -95,8 +93,9 @@ def compute_divergence(
         keep=keep,
         mix=options.mix,
         temperature=options.temperature,
-        factor=(1 - labels.alpha) * factor * inverse_ln,
-        label_factor=labels.alpha * inverse_ln,
+        alpha=labels.alpha,
+        base=options.base,
+        has_temperature_factor=options.has_temperature_factor,
         has_rest=options.remainder == "class",
     )
     if reduction == "none":

@@ -206,9 +206,25 @@ class DivergenceInputs(NamedTuple):
     keep: Tensor | None  # (N, 1)
     mix: float  # μ of the divergence: 0 is KL(p||q), 1 is KL(q||p)
     temperature: float  # τ
-    factor: float  # of the divergence
-    label_factor: float  # of the cross entropy
+    alpha: float  # weight of the cross entropy; that of the divergence is 1 - alpha
+    base: float  # of the logarithm
+    has_temperature_factor: bool  # whether the divergence is multiplied by τ²
     has_rest: bool  # whether the classes that are not among `indices` count, as one class
+
+    @property
+    def factor(self) -> float:
+        """The factor of the divergence.
+
+        It is not a field, since Dynamo takes fields for constants, and guards a computed number by
+        the equality of a rounded expression.
+        """
+        factor = self.temperature**2 if self.has_temperature_factor else 1.0
+        return (1 - self.alpha) * factor / math.log(self.base)
+
+    @property
+    def label_factor(self) -> float:
+        """The factor of the cross entropy."""
+        return self.alpha / math.log(self.base)
 
     @property
     def values(self) -> PairValues:

@@ -59,12 +59,13 @@ class LinearDivergence(KernelFormula):
         keep: Any,
         mix: float,
         temperature: float,
-        factor: float,
-        label_factor: float,
+        alpha: float,
+        base: float,
+        has_temperature_factor: bool,
         has_rest: bool,
     ) -> Any:
         tensors = x, W, b, xt, Wt, bt, indices, y, keep
-        options = mix, temperature, factor, label_factor, has_rest
+        options = mix, temperature, alpha, base, has_temperature_factor, has_rest
         c, *_ = kernels.divergence(*tensors, *options, None, list(NO_GRADIENTS))
         return c
 
@@ -185,8 +186,9 @@ class LinearDivergenceGradient(KernelFormula):
         keep: Any,
         mix: float,
         temperature: float,
-        factor: float,
-        label_factor: float,
+        alpha: float,
+        base: float,
+        has_temperature_factor: bool,
         has_rest: bool,
         γ: Any,
         needs_gradient: PairValues,
@@ -194,7 +196,7 @@ class LinearDivergenceGradient(KernelFormula):
     ) -> Any:
         if gradients is None:
             tensors = x, W, b, xt, Wt, bt, indices, y, keep
-            options = mix, temperature, factor, label_factor, has_rest
+            options = mix, temperature, alpha, base, has_temperature_factor, has_rest
             _, *results = kernels.divergence(*tensors, *options, γ, list(needs_gradient))
             gradients = PairValues(*results)
         return tuple(gradients.select(needs_gradient))

@@ -26,7 +26,8 @@ from torch_nnmath.kernels.linear_cross_entropy import is_rounded_now
 
 INPUTS = (
     "Tensor x, Tensor W, Tensor? b, Tensor xt, Tensor? Wt, Tensor? bt, Tensor? indices, Tensor? y,"
-    " Tensor? keep, float mix, float temperature, float factor, float label_factor, bool has_rest"
+    " Tensor? keep, float mix, float temperature, float alpha, float base,"
+    " bool has_temperature_factor, bool has_rest"
 )
 INPUT_COUNT = len(DivergenceInputs._fields)
 GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
