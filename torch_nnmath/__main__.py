@@ -12,7 +12,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_nnmath", description=__doc__)
     parser.add_argument("command", choices=["verify", "bench", "race"])
     parser.add_argument(
-        "options", nargs=argparse.REMAINDER, help="see `verify --help`, `bench --help`, `race --help`"
+        "options",
+        nargs=argparse.REMAINDER,
+        help="see the --help of each command",
     )
     arguments = parser.parse_args(argv)
     return importlib.import_module(f"torch_nnmath.{arguments.command}").main(arguments.options)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch_nnmath import functional, testing
 from torch_nnmath.bench.machine import describe_machine, format_machine
 from torch_nnmath.bench.tables import align_columns
-from torch_nnmath.bench.works import LIGER, eager_head, import_on_call
+from torch_nnmath.bench.works import LIGER, eager_head
 from torch_nnmath.testing import Verdict
 
 if TYPE_CHECKING:  # matplotlib is imported only when a figure is drawn
@@ -209,12 +209,13 @@ HIGHER_MODES = (
 class Peer:
     """A head of another library, and how its documentation says to call it.
 
-    `limits` has the rows that the peer does not promise, each with the source. `dtype` is the most
-    precise type in which it computes. `is_triton` says that it needs a GPU or the interpreter.
-    `differentiates_weight` is False if autograd does not deliver the weight's gradient.
+    `load` imports the library and returns the head. `limits` has the rows that the peer does not
+    promise, each with the source. `dtype` is the most precise type in which it computes.
+    `is_triton` says that it needs a GPU or the interpreter. `differentiates_weight` is False if
+    autograd does not deliver the weight's gradient.
     """
 
-    head: Head
+    load: Callable[[], Head]
     call: str
     packages: tuple[str, ...] = ()
     limits: Mapping[str, str] = field(default_factory=dict)
@@ -223,47 +224,58 @@ class Peer:
     differentiates_weight: bool = True
 
 
-def make_chunked_head(**options: Any) -> Head:
+def import_head(module: str, name: str, **options: Any) -> Callable[[], Head]:
+    """Returns a function that imports a head; the checker compiles the head without the import."""
+
+    def load() -> Head:
+        function = getattr(importlib.import_module(module), name)
+        return functools.partial(function, **options) if options else function
+
+    return load
+
+
+def load_compiled_head() -> Head:
+    return torch.compile(eager_head)
+
+
+def load_chunked_head(**options: Any) -> Head:
+    chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4, **options)
+
     def chunked_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
-        return F.linear_cross_entropy(
-            x, W, t, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4, **options)
-        )
+        return F.linear_cross_entropy(x, W, t, options=chunks)
 
     return chunked_head
 
 
-@functools.cache
-def compile_eager_head() -> Head:
-    return torch.compile(eager_head)
+def load_trl_head() -> Head:
+    select = importlib.import_module("trl.trainer.utils").selective_log_softmax
+
+    def trl_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
+        keep = t != IGNORE_INDEX
+        log_probs = select(F.linear(x, W), t.clamp(min=0), row_mask=keep)
+        return -log_probs.sum() / keep.sum().clamp(min=1)
+
+    return trl_head
 
 
-def compiled_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
-    return compile_eager_head()(x, W, t)
-
-
-def trl_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
-    select = import_on_call("trl.trainer.utils", "selective_log_softmax")
-    keep = t != IGNORE_INDEX
-    log_probs = select(F.linear(x, W), t.clamp(min=0), 1.0, keep)
-    return -log_probs.sum() / keep.sum()
-
-
-def deepspeed_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
-    def compute_loss(_: None, x: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x, W), t, reduction="sum")
-
+def load_deepspeed_head() -> Head:
     module = importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
-    total = module.TiledFusedLogitsLoss.apply(
-        compute_loss, None, x[None], t[None], None, 2, [W], "sum"
-    )
-    return total / (t != IGNORE_INDEX).sum()
+    tiled_loss = module.TiledFusedLogitsLoss
+
+    def deepspeed_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
+        def compute_loss(_: None, x: Tensor, t: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x, W), t, reduction="sum")
+
+        total = tiled_loss.apply(compute_loss, None, x[None], t[None], None, 2, [W], "sum")
+        return total / (t != IGNORE_INDEX).sum().clamp(min=1)
+
+    return deepspeed_head
 
 
-def fla_head(x: Tensor, W: Tensor, t: Tensor) -> Tensor:
-    call = import_on_call(
-        "fla.modules.fused_linear_cross_entropy", "fused_linear_cross_entropy_loss"
-    )
-    return call(x, t, W)
+def load_fla_head() -> Head:
+    module = importlib.import_module("fla.modules.fused_linear_cross_entropy")
+    loss = module.fused_linear_cross_entropy_loss
+    return lambda x, W, t: loss(x, t, W)
 
 
 UNMENTIONED = "its documentation does not mention it"
@@ -277,17 +289,20 @@ CHUNKED_LIMITS = {
     NAN_ROW: UNMENTIONED,
 }
 RETAIN_NOTE = "PyTorch's documentation of LinearCrossEntropyOptions, allow_retain_graph"
-LINEAR_CROSS_ENTROPY = "F.linear_cross_entropy(x, W, t, options=LinearCrossEntropyOptions(batch_chunk_size=4, {}))"
+CHUNKED_CALL = (
+    "F.linear_cross_entropy(x, W, t, options=LinearCrossEntropyOptions(batch_chunk_size=4, {}))"
+)
 
 PEERS = {
     "ours": Peer(
-        functional.linear_cross_entropy, "torch_nnmath.functional.linear_cross_entropy(x, W, t)"
+        lambda: functional.linear_cross_entropy,
+        "torch_nnmath.functional.linear_cross_entropy(x, W, t)",
     ),
     "PyTorch": Peer(
-        eager_head, "F.cross_entropy(F.linear(x, W), t)", limits={NAN_ROW: UNMENTIONED}
+        lambda: eager_head, "F.cross_entropy(F.linear(x, W), t)", limits={NAN_ROW: UNMENTIONED}
     ),
     "torch.compile": Peer(
-        compiled_head,
+        load_compiled_head,
         "torch.compile of F.cross_entropy(F.linear(x, W), t), with Inductor",
         limits={
             "second order": "PyTorch's error message: no double backward of compiled functions",
@@ -298,10 +313,8 @@ PEERS = {
     ),
     **{
         name: Peer(
-            make_chunked_head(**options),
-            LINEAR_CROSS_ENTROPY.format(
-                ", ".join(f"{key}={value!r}" for key, value in options.items())
-            ),
+            functools.partial(load_chunked_head, **options),
+            CHUNKED_CALL.format(", ".join(f"{key}={value!r}" for key, value in options.items())),
             limits=CHUNKED_LIMITS
             if options.get("allow_retain_graph")
             else {**CHUNKED_LIMITS, "second backward, accumulation": RETAIN_NOTE},
@@ -314,13 +327,13 @@ PEERS = {
         }.items()
     },
     "TRL": Peer(
-        trl_head,
+        load_trl_head,
         "trl.trainer.utils.selective_log_softmax(F.linear(x, W), t, row_mask=t != -100)",
         ("trl",),
         NOT_IN_DOCUMENTATION,
     ),
     "DeepSpeed": Peer(
-        deepspeed_head,
+        load_deepspeed_head,
         'TiledFusedLogitsLoss.apply(loss_fn, None, x[None], t[None], None, 2, [W], "sum") over '
         "the number of kept rows; it adds the weight's gradient to W.grad in its forward, so x "
         "alone is differentiated",
@@ -332,14 +345,14 @@ PEERS = {
         differentiates_weight=False,
     ),
     "CCE compile": Peer(
-        import_on_call("cut_cross_entropy", "linear_cross_entropy", impl="torch_compile"),
+        import_head("cut_cross_entropy", "linear_cross_entropy", impl="torch_compile"),
         'cut_cross_entropy.linear_cross_entropy(x, W, t, impl="torch_compile")',
         ("cut-cross-entropy",),
         NOT_IN_DOCUMENTATION,
         torch.float32,
     ),
     "CCE": Peer(
-        import_on_call("cut_cross_entropy", "linear_cross_entropy"),
+        import_head("cut_cross_entropy", "linear_cross_entropy"),
         "cut_cross_entropy.linear_cross_entropy(x, W, t)",
         ("cut-cross-entropy",),
         NOT_IN_DOCUMENTATION,
@@ -347,7 +360,7 @@ PEERS = {
         is_triton=True,
     ),
     "Liger": Peer(
-        import_on_call(LIGER, "liger_fused_linear_cross_entropy"),
+        import_head(LIGER, "liger_fused_linear_cross_entropy"),
         "liger_kernel.transformers.functional.liger_fused_linear_cross_entropy(x, W, t)",
         ("liger-kernel",),
         NOT_IN_DOCUMENTATION,
@@ -355,7 +368,7 @@ PEERS = {
         is_triton=True,
     ),
     "fla": Peer(
-        fla_head,
+        load_fla_head,
         "fla.modules.fused_linear_cross_entropy.fused_linear_cross_entropy_loss(x, t, W)",
         ("flash-linear-attention", "fla-core"),
         NOT_IN_DOCUMENTATION,
@@ -363,7 +376,7 @@ PEERS = {
         is_triton=True,
     ),
     "QuACK": Peer(
-        import_on_call("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+        import_head("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
         "quack.linear_cross_entropy.chunked_linear_cross_entropy(x, W, t)",
         ("quack-kernels",),
         NOT_IN_DOCUMENTATION,
@@ -388,24 +401,24 @@ def race_peer(peer: Peer, rows: Sequence[RaceRow] = RACE_ROWS) -> dict[str, Any]
     }
     x, W, t = draw_inputs()
     try:
-        loss = peer.head(x.to(peer.dtype).requires_grad_(), W.to(peer.dtype), t)
+        head = peer.load()
+        loss = head(x.to(peer.dtype).requires_grad_(), W.to(peer.dtype), t)
         loss.backward()
     except Exception as error:  # a library that cannot run here may raise anything
         result["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         cell = Cell(CANNOT_RUN, detail=result["reason"]).to_dict()
         return {**result, "cells": {row.name: cell for row in rows}}
-    cells = {row.name: judge(peer, row).to_dict() for row in rows}
+    cells = {row.name: judge(peer, head, row).to_dict() for row in rows}
     return {**result, "cells": cells}
 
 
-def judge(peer: Peer, row: RaceRow) -> Cell:
+def judge(peer: Peer, head: Head, row: RaceRow) -> Cell:
     """Returns the verdict on a peer in one row.
 
     An error in a row that the peer does not promise is no fault: the verdict is "not promised". A
     wrong result or a silent zero stays one, with the source that does not promise it.
     """
     dtype = row.dtype or peer.dtype
-    head = peer.head
     if row.check:
         if not peer.differentiates_weight:
             head = detach_weight(head)
@@ -502,9 +515,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         rows = [(f"  {row}", format_cell(cell)) for row, cell in peer["cells"].items()]
         notes = [
             " ".join(filter(None, (cell["not_promised"] and f"[{cell['not_promised']}]", detail)))
-            for cell, detail in (
-                (cell, shorten(cell["detail"])) for cell in peer["cells"].values()
-            )
+            for cell, detail in ((cell, shorten(cell["detail"])) for cell in peer["cells"].values())
         ]
         lines += align_columns(rows, notes)
     return "\n".join(line.rstrip() for line in lines) + "\n"
@@ -535,9 +546,7 @@ def format_markdown(report: Mapping[str, Any]) -> str:
     for name, peer in report["peers"].items():
         reason = shorten(peer["reason"]).replace("|", "\\|")
         note = f". Cannot run here: {reason}" if reason else ""
-        lines.append(
-            f"| {name} | {peer['versions']} | {peer['dtype']} | `{peer['call']}`{note} |"
-        )
+        lines.append(f"| {name} | {peer['versions']} | {peer['dtype']} | `{peer['call']}`{note} |")
     return "\n".join(lines) + "\n"
 
 
@@ -547,18 +556,15 @@ def plot_report(report: Mapping[str, Any]) -> Figure:
 
     peers = report["peers"]
     rows = [*next(iter(peers.values()))["cells"]]
-    size = (2.6 + 0.95 * len(peers), 1.6 + 0.34 * len(rows))
+    size = (2.6 + 1.05 * len(peers), 1.6 + 0.3 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     for i, peer in enumerate(peers.values()):
         for k, row in enumerate(rows):
             cell = peer["cells"][row]
             axes.barh(k, 0.96, left=i - 0.48, height=0.92, color=COLOURS[cell["verdict"]])
-            text = format_cell(cell).replace(" ", "\n") if len(format_cell(cell)) > 16 else ""
-            verdict = format_cell(cell) if not text else "\n".join(
-                (cell["verdict"], format_cell(cell).removeprefix(cell["verdict"]).strip())
-            ).strip()
-            axes.text(i, k, verdict, ha="center", va="center", fontsize=6.5)
+            text = format_cell(cell)
+            axes.text(i, k, text, ha="center", va="center", fontsize=6)
     axes.set_xlim(-0.5, len(peers) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xticks(range(len(peers)), [name.replace(" ", "\n") for name in peers], fontsize=8)
