@@ -46,7 +46,7 @@ CANNOT_RUN, NOT_PROMISED = "cannot run", "not promised"
 COLOURS = {
     "right": "#b7e1b0",
     "wrong": "#e8786f",
-    "silent zero": "#c2185b",
+    "silent zero": "#f48fb1",
     "writes its input": "#e8786f",
     "raises": "#f6c667",
     NOT_PROMISED: "#dddddd",
@@ -235,7 +235,7 @@ def import_head(module: str, name: str, **options: Any) -> Callable[[], Head]:
 
 
 def load_compiled_head() -> Head:
-    return torch.compile(eager_head)
+    return torch.compile(eager_head, fullgraph=True)  # never falls back to eager calls
 
 
 def load_chunked_head(**options: Any) -> Head:
@@ -418,6 +418,7 @@ def judge(peer: Peer, head: Head, row: RaceRow) -> Cell:
     An error in a row that the peer does not promise is no fault: the verdict is "not promised". A
     wrong result or a silent zero stays one, with the source that does not promise it.
     """
+    torch.compiler.reset()  # else a compiled head reaches its limit of graphs and runs eagerly
     dtype = row.dtype or peer.dtype
     if row.check:
         if not peer.differentiates_weight:
