@@ -293,6 +293,13 @@ CHUNKED_CALL = (
     "F.linear_cross_entropy(x, W, t, options=LinearCrossEntropyOptions(batch_chunk_size=4, {}))"
 )
 
+CHUNKED_OPTIONS: dict[str, dict[str, Any]] = {
+    "chunked accurate": {"acc_policy": "accurate"},
+    "chunked balanced": {"acc_policy": "balanced"},
+    "chunked compact": {"acc_policy": "compact"},
+    "chunked retain": {"acc_policy": "auto", "allow_retain_graph": True},
+}
+
 PEERS = {
     "ours": Peer(
         lambda: functional.linear_cross_entropy,
@@ -319,12 +326,7 @@ PEERS = {
             if options.get("allow_retain_graph")
             else {**CHUNKED_LIMITS, "second backward, accumulation": RETAIN_NOTE},
         )
-        for name, options in {
-            "chunked accurate": {"acc_policy": "accurate"},
-            "chunked balanced": {"acc_policy": "balanced"},
-            "chunked compact": {"acc_policy": "compact"},
-            "chunked retain": {"acc_policy": "auto", "allow_retain_graph": True},
-        }.items()
+        for name, options in CHUNKED_OPTIONS.items()
     },
     "TRL": Peer(
         load_trl_head,
@@ -599,7 +601,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.peers:
         if name not in PEERS:
             parser.error(f"no peer {name!r}; there are {', '.join(PEERS)}")
-    names = arguments.peers or [*PEERS]
+    names: list[str] = arguments.peers or [*PEERS]
     if arguments.worker:
         result = json.dumps(race_peer(PEERS[names[0]]))
         Path(arguments.worker).write_text(result, encoding="utf-8")
@@ -613,7 +615,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     text = format_report(report)
     print(text, end="")
-    outputs = {
+    outputs: dict[str | None, str] = {
         arguments.json: json.dumps(report, indent=1),
         arguments.text: text,
         arguments.markdown: format_markdown(report),
