@@ -608,14 +608,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = [*pool.map(race_in_process, names)]
-    report = {
+    report: dict[str, Any] = {
         "machine": describe_machine("cpu"),
         "date": datetime.datetime.now().astimezone().isoformat(),
         "peers": dict(zip(names, results, strict=True)),
     }
     text = format_report(report)
     print(text, end="")
-    outputs: dict[str | None, str] = {
+    outputs = {
         arguments.json: json.dumps(report, indent=1),
         arguments.text: text,
         arguments.markdown: format_markdown(report),
