@@ -767,6 +767,9 @@ def test_report_as_table_dict_and_error():
     assert not loaded["right"]
     assert [row["verdict"] for row in loaded["rows"]] == ["right", "wrong", "not applicable"]
     assert loaded["rows"][1]["detail"] == report["gradient"].detail
+    assert loaded["rows"][0]["error"] < 1e-15
+    assert loaded["rows"][1]["error"] == pytest.approx(2)  # relative, of -g for g
+    assert loaded["rows"][2]["error"] is None
     with pytest.raises(
         AssertionError, match="WrongSign: gradient: wrong: the gradient of input 0 is"
     ):

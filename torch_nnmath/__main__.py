@@ -1,4 +1,4 @@
-"""The commands `verify`, which checks every formula, and `bench`, which measures them."""
+"""The commands `verify`, which checks every formula, `bench`, which measures them, and `race`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Runs the given command with the remaining arguments and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m torch_nnmath", description=__doc__)
-    parser.add_argument("command", choices=["verify", "bench"])
+    parser.add_argument("command", choices=["verify", "bench", "race"])
     parser.add_argument(
-        "options", nargs=argparse.REMAINDER, help="see `verify --help`, `bench --help`"
+        "options",
+        nargs=argparse.REMAINDER,
+        help="see the --help of each command",
     )
     arguments = parser.parse_args(argv)
     return importlib.import_module(f"torch_nnmath.{arguments.command}").main(arguments.options)

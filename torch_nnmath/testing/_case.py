@@ -114,7 +114,10 @@ class Case(Point):
             if result.shape != exact.shape:
                 raise Wrong(f"{name} has shape {tuple(result.shape)}, not {tuple(exact.shape)}")
             result = result.detach().double().to(exact.device)
-            if max_distance(result, exact) <= tolerance:
+            distance = max_distance(result, exact)
+            size = max_magnitude(exact)
+            self.errors.append(distance / size if size else distance)
+            if distance <= tolerance:
                 continue
 
             def compute_entry(case: Case, i: int = i) -> Tensor:

@@ -86,7 +86,7 @@ def check(
     devices = {x.device for x in case.tensors if x.is_cuda}
     try:
         with torch.random.fork_rng(devices):
-            rows = tuple(Row(name, *_judge(REGISTRY[name], case)) for name in names)
+            rows = tuple(_make_row(name, case) for name in names)
     finally:
         torch.set_num_threads(threads)
     return Report(_get_name(function), dtype, rows)
@@ -119,6 +119,12 @@ MISSING_RULE = re.compile(
     r"|derivative for '?(aten::)?\w+'? is not implemented"
     r"|forward AD with (aten::)?\w+ that does not support it"
 )
+
+
+def _make_row(name: str, case: Case) -> Row:
+    case.errors.clear()
+    verdict, detail = _judge(REGISTRY[name], case)
+    return Row(name, verdict, detail, max(case.errors, default=None))
 
 
 def _judge(transform: Transform, case: Case) -> tuple[Verdict, str]:

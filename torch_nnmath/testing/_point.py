@@ -57,6 +57,8 @@ class Point:
     nesting: Any = None
     is_pytorch_function: bool = False
     is_neighbour: bool = False  # takes autograd's derivatives without confirmation
+    # Relative to the largest entry, of each comparison; shared with the points made from this one
+    errors: list[float] = field(default_factory=list)
     _max_value: float = field(default=0.0, init=False)  # of all values computed so far
 
     # Calls

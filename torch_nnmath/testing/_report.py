@@ -63,11 +63,16 @@ class NotApplicable(Finding):
 
 @dataclass(frozen=True)
 class Row:
-    """A transform, its verdict, and the detail: numbers, an error or a reason; "" if right."""
+    """A transform, its verdict, and the detail: numbers, an error or a reason; "" if right.
+
+    `error` is the largest error of all compared tensors, relative to the largest entry of each;
+    None if the transform compares none.
+    """
 
     transform: str
     verdict: Verdict
     detail: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True)
