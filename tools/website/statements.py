@@ -319,8 +319,8 @@ def prove(row: Row, statement: Statement) -> int:
 def separate_exponentials(expression: Any) -> Any:
     """Returns the expression with a symbol for the exponential of each term of an exponent.
 
-    So e^(2u + 2v) is the square of e^(u + v) also for SymPy. A logarithm's argument becomes one
-    fraction, which is the same for all ways to write it.
+    So e^(2u + 2v) is the square of e^(u + v) also for SymPy. A logarithm's argument is
+    expanded, so that 1 - u and -(u - 1) are one.
     """
     symbols: dict[Any, Any] = {}
 
@@ -334,7 +334,7 @@ def separate_exponentials(expression: Any) -> Any:
         )
 
     separated = sympy.sympify(expression).replace(sympy.exp, separate)
-    return separated.replace(sympy.log, lambda argument: sympy.log(sympy.cancel(argument)))
+    return separated.replace(sympy.log, lambda argument: sympy.log(sympy.expand(argument)))
 
 
 def evaluate_reference(row: Row) -> Any:
