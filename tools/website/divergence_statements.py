@@ -150,10 +150,7 @@ def state_jsd() -> Statement:
             G: over(j, s.q[j] * g[j]),
             H[i, j]: second
             * s.q[i]
-            * (
-                (kronecker(i, j) - s.q[j]) * (s.s[i] - K + g[i])
-                - s.q[j] * (s.s[j] - K + g[j] - G)
-            ),
+            * ((kronecker(i, j) - s.q[j]) * (s.s[i] - K + g[i]) - s.q[j] * (s.s[j] - K + g[j] - G)),
         },
         {
             **list_seconds(s),
