@@ -175,3 +175,13 @@ def one_thread() -> Iterator[None]:
     """Uses one thread: faster for small tensors, and independent of the machine."""
     with limit_threads():
         yield
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Any]:
+    """Four ranks of one process group, for `tests/distributed`."""
+    from worker_pool import WorkerPool
+
+    pool = WorkerPool(4)
+    yield pool
+    pool.close()

@@ -92,7 +92,7 @@ def test_gradients_of_student_alone_equal_truth(mix, reduction, options):
     def plain(x, W, b):
         return truth.linear_divergence(x, W, xt, Wt, b, bt, mix=mix, **options)
 
-    assert find_difference(ours, plain, (x, W, b)) < 1e-11
+    assert find_difference(ours, plain, (x, W, b)) < 1e-10
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -105,7 +105,7 @@ def test_gradients_of_teacher_alone_equal_truth(mix):
     def plain(xt, Wt, bt):
         return truth.linear_divergence(x, W, xt, Wt, b, bt, mix=mix)
 
-    assert find_difference(ours, plain, (xt, Wt, bt)) < 1e-11
+    assert find_difference(ours, plain, (xt, Wt, bt)) < 1e-10
 
 
 def test_jensen_shannon_divergence_over_beta_tends_to_kl_divergence_at_both_ends():
@@ -158,7 +158,7 @@ def test_classes_that_are_impossible_for_both_add_nothing(mix, needs_teacher):
             x, W, xt, Wt, b_possible, bt_possible, mix=mix, reduction="none"
         )
 
-    assert find_difference(ours, plain, leaves) < 1e-11
+    assert find_difference(ours, plain, leaves) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_class_that_is_impossible_for_the_weighted_side_has_finite_gradients(mix
             else (q * s if mix == 1 else p * st).sum(1).mean()
         )
 
-    assert find_difference(ours, plain, (x, W), order=1) < 1e-11
+    assert find_difference(ours, plain, (x, W), order=1) < 1e-10
 
 
 def test_class_that_is_impossible_for_the_other_side_makes_kl_divergence_infinite():
@@ -265,7 +265,7 @@ def test_top_k_gradients_equal_truth(mix, remainder):
     def plain(x, W, b, lt):
         return truth.linear_divergence(x, W, lt, None, b, mix=mix, **options)
 
-    assert find_difference(ours, plain, (x, W, b, log_probs)) < 1e-11
+    assert find_difference(ours, plain, (x, W, b, log_probs)) < 1e-10
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -423,7 +423,7 @@ def test_comparison_with_truth_notices_a_fault(monkeypatch, owner, name, plant):
             leaves,
         )
 
-    assert find() < 1e-11
+    assert find() < 1e-10
     monkeypatch.setattr(owner, name, plant(getattr(owner, name)))
     assert find() > 1e-6
 

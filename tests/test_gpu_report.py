@@ -20,10 +20,8 @@ from torch_nnmath.bench.works import WORKS
 PEERS = ("Liger", "CCE", "QuACK", "chunked")
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """The folder of a report with tiny sizes, and what the command printed."""
-    folder = tmp_path_factory.mktemp("report")
+def run_toy_report(folder):
+    """Runs the command with tiny sizes and returns what it printed."""
     command = [sys.executable, "-m", "torch_nnmath", "bench", "--toy", "--report", str(folder)]
     command += ["--minutes", "60"]  # no stage is stopped on a loaded machine
     # No pool of workers on a small machine, and nothing of this session's pytest.
@@ -31,15 +29,23 @@ def toy(tmp_path_factory):
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(gpu_report.PACKAGE_PARENT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return done.stdout
 
 
 def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def test_every_stage_of_toy_report_writes_its_files(toy):
-    folder, printed = toy
+def test_toy_report_has_every_stage_work_and_product(tmp_path):
+    """One test, since the report takes most of a minute."""
+    printed = run_toy_report(tmp_path)
+    check_files(tmp_path, printed)
+    check_works(tmp_path)
+    check_profile(tmp_path)
+
+
+def check_files(folder, printed):
+    """Every stage wrote its files."""
     report = read(folder, "report")
     assert [stage["name"] for stage in report["stages"]] == [s.name for s in gpu_report.STAGES]
     assert report["machine"]["torch"] == torch.__version__
@@ -62,8 +68,8 @@ def test_every_stage_of_toy_report_writes_its_files(toy):
     assert "head: peak of ours, MiB" in summary
 
 
-def test_toy_results_have_every_work_and_finite_errors(toy):
-    folder, _ = toy
+def check_works(folder):
+    """The results have every work, with finite errors."""
     measured = {"head": [gpu_works.head], "head-options": gpu_works.options}
     for name, works in measured.items():
         results = read(folder, name)
@@ -79,8 +85,8 @@ def test_toy_results_have_every_work_and_finite_errors(toy):
     assert {e["dtype"] for e in errors} == {"bfloat16", "float16", "float32"}
 
 
-def test_toy_profile_of_head_has_products(toy):
-    folder, _ = toy
+def check_profile(folder):
+    """The profile of the head has products."""
     profiles = {p["work"].split()[0]: p for p in read(folder, "profile")["profiles"]}
     assert 0 < profiles["head"]["product_share"] < 1
     assert profiles["softmax"]["product_share"] == 0

@@ -116,7 +116,8 @@ def test_signed_weights_have_the_value_and_gradients_of_the_truth(small_blocks, 
     def differentiate(function) -> list[Tensor]:
         x, W, r = normal(N, D), normal(C, D, seed=1), normal(N, seed=2)
         leaves = [v.requires_grad_() for v in (x, W, r)]
-        value = function(x, W, y, row_weight=r, reduction=reduction)
+        options = {"reduction": reduction, "z_loss": 0.3, "label_smoothing": 0.1}
+        value = function(x, W, y, row_weight=r, **options)
         return [value.detach(), *torch.autograd.grad(value, leaves, torch.ones_like(value))]
 
     expected = differentiate(lambda *args, **o: truth.linear_cross_entropy(*args, None, **o))

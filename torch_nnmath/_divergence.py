@@ -117,7 +117,7 @@ def _reduce(inputs: DivergenceInputs, reduction: str) -> Tensor:
         )
         return cost
     c = formulas.LinearDivergence.evaluate(*inputs)
-    cost = formulas.Cost.evaluate(c, n)
+    cost = formulas.Cost.evaluate(c, n, None)
     return cost
 
 

@@ -153,7 +153,7 @@ class Head(NamedTuple):
         """The logit of each row's class."""
         if self.sharding is not None:
             raise NotImplementedError(
-                "single logits of a head over split classes: gather the weight first"
+                "a head over split classes gives no logits: gather the weight"
             )
         logits = []
         for inputs in self.inputs:

@@ -31,8 +31,8 @@ class VocabularyParallel(ParallelStyle):
         TypeError: if the module is not a `nn.LinearCrossEntropyLoss`.
         ValueError: if the mesh has more than one dimension, or the module several outputs.
 
-    >>> VocabularyParallel(input_layout=Shard(0))
-    VocabularyParallel(input_layout=Shard(dim=0), use_local_output=True)
+    >>> VocabularyParallel(input_layout=Shard(0)).use_local_output
+    True
     """
 
     def __init__(self, *, input_layout: Placement | None = None, use_local_output: bool = True):

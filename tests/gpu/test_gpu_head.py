@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torch_nnmath import functional, kernels, testing, verify
 from torch_nnmath._records import (
+    NO_SHARD,
     HeadInputs,
     InputValues,
     Requests,
@@ -93,7 +94,7 @@ def draw_arguments(seed: int, dtype: torch.dtype) -> tuple[list[Any], list[Any]]
     if dtype != wide and choose.random() < 0.3:  # as under autocast
         W, weight_dtype = normal(C, D, type_=wide), dtype
     target = [y if p is not None else None, p, t]
-    inputs = [x, W, b, *target, keep, features, scale, base, cap, weight_dtype]
+    inputs = [x, W, b, *target, keep, features, scale, base, cap, weight_dtype, *NO_SHARD]
     upstream = [normal(N, 1), maybe(lambda: normal(N, 1)), maybe(lambda: normal(N, 1))]
     if D > 1 and choose.random() < 0.5:  # sums of few products cancel
         upstream[0][::3] = 0  # rows whose loss has the weight 0

@@ -53,6 +53,13 @@ KERNELS = {  # those that a row's samples reach
         "tanh_product",
         *HEAD,
     },
+    "cost of weighted rows": {
+        "z_loss",
+        "log_sum_exp",
+        "log_softmax_product",
+        "cross_entropy",
+        *HEAD,
+    },
 }
 
 

@@ -30,6 +30,7 @@ COLOURS = {
     "plain": "C6",
     "modules": "teal",
     "swapped": "goldenrod",
+    "ours, Jensen-Shannon": "royalblue",
     "floor": "black",
 }
 
