@@ -493,7 +493,7 @@ CATALOG: tuple[Row, ...] = (
     ),
     Row(
         ids=("F24",),
-        section="head",
+        section="scale",
         title="log-sum-exp of split classes",
         function=formulas.SplitLogSumExp,
         reference=SPLIT_LOG_SUM_EXP,

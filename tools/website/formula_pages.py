@@ -33,6 +33,11 @@ class Verification(NamedTuple):
 
 
 VERDICTS = {short: str(verdict) for verdict, short in SHORT_TEXTS.items()}
+DERIVATIONS = {
+    "head": "[the head](../head.md#formulas)",
+    "scale": "[several devices](../scale.md#the-formula)",
+    "tuning": "[losses for tuning](../tuning.md#formulas)",
+}
 FEEDFORWARD = "feed-forward network"  # whose reference takes lists of parameters
 
 
@@ -98,7 +103,7 @@ def write_page(
 def write_origin(row: Row) -> str:
     if row.title in PRINTED:
         return f"Section {row.section} of the document.\n"
-    return "Not in the document: [the head](../head.md#formulas) derives it.\n"
+    return f"Not in the document: {DERIVATIONS[row.section]} derives it.\n"
 
 
 def write_document(row: Row, slips: dict[str, list[str]]) -> list[str]:
@@ -128,6 +133,8 @@ def write_statement(row: Row, statement: Statement) -> list[str]:
     others = {a: b for a, b in statement.where.items() if a not in tangents}
     if others:
         parts += ["where\n", display_equations((typeset(a), typeset(b)) for a, b in others.items())]
+    if statement.note:
+        parts.append(f"{statement.note}\n")
     parts += [
         "### Derivative\n",
         display_equations(
@@ -202,19 +209,52 @@ def write_by_hand(row: Row, excerpts: dict[str, list[str]]) -> list[str]:
 def write_reference(row: Row) -> list[str]:
     forms = reference.FEEDFORWARD if row.title == FEEDFORWARD else row.reference
     parts = ["## In NumPy\n"]
-    parts.append("From [`reference.py`](../../torch_nnmath/reference.py), for one example.\n")
+    module = forms.element.rule.__module__
+    path = module.replace(".", "/") + ".py"
+    parts.append(f"From [`{path.split('/')[-1]}`](../../{path}), for one example.\n")
     for title, code in list_sources(forms):
         parts += [f"### {title}\n", fence(code, "python")]
     return parts
 
 
 def list_sources(forms: Forms) -> list[tuple[str, str]]:
-    element, matrix = (
-        textwrap.dedent(inspect.getsource(form.rule)) for form in (forms.element, forms.matrix)
-    )
-    if element == matrix:
-        return [("Element form and matrix form", element)]
-    return [("Element form", element), ("Matrix form", matrix)]
+    element, matrix = (list_functions(form.rule) for form in (forms.element, forms.matrix))
+    if inspect.getsource(element[-1]) == inspect.getsource(matrix[-1]):
+        shared = [function for function in element if function in matrix]
+        both = [*shared, element[-1]]
+        only = [[f for f in functions[:-1] if f not in shared] for functions in (element, matrix)]
+        titles = ("Element form", "Matrix form", "Element form and matrix form")
+        groups = zip(titles, (*only, both), strict=True)
+    else:
+        groups = zip(("Element form", "Matrix form"), (element, matrix), strict=True)
+    return [(title, join_sources(functions)) for title, functions in groups if functions]
+
+
+def list_functions(rule: Any) -> list[Any]:
+    """Returns the rule after the functions that it calls by a variable of its closure.
+
+    Functions of `reference` are left out, since they have pages of their own.
+    """
+    found: list[Any] = []
+
+    def add(function: Any) -> None:
+        module = inspect.getmodule(function)
+        if module is reference or function.__module__ != rule.__module__ or function in found:
+            return
+        found.append(function)
+        for name in function.__code__.co_names:
+            called = vars(module).get(name)
+            if inspect.isfunction(called):
+                add(called)
+
+    for called in inspect.getclosurevars(rule).nonlocals.values():
+        if inspect.isfunction(called):
+            add(called)
+    return [*reversed(found), rule]
+
+
+def join_sources(functions: Any) -> str:
+    return "\n\n".join(textwrap.dedent(inspect.getsource(function)) for function in functions)
 
 
 def write_function(row: Row) -> list[str]:
@@ -230,7 +270,13 @@ def write_function(row: Row) -> list[str]:
 
 
 def write_verification(row: Row, results: Mapping[str, Verification]) -> list[str]:
-    result = results[row.name]
+    result = results.get(row.name)
+    if result is None:
+        return [
+            "## Verification\n",
+            "The [kept output](../../examples/results/verify-cpu.txt) of `python -m torch_nnmath "
+            "verify` is older than this formula. The tests verify it in the same way.\n",
+        ]
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in result.verdicts.items())
     samples = ", ".join(sample.name or "plain" for sample in row.samples)
     return [

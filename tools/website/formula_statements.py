@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
-from statements import Statement, dot
-from sympy import IndexedBase, KroneckerDelta, Sum, Symbol, exp, log, tanh
+from divergence_statements import DIVERGENCE_STATEMENTS
+from statements import Statement, dot, kronecker, over
+from sympy import IndexedBase, Symbol, exp, log, tanh
 
 i, j, k, l, q, N = sympy.symbols("i j k l q N", integer=True)
 y = Symbol("y", integer=True)  # the class of a log-probability
@@ -20,17 +21,8 @@ HALF = sympy.Rational(1, 2)
 CLASSES = 3  # of the catalogue's samples
 
 
-def over(index: Symbol, body: Any) -> Sum:
-    """Returns the sum over all values of an index."""
-    return Sum(body, (index, 0, N))
-
-
 def sigmoid(argument: Any) -> Any:
     return 1 / (1 + exp(-argument))
-
-
-def kronecker(first: Any, second: Any) -> Any:
-    return KroneckerDelta(first, second)
 
 
 def state_activation(value: Any, slope: Any, curvature: Any, **options: Any) -> Statement:
@@ -419,6 +411,45 @@ def state_scaled_head() -> Statement:
     )
 
 
+def state_split_log_sum_exp() -> Statement:
+    part, member = IndexedBase("s"), IndexedBase("u")
+    return Statement(
+        value=(lse, log(over(i, part[i]))),
+        partials={z[j]: a[j]},
+        tangent=over(j, a[j] * dot(z)[j]),
+        seconds={(z[j], z[k]): a[j] * (kronecker(j, k) - a[k])},
+        inputs={"z": z},
+        lengths={i: 3, j: CLASSES, k: CLASSES},
+        where={
+            part[i]: over(j, member[i, j] * exp(z[j])),
+            a[j]: exp(z[j]) / over(i, part[i]),
+        },
+        is_complete=True,
+        constants={member: ((1, 1, 0), (0, 0, 0), (0, 0, 1))},  # the sizes 2, 0 and 1
+        note=(
+            "Rank i has the sum s of its own classes: u is 1 where it has class j, else 0. Every "
+            "rank first subtracts the maximum of all logits, which the sum of both restores."
+        ),
+    )
+
+
+def state_weighted_cost() -> Statement:
+    cost, r, total = Symbol("C"), IndexedBase("r"), Symbol("R")
+    return Statement(
+        value=(cost, 1 / total * over(i, r[i] * c[i])),
+        partials={c[j]: r[j] / total, r[j]: 1 / total * (c[j] - cost)},
+        tangent=1 / total * over(i, r[i] * dot(c)[i] + (c[i] - cost) * dot(r)[i]),
+        seconds={
+            (c[j], r[k]): 1 / total * (kronecker(j, k) - r[j] / total),
+            (r[j], r[k]): 1 / total**2 * (2 * cost - c[j] - c[k]),
+        },
+        inputs={"c": c, "r": r},
+        lengths={i: 4, j: 4, k: 4},
+        where={total: over(i, r[i])},
+        is_complete=True,
+    )
+
+
 with sympy.evaluate(False):  # keeps the order in which terms are written
     AFFINE = {z[j]: over(k, W[j, k] * x[k]) + b[j]}
     TOTAL = {T: over(j, t[j])}
@@ -445,4 +476,7 @@ with sympy.evaluate(False):  # keeps the order in which terms are written
         "entropy of softmax": state_entropy(),
         "log-probability of a class": state_log_probs(),
         "scaled and capped head with z-loss": state_scaled_head(),
+        "log-sum-exp of split classes": state_split_log_sum_exp(),
+        **DIVERGENCE_STATEMENTS,
+        "cost of weighted rows": state_weighted_cost(),
     }

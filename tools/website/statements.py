@@ -32,7 +32,8 @@ class Statement:
     `partials` has the derivative in each input, `tangent` the one in forward mode, and `seconds`
     the second derivatives in pairs of inputs. If `is_complete`, all other second derivatives are 0.
     `lengths` has the number of values of each index in the catalogue's first sample, `inputs` the
-    letter of each of that sample's inputs, and `constants` the numbers of letters such as N.
+    letter of each of that sample's inputs, and `constants` the numbers of letters such as N, an
+    array for a letter with indices. `note` says in words what the equations do not.
     """
 
     value: tuple[Expr, Expr]
@@ -43,7 +44,8 @@ class Statement:
     lengths: Mapping[Symbol, int]
     where: Equations = field(default_factory=dict)
     is_complete: bool = False
-    constants: Mapping[Symbol, int] = field(default_factory=dict)
+    constants: Mapping[Any, Any] = field(default_factory=dict)
+    note: str = ""
 
     def left_of_partial(self, variable: Expr) -> str:
         return rf"\frac{{\partial {typeset(self.value[0])}}}{{\partial {typeset(variable)}}}"
@@ -66,6 +68,15 @@ def dot(symbol: Any) -> Any:
     return type(symbol)(rf"\dot{{{letter}}}{mark}{rest}")
 
 
+def over(index: Symbol, body: Any) -> Sum:
+    """Returns the sum over all values of an index."""
+    return Sum(body, (index, 0, Symbol("N", integer=True)))
+
+
+def kronecker(first: Any, second: Any) -> Any:
+    return KroneckerDelta(first, second)
+
+
 # Typesetting
 
 
@@ -76,9 +87,8 @@ class Printer(LatexPrinter):
         super().__init__({"order": "none", "ln_notation": True})
 
     def _print_Symbol(self, expression: Symbol, style: str = "plain") -> str:
-        return {"cap": r"\kappa", "zeta": r"\zeta"}.get(expression.name) or super()._print_Symbol(
-            expression, style
-        )
+        names = {"cap": r"\kappa", "mix": r"\mu"}
+        return names.get(expression.name) or super()._print_Symbol(expression, style)
 
     def _print_Indexed(self, expression: Indexed) -> str:
         letter, mark, layer = str(expression.base.label).partition("^")
@@ -233,7 +243,7 @@ class Ground:
             entries = self.letters[letter]
             return entries[place] if place else entries.item()
         if letter in self.statement.constants:
-            return sympy.Integer(self.statement.constants[letter])
+            return sympy.Integer(np.asarray(self.statement.constants[letter])[place])
         return letter
 
     def list_indices(self, *expressions: Expr) -> Iterator[dict[Any, int]]:
@@ -309,7 +319,8 @@ def prove(row: Row, statement: Statement) -> int:
 def separate_exponentials(expression: Any) -> Any:
     """Returns the expression with a symbol for the exponential of each term of an exponent.
 
-    So e^(2u + 2v) is the square of e^(u + v) also for SymPy.
+    So e^(2u + 2v) is the square of e^(u + v) also for SymPy. A logarithm's argument is
+    expanded, so that 1 - u and -(u - 1) are one.
     """
     symbols: dict[Any, Any] = {}
 
@@ -322,7 +333,8 @@ def separate_exponentials(expression: Any) -> Any:
             )
         )
 
-    return sympy.sympify(expression).replace(sympy.exp, separate)
+    separated = sympy.sympify(expression).replace(sympy.exp, separate)
+    return separated.replace(sympy.log, lambda argument: sympy.log(sympy.expand(argument)))
 
 
 def evaluate_reference(row: Row) -> Any:
@@ -337,4 +349,4 @@ def evaluate_reference(row: Row) -> Any:
     return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
 
 
-__all__ = ["KroneckerDelta", "Statement", "dot", "prove", "typeset"]
+__all__ = ["Statement", "dot", "kronecker", "over", "prove", "typeset"]
