@@ -209,11 +209,15 @@ def test_bad_number_in_graph_that_may_break_raises_the_eager_error(option):
 @pytest.mark.parametrize(("name", "option"), NUMBERS)
 def test_number_computed_from_a_symbolic_size_is_traced(name, option):
     """`make_fx` and non-strict export have symbolic numbers outside of Dynamo."""
-    function, inputs = get_function(name), FUNCTION_INPUTS[name]
+    function, inputs = getattr(F, name), FUNCTION_INPUTS[name]
+    labels = [Y] if name in DIVERGENCES else []  # an input, since the tracer has no other tensors
     for number in (lambda n: n**-0.5, lambda n: 1 / n if option in FRACTIONS else n):
 
         def compute(*inputs, number=number):
-            return function(*inputs, **{option: number(inputs[0].shape[0])})
+            options = {option: number(inputs[0].shape[0])}
+            if labels:
+                *inputs, options["labels"] = inputs
+            return function(*inputs, **options)
 
-        graph = make_fx(compute, tracing_mode="symbolic")(*inputs)
-        torch.testing.assert_close(graph(*inputs), compute(*inputs))
+        graph = make_fx(compute, tracing_mode="symbolic")(*inputs, *labels)
+        torch.testing.assert_close(graph(*inputs, *labels), compute(*inputs, *labels))

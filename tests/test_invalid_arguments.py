@@ -129,6 +129,11 @@ def make_logits():
     return floats(2, C), classes(0, 1)
 
 
+def make_pair():
+    """Two heads."""
+    return floats(2, D), floats(C, D), floats(2, D), floats(C, D)
+
+
 def make_head():
     return floats(2, D), floats(C, D), classes(0, 1)
 
@@ -562,6 +567,45 @@ INVALID_CALLS = [
             reduction=(ValueError, call(lambda: (floats(2), floats(2)), reduction="avg"), "avg"),
         )
     ),
+    *(
+        case
+        for name in ("linear_kl_div", "linear_jsd")
+        for case in cases(
+            name,
+            classes=(
+                RuntimeError,
+                call(lambda: (floats(2, D), floats(C, D), floats(2, D), floats(C + 1, D))),
+                "5",
+                "4",
+            ),
+            rows=(
+                RuntimeError,
+                call(lambda: (floats(2, D), floats(C, D), floats(3, D), floats(C, D))),
+                "2",
+                "3",
+            ),
+            complex_student=(
+                TypeError,
+                call(lambda: (complexes(2, D), floats(C, D), floats(2, C))),
+                "student",
+                "complex64",
+            ),
+            list_teacher=(
+                TypeError,
+                call(lambda: (floats(2, D), floats(C, D), [1.0])),
+                "teacher",
+                "list",
+            ),
+            alpha=(ValueError, call(make_pair, alpha=1.5, labels=lambda: classes(0, 1)), "alpha"),
+            alpha_alone=(ValueError, call(make_pair, alpha=0.5), "alpha", "labels"),
+            label_9=(IndexError, call(make_pair, labels=lambda: classes(0, 9)), "9"),
+            temperature=(ValueError, call(make_pair, temperature=0.0), "temperature", "0.0"),
+            remainder=(ValueError, call(make_pair, remainder="mass"), "remainder", "mass"),
+            reduction=(ValueError, call(make_pair, reduction="avg"), "avg"),
+            **base_cases(make_pair),
+        )
+    ),
+    *cases("linear_jsd", beta=(ValueError, call(make_pair, beta=1.5), "beta", "1.5")),
     *cases(
         "categorical_cross_entropy",
         no_probs=(TypeError, call(lambda: (None, classes(0))), "probs", "None"),

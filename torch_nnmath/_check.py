@@ -121,13 +121,6 @@ def finite(name: str, number: Any) -> None:
         raise ValueError(f"{name} must be finite, got {number}")
 
 
-def fraction(name: str, number: Any) -> None:
-    """Raises for an option that is not a number in [0, 1]."""
-    finite(name, number)
-    if not 0 <= number <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {number}")
-
-
 def _is_finite(number: Any) -> bool:
     """`math.isfinite`, which Dynamo cannot trace with a symbol.
 

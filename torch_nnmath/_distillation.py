@@ -145,7 +145,9 @@ def linear_jsd(
     >>> linear_jsd(features, weight, 0 * features, weight)
     tensor(0.0285)
     """
-    check.fraction("beta", beta)
+    check.finite("beta", beta)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
     return compute_divergence(
         Distributions(
             *(student, student_weight, student_bias),

@@ -194,8 +194,11 @@ def _check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
 
 
 def _check_alpha(labels: Labels) -> None:
-    check.fraction("alpha", labels.alpha)
+    alpha = labels.alpha
+    check.finite("alpha", alpha)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     if labels.labels is not None:
         check.real(labels=labels.labels)
-    elif labels.alpha:
-        raise ValueError(f"alpha = {labels.alpha} needs labels, whose cross entropy it weights")
+    elif alpha:
+        raise ValueError(f"alpha = {alpha} needs labels, whose cross entropy it weights")

@@ -284,20 +284,17 @@ def _find_terms(module: Module, *, is_auto: bool) -> list[Module]:
     """Returns the Linears whose sum a head is: itself, or those in it with the most outputs.
 
     A Linear with an adapter has two. Where the widest has so few classes that `auto` leaves its
-    logits plain, those of the adapter stay plain, too. The module itself is returned if it has no
-    Linear, or several of the largest size: then it is no Linear with adapters.
+    logits plain, those of the adapter stay plain, too. The module itself is returned if it is a
+    list, or has no Linear, or parameters elsewhere: then it is no Linear with adapters.
     """
-    if isinstance(module, torch.nn.Linear):
-        return [module]
     linears = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
-    if not linears:
+    others = [m for m in module.modules() if not isinstance(m, torch.nn.Linear)]
+    has_parameters_elsewhere = any([*m.parameters(recurse=False)] for m in others)
+    if not linears or has_parameters_elsewhere or isinstance(module, torch.nn.ModuleList):
         return [module]
     most_outputs = max(m.out_features for m in linears)
     terms = [m for m in linears if m.out_features == most_outputs]
-    most_inputs = max(m.in_features for m in terms)
-    widest, *others = (m for m in terms if m.in_features == most_inputs)
-    if others:
-        return [module]
+    widest = max(terms, key=lambda m: m.in_features)
     return [widest] if is_auto and has_few_classes(widest.weight) else [*terms]
 
 
