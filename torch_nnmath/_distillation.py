@@ -130,9 +130,10 @@ def linear_jsd(
     Args:
         beta: in [0, 1], the weight of the teacher. 0 gives KL(p||q) and 1 gives KL(q||p), as in
             TRL: the limits of the divergence over beta and over 1 - beta.
-        student, student_weight, teacher, teacher_weight, student_bias, teacher_bias,
-        teacher_indices, remainder, temperature, temperature_factor, labels, alpha, ignore_index,
-        base, reduction, output_dtype: as in `linear_kl_div`.
+        student, student_weight, teacher, teacher_weight: as in `linear_kl_div`.
+        student_bias, teacher_bias, teacher_indices, remainder: as in `linear_kl_div`.
+        temperature, temperature_factor: as in `linear_kl_div`.
+        labels, alpha, ignore_index, base, reduction, output_dtype: as in `linear_kl_div`.
 
     Returns:
         (*) without a reduction, else ().

@@ -15,8 +15,8 @@ i, j, k, l, m, n = sympy.symbols("i j k l m n", integer=True)
 y = Symbol("y", integer=True)  # the label
 alpha, beta, mu, tau = (Symbol(name, positive=True) for name in ("alpha", "beta", "mix", "tau"))
 a = IndexedBase("a")
-K, G = Symbol("K"), Symbol("G")
-H, M, g = map(IndexedBase, ("H", "M", "g"))
+K = Symbol("K")
+H, M = map(IndexedBase, ("H", "M"))
 
 TEACHER_NOTE = "The letters with t above them are those of the teacher."
 
@@ -134,7 +134,7 @@ def state_kl_div(source: Head, target: Head) -> Statement:
 
 def state_jsd() -> Statement:
     s, t = STUDENT, TEACHER
-    first, second = 1 / (tau * log(beta)), 1 / (tau**2 * log(beta))
+    first = 1 / (tau * log(beta))
     Kt = Symbol("L")
     return state_heads(
         1 / log(beta) * over(j, s.q[j] * s.s[j] + t.q[j] * t.s[j]),
@@ -146,18 +146,8 @@ def state_jsd() -> Statement:
             Kt: over(j, t.q[j] * t.s[j]),
             s.δ[j]: first * s.q[j] * (s.s[j] - K),
             t.δ[j]: first * t.q[j] * (t.s[j] - Kt),
-            g[j]: mu * (1 - mu) * (t.q[j] / M[j]),
-            G: over(j, s.q[j] * g[j]),
-            H[i, j]: second
-            * s.q[i]
-            * ((kronecker(i, j) - s.q[j]) * (s.s[i] - K + g[i]) - s.q[j] * (s.s[j] - K + g[j] - G)),
         },
-        {
-            **list_seconds(s),
-            (s.b[i], t.b[j]): second
-            * s.q[i]
-            * (s.q[j] * g[j] - t.q[j] * G - g[i] * (kronecker(i, j) - t.q[j])),
-        },
+        {},
         (2, 1),
     )
 

@@ -158,6 +158,8 @@ def write_statement(row: Row, statement: Statement) -> list[str]:
                 for pair, second in statement.seconds.items()
             )
         )
+    elif not statement.is_complete:
+        parts.append("The page that derives the formula has it.\n")
     has_others = len(statement.seconds) < len(statement.inputs) * (len(statement.inputs) + 1) // 2
     if statement.is_complete and has_others:
         parts.append(f"All {'other ' if statement.seconds else ''}second derivatives are 0.\n")
