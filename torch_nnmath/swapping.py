@@ -285,12 +285,12 @@ def _find_terms(module: Module, *, is_auto: bool) -> list[Module]:
 
     A Linear with an adapter has two. Where the widest has so few classes that `auto` leaves its
     logits plain, those of the adapter stay plain, too. The module itself is returned if it is a
-    list, or has no Linear, or parameters elsewhere: then it is no Linear with adapters.
+    list, or has no Linear, or another matrix: then it is no Linear with adapters.
     """
     linears = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
     others = [m for m in module.modules() if not isinstance(m, torch.nn.Linear)]
-    has_parameters_elsewhere = any([*m.parameters(recurse=False)] for m in others)
-    if not linears or has_parameters_elsewhere or isinstance(module, torch.nn.ModuleList):
+    has_other_matrix = any(p.dim() > 1 for m in others for p in m.parameters(recurse=False))
+    if not linears or has_other_matrix or isinstance(module, torch.nn.ModuleList):
         return [module]
     most_outputs = max(m.out_features for m in linears)
     terms = [m for m in linears if m.out_features == most_outputs]

@@ -44,7 +44,7 @@ def _find_calls(optimizer: Optimizer) -> Iterator[tuple[HeadCall, list[Any]]]:
         return
     parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for call in [*LIVE_CALLS]:
-        yield call, [x for x, _ in call.versions if id(x) in parameters]
+        yield call, [x for x, *_ in call.versions if id(x) in parameters]
 
 
 def _compute_logits_before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
