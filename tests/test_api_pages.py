@@ -7,7 +7,7 @@ import pytest
 from scripts import DOCS
 
 import torch_nnmath
-from torch_nnmath import functional, kernels, lightning, nn, swapping, testing
+from torch_nnmath import functional, kernels, lightning, nn, parallel, swapping, testing
 from torch_nnmath.deferred import HeadLog, MaterializedLogits
 
 NAMES = {
@@ -18,6 +18,7 @@ NAMES = {
     torch_nnmath.deferred: ["HeadLog", "MaterializedLogits"],
     testing: testing.__all__,
     lightning: lightning.__all__,
+    parallel: parallel.__all__,
     kernels: ["explain", "set_memory_budget", "get_memory_budget"],
 }
 # These raise nothing of their own: results, constants, errors, and functions of any arguments.

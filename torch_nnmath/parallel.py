@@ -68,13 +68,14 @@ class VocabularyParallel(ParallelStyle):
             new_parameter = torch.nn.Parameter(split, requires_grad=parameter.requires_grad)
             module.linear.register_parameter(name, new_parameter)
 
-        def place_inputs(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(self._place(x, device_mesh) for x in inputs)
+        def place_inputs(_module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            places = {name: self._place(x, device_mesh) for name, x in options.items()}
+            return tuple(self._place(x, device_mesh) for x in inputs), places
 
         def localise_output(_module: Any, _inputs: Any, output: Any) -> Any:
             return self._localise(output)
 
-        module.register_forward_pre_hook(place_inputs)
+        module.register_forward_pre_hook(place_inputs, with_kwargs=True)
         if self.use_local_output:
             module.register_forward_hook(localise_output)
         return module
