@@ -34,6 +34,11 @@ TARGETS = {
         name: [("time", "ours", "plain", 1.1, None), ("memory", "ours", "plain", 1.1, None)]
         for name in ("head-capped", "head-policy")
     },
+    "distillation": [
+        ("time", "ours", "floor", 1.25, None),
+        ("time", "ours, Jensen-Shannon", "floor", 1.25, None),
+        ("time", "ours", "eager", 1.00, None),
+    ],
     "row_weight": [("time", "ours", "plain", 1.03, None), ("memory", "ours", "plain", 1.05, None)],
     "head-forward": [("time", "ours", "floor", 1.15, None)],
     "head-second": [("time", "ours", "eager", 1.0, None)],

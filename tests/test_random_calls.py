@@ -355,10 +355,12 @@ def draw_divergence(a: RandomArguments, mix: float, **kind: Any) -> Call:
     def compute_expected(*xs):
         return truth.linear_divergence(**dict(zip(names, xs, strict=True)), mix=mix, **options)
 
-    # logarithms are rounded relative to the logits, then subtracted, then multiplied by features
+    # logarithms are rounded relative to the logits, which are sums over the features, then
+    # subtracted, then multiplied by features
     size = max([1.0, *(v.abs().max().item() for v in inputs.values() if v.numel())])
     blocks = a.choose(1, 4 * C * 64, None, 1)
-    return Call(inputs, compute, compute_expected, blocks, 2.0**-22 * size**2)
+    cancellation = 2.0**-22 * size**2 * max(D, Dt)
+    return Call(inputs, compute, compute_expected, blocks, cancellation)
 
 
 def draw_kl_div(a: RandomArguments) -> Call:
