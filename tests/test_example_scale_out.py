@@ -21,7 +21,6 @@ import text_model
 texts = [f"{{i}} times {{i}} is {{i * i}}." + " Next." * (i % 40) for i in range(300)]
 text_model.load_corpus = lambda size: (texts, texts)
 import scale_out
-PATCH
 scale_out.main()
 """
 ARGUMENTS = [
@@ -29,18 +28,11 @@ ARGUMENTS = [
     *("--context", "32", "--batch-size", "4", "--steps", "8", "--lr", "1e-2"),
     *("--accelerator", "cpu", "--devices", "4"),
 ]
-# the mean of means: each process divides by its own number of targets
-OWN_COUNT = """
-count = scale_out.count_tokens_per_rank
-def count_own(ids, **options):
-    return (ids != options["ignore_index"]).sum()
-scale_out.count_tokens_per_rank = count_own
-"""
 
 
-def run(folder, patch=""):
+def run(folder):
     command = folder / "command.py"
-    command.write_text(COMMAND.replace("PATCH", patch), encoding="utf-8")
+    command.write_text(COMMAND, encoding="utf-8")
     return run_script(command, *ARGUMENTS, folder=folder, timeout=600).stdout
 
 
@@ -51,7 +43,7 @@ def read_difference(output):
 
 def test_command_with_four_processes_equals_one(tmp_path):
     output = run(tmp_path)
-    # Measured: 1e-6. With the mean of means: below.
+    # Measured: 1e-6. With each process's mean, as tests/distributed shows, more than 1e-3.
     assert read_difference(output) < 2e-5
     first, last = (
         [float(x) for x in re.findall(rf"step {i} +([\d.]+) +([\d.]+)", output)[0]] for i in (1, 8)
@@ -74,11 +66,6 @@ def test_command_with_four_processes_equals_one(tmp_path):
     width = image.shape[1]
     assert has_ink(image[:, : width // 2])
     assert has_ink(image[:, width // 2 :])
-
-
-def test_mean_of_means_gives_another_curve(tmp_path):
-    """The fault that the example's divisor corrects is far above the tolerance."""
-    assert read_difference(run(tmp_path, OWN_COUNT)) > 1e-3
 
 
 def test_numbers_of_processes_that_do_not_fit_raise(capsys):

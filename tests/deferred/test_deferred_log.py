@@ -19,7 +19,7 @@ def test_warning_is_raised_once_for_each_head_with_reason_and_line(model):
     x = make_inputs().x
     (warning,) = collect_warnings(lambda: swapped(x).exp())
     message = str(warning.message)
-    reason = rf"exp at .*{FILE}:\d+ in <lambda> \(an entropy needs no logits: .*return_stats=True"
+    reason = rf"exp at .*{FILE}:\d+ in <lambda> \(logits.logsumexp.*return_stats=True"
     assert re.search(f"head lm_head were computed.*: {reason}", message)
     assert "report of swap() counts how often" in message
     assert "swap(model, head=None)" in message
@@ -90,7 +90,7 @@ def test_report_says_what_to_do_instead(use):
     o = make_inputs()
     z = swapped(o.x)
     if use == "exp":
-        expected, _ = "an entropy needs no logits", z.exp()
+        expected, _ = "a sum of exponentials without logits", z.exp()
     elif use == "difference":
         expected, _ = "logits.log_softmax(-1) is not computed", z - z.logsumexp(-1, keepdim=True)
     elif use == "several classes":

@@ -12,16 +12,17 @@ import torch
 
 from torch_nnmath import _check as check
 
-_ENTROPY = (
-    "an entropy needs no logits: functional.cross_entropy(logits, target, return_stats=True) "
-    "returns it, and functional.linear_log_probs(..., return_entropy=True) one with a gradient"
+_EXPONENTIALS = (
+    "logits.logsumexp(-1).exp() is a sum of exponentials without logits, logits.softmax(-1) is not "
+    "computed, and an entropy comes from functional.cross_entropy(logits, target, "
+    "return_stats=True) or, with a gradient, functional.linear_log_probs(..., return_entropy=True)"
 )
 _KEPT = "drop logits before the step, or keep a reduction, such as logits.detach().mean()"
 SPLIT_WEIGHT = "by a weight that is a DTensor"
 REMEDIES = {
     SPLIT_WEIGHT: "compute the loss by nn.LinearCrossEntropyLoss with this weight, split by "
     "torch_nnmath.parallel.VocabularyParallel",
-    "exp": _ENTROPY,
+    "exp": _EXPONENTIALS,
     "sub": "logits.log_softmax(-1) is not computed, logits - logits.logsumexp(-1, True) is",
     "_log_softmax_backward_data": "only gather of one class, nll_loss, sum and mean of "
     "log-probabilities have a gradient without logits",
