@@ -443,3 +443,28 @@ def test_quick_check_differentiates_at_few_points():
     testing.assert_right(Scale(), draw(10), transforms=transforms)
     evaluations_for_each_entry = 8
     assert count < 4.5 * evaluations_for_each_entry * 20
+
+
+class WithoutTangent(Function):
+    """x², right but without a jvp."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+@pytest.mark.parametrize(
+    "function",
+    [WithoutTangent, WithoutTangent.apply, lambda x: WithoutTangent.apply(x)],
+    ids=["class", "apply", "call"],
+)
+def test_missing_tangent_is_the_functions_fault_however_it_is_given(function):
+    report = testing.check(function, [draw(3)], transforms=["gradient", "forward mode"])
+    assert [row.verdict for row in report] == [Verdict.RIGHT, Verdict.RAISES]
+    assert not report.right

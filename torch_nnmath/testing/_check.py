@@ -153,6 +153,9 @@ def _is_pytorch_function(function: Any) -> bool:
         owners = [type(module).__module__ for module in function.modules()]
     elif inspect.isroutine(function):
         owner = getattr(function, "__objclass__", function)  # of a method of torch.Tensor
+        receiver = getattr(function, "__self__", None)
+        if isinstance(receiver, type):  # of a class method, such as `apply` of a user's Function
+            owner = receiver
         owners = [owner.__module__ or ""]
     else:
         return False
