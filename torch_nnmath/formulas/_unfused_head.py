@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_nnmath._precision import widen, zero_safe_product
+from torch_nnmath._precision import disable_autocast, widen, zero_safe_product
 from torch_nnmath._records import (
     FLAT_SIZE,
     HeadInputs,
@@ -31,6 +31,8 @@ from torch_nnmath.formulas.softcap import SoftCap
 from torch_nnmath.formulas.softmax import LogSoftmax, LogSumExp
 from torch_nnmath.formulas.tanh import Tanh
 from torch_nnmath.formulas.z_loss import ZLoss
+
+vjp: Any = torch.func.vjp  # Any: its annotation is a union of two and of three results
 
 
 def check_all_classes(flat: Any) -> None:
@@ -182,3 +184,36 @@ def restrict(
         return tuple(output for output, is_selected in pairs if is_selected)
 
     return restricted
+
+
+def pull_back(
+    function: Callable[..., Any], inputs: list[Any], places: list[int], cotangents: Sequence[Any]
+) -> list[Any]:
+    """Returns a gradient for each input, None for those that are not at `places`."""
+    f = restrict(function, inputs, places, [c is not None for c in cotangents])
+    with disable_autocast(inputs[0]):
+        _, pullback = vjp(f, *(inputs[i] for i in places))
+        gradients = pullback(tuple(c for c in cotangents if c is not None))
+    gradient_at = dict(zip(places, gradients, strict=True))
+    return [gradient_at.get(i) for i, _ in enumerate(inputs)]
+
+
+def push_forward(
+    function: Callable[..., Any],
+    inputs: list[Any],
+    tangents: Sequence[Any],
+    has_output: Sequence[bool],
+) -> tuple[Any, ...]:
+    """Returns the tangent of each output in `has_output`, None for the others.
+
+    The pullback is linear, so its own pullback is the tangent map.
+    """
+    places = [i for i, _ in enumerate(inputs) if isinstance(tangents[i], Tensor)]
+    f = restrict(function, inputs, places, has_output)
+    with disable_autocast(inputs[0]):
+        values, pullback = vjp(f, *(inputs[i] for i in places))
+        zeros = tuple(torch.zeros_like(v) for v in values)
+        _, pushforward = vjp(lambda c: pullback(c), zeros)
+        (changes,) = pushforward(tuple(tangents[i] for i in places))
+    results = iter(changes)
+    return tuple(next(results) if is_computed else None for is_computed in has_output)

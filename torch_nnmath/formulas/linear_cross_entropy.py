@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch_nnmath import _torch, kernels
-from torch_nnmath._precision import disable_autocast, drop_infinite, weigh, widen
+from torch_nnmath._precision import drop_infinite, weigh, widen
 from torch_nnmath._records import (
     FLAT_SIZE,
     TENSOR_COUNT,
@@ -23,12 +23,11 @@ from torch_nnmath.formulas._unfused_head import (
     check_all_classes,
     compute_rows,
     compute_second_order,
-    restrict,
+    pull_back,
+    push_forward,
     split_second_order,
 )
 from torch_nnmath.kernels.scaling import may_scale, scale_gradient_
-
-vjp: Any = torch.func.vjp  # Any: its annotation is a union of two and of three results
 
 NO_UPSTREAM = (None, None, None)
 NO_REQUESTS = Requests()
@@ -328,29 +327,16 @@ class LinearCrossEntropySecondOrder(KernelFormula):
         tensors = _flat_tensors(ctx)
         check_all_classes(tensors)
         places = [i for i, _ in enumerate(tensors) if ctx.needs_input_grad[i]]
-        f = restrict(compute_second_order, tensors, places, [c is not None for c in cotangents])
-        with disable_autocast(tensors[0]):
-            _, pullback = vjp(f, *(tensors[i] for i in places))
-            gradients = pullback(tuple(c for c in cotangents if c is not None))
-        gradient_at = dict(zip(places, gradients, strict=True))
-        return *(gradient_at.get(i) for i, _ in enumerate(tensors)), None
+        return *pull_back(compute_second_order, tensors, places, cotangents), None
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> Any:
-        """Third order: the pullback is linear, so its own pullback is the tangent map."""
+        """Third order, with the logits in memory."""
         tensors = _flat_tensors(ctx)
         check_all_classes(tensors)
         _, (_, _, η), _ = split_second_order(tensors)
         has_output = True, True, η is not None, *ctx.needs_gradient
-        places = [i for i, _ in enumerate(tensors) if isinstance(tangents[i], Tensor)]
-        f = restrict(compute_second_order, tensors, places, has_output)
-        with disable_autocast(tensors[0]):
-            values, pullback = vjp(f, *(tensors[i] for i in places))
-            zeros = tuple(torch.zeros_like(v) for v in values)
-            _, pushforward = vjp(lambda c: pullback(c), zeros)
-            (changes,) = pushforward(tuple(tangents[i] for i in places))
-        results = iter(changes)
-        return tuple(next(results) if is_computed else None for is_computed in has_output)
+        return push_forward(compute_second_order, tensors, tangents, has_output)
 
 
 def _weigh_upstream(n: Tensor, ω: Tensor | None, r: Tensor | None) -> tuple[Any, Any, None]:

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch_nnmath import _torch, kernels
-from torch_nnmath._precision import disable_autocast
 from torch_nnmath._records import DIVERGENCE_TENSOR_COUNT, DivergenceInputs, PairValues
 from torch_nnmath.formulas._formula import KernelFormula, requires_grad, save
 from torch_nnmath.formulas._unfused_divergence import (
@@ -18,10 +17,9 @@ from torch_nnmath.formulas._unfused_divergence import (
     compute_rows,
     compute_second_order,
 )
-from torch_nnmath.formulas._unfused_head import restrict
+from torch_nnmath.formulas._unfused_head import pull_back, push_forward
 from torch_nnmath.kernels.scaling import may_scale, scale_gradient_
 
-vjp: Any = torch.func.vjp  # Any: its annotation is a union of two and of three results
 NO_GRADIENTS = PairValues(*[False] * VALUE_COUNT)
 
 
@@ -258,27 +256,14 @@ class LinearDivergenceSecondOrder(KernelFormula):
         """Third order, with the logits in memory."""
         arguments = _restore_arguments(ctx)
         places = [i for i, _ in enumerate(arguments) if ctx.needs_input_grad[i]]
-        f = restrict(compute_second_order, arguments, places, [c is not None for c in cotangents])
-        with disable_autocast(arguments[0]):
-            _, pullback = vjp(f, *(arguments[i] for i in places))
-            gradients = pullback(tuple(c for c in cotangents if c is not None))
-        gradient_at = dict(zip(places, gradients, strict=True))
-        return *(gradient_at.get(i) for i, _ in enumerate(arguments)), None
+        return *pull_back(compute_second_order, arguments, places, cotangents), None
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> Any:
-        """Third order: the pullback is linear, so its own pullback is the tangent map."""
+        """Third order, with the logits in memory."""
         arguments = _restore_arguments(ctx)
         has_output = True, *ctx.needs_gradient
-        places = [i for i, _ in enumerate(arguments) if isinstance(tangents[i], Tensor)]
-        f = restrict(compute_second_order, arguments, places, has_output)
-        with disable_autocast(arguments[0]):
-            values, pullback = vjp(f, *(arguments[i] for i in places))
-            zeros = tuple(torch.zeros_like(v) for v in values)
-            _, pushforward = vjp(lambda c: pullback(c), zeros)
-            (changes,) = pushforward(tuple(tangents[i] for i in places))
-        results = iter(changes)
-        return tuple(next(results) if is_computed else None for is_computed in has_output)
+        return push_forward(compute_second_order, arguments, tangents, has_output)
 
 
 def _make_rows(inputs: DivergenceInputs) -> Tensor:
