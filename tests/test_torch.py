@@ -478,6 +478,12 @@ def test_get_compiler_backend():
     torch.testing.assert_close(compiled(x), x.sin())
 
 
+def test_disable_donated_buffers():
+    with torch._functorch.config.patch(donated_buffer=True):
+        _torch.disable_donated_buffers()
+        assert torch._functorch.config.donated_buffer is False
+
+
 def test_get_node_function():
     node = Double.apply(x.clone().requires_grad_()).grad_fn
     assert _torch.get_node_function(node) is Double

@@ -321,6 +321,16 @@ def get_compiler_backend(name: str) -> Callable[..., Any]:
     return torch._dynamo.lookup_backend(name)
 
 
+def disable_donated_buffers() -> None:
+    """Lets the backward of compiled functions run again through a retained graph, in this process.
+
+    PyTorch's error message names this setting; no public function sets it.
+    """
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False
+
+
 def get_node_function(node: Any) -> type[Function]:
     """The Function whose backward a graph node runs. The node has no public reference to it."""
     return node._forward_cls

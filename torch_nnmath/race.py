@@ -274,6 +274,8 @@ def race_in_process(name: str) -> dict[str, Any]:
     if peer.is_triton and not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
+        # Inductor's cache may return code compiled for other settings, which can be wrong here.
+        environment["TORCHINDUCTOR_CACHE_DIR"] = folder
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch_nnmath", "race", name, "--worker", str(file)]
         try:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_nnmath import functional
+from torch_nnmath import _torch, functional
 from torch_nnmath.bench.works import LIGER, eager_head
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,7 +59,13 @@ def import_head(module: str, name: str, **options: Any) -> Callable[[], Head]:
 
 
 def load_compiled_head() -> Head:
+    _torch.disable_donated_buffers()
     return torch.compile(eager_head, fullgraph=True)  # never falls back to eager calls
+
+
+def load_compiled_cce() -> Head:
+    _torch.disable_donated_buffers()
+    return import_head("cut_cross_entropy", "linear_cross_entropy", impl="torch_compile")()
 
 
 def load_chunked_head(**options: Any) -> Head:
@@ -104,6 +110,7 @@ def load_fla_head() -> Head:
 
 UNMENTIONED = "its documentation does not mention it"
 NOT_IN_DOCUMENTATION = {**dict.fromkeys(HIGHER_MODES, UNMENTIONED), NAN_ROW: UNMENTIONED}
+WITHOUT_DONATED_BUFFERS = ", with donated_buffer = False, as PyTorch's error message advises"
 CHUNKED_NOTE = "PyTorch's documentation of linear_cross_entropy, limitations of the chunked path"
 CHUNKED_LIMITS = {
     **dict.fromkeys(
@@ -134,7 +141,8 @@ PEERS = {
     ),
     "torch.compile": Peer(
         load_compiled_head,
-        "torch.compile of F.cross_entropy(F.linear(x, W), t), with Inductor",
+        "torch.compile of F.cross_entropy(F.linear(x, W), t), with Inductor"
+        + WITHOUT_DONATED_BUFFERS,
         limits={
             "second order": "PyTorch's error message: no double backward of compiled functions",
             "forward over reverse": "PyTorch's error message: no double backward of compiled "
@@ -171,8 +179,9 @@ PEERS = {
         differentiates_weight=False,
     ),
     "CCE compile": Peer(
-        import_head("cut_cross_entropy", "linear_cross_entropy", impl="torch_compile"),
-        'cut_cross_entropy.linear_cross_entropy(x, W, t, impl="torch_compile")',
+        load_compiled_cce,
+        'cut_cross_entropy.linear_cross_entropy(x, W, t, impl="torch_compile")'
+        + WITHOUT_DONATED_BUFFERS,
         ("cut-cross-entropy",),
         NOT_IN_DOCUMENTATION,
         torch.float32,
