@@ -13,6 +13,7 @@ affine map's Function (F1), whose backward (F8) runs only if the logits are mate
 - `reductions`: the operations, such as `argmax`, that are computed from blocks of logits.
 - `operands`: what the product takes: features, weight and bias, cast as under autocast.
 - `optimizers`: hooks of optimizers, whose steps change the operands of deferred logits.
+- `recipes`: a call of a head, and how its logits and the steps on them are computed.
 - `logits`: the tensor. Any other operation materialises the logits, once for every tensor that
   came from the same call of the head; from then on they behave as plain tensors.
 """

@@ -20,11 +20,11 @@ from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, wi
 from torch_nnmath._target import TargetOptions
 from torch_nnmath.deferred.logits import (
     DeferredLogits,
-    Recipe,
     get_grad_fn,
     is_traced,
     register_override,
 )
+from torch_nnmath.deferred.recipes import Recipe
 
 DEFAULT_TARGET_OPTIONS, DEFAULT_LOGIT_OPTIONS = TargetOptions(), LogitOptions()
 
