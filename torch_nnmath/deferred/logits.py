@@ -13,6 +13,7 @@ from torch.nn import Module
 from torch_nnmath import _torch, formulas
 from torch_nnmath import functional as F
 from torch_nnmath._precision import disable_autocast
+from torch_nnmath.deferred.combinations import COMBINATIONS, combine
 from torch_nnmath.deferred.log import SPLIT_WEIGHT
 from torch_nnmath.deferred.mark import get_head_log
 from torch_nnmath.deferred.operands import (
@@ -21,10 +22,12 @@ from torch_nnmath.deferred.operands import (
     make_operands,
     set_inference_mode,
 )
-from torch_nnmath.deferred.recipes import HeadCall, Recipe
+from torch_nnmath.deferred.recipes import HeadCall, Recipe, capture_operand
 from torch_nnmath.deferred.reductions import REDUCTIONS, SELECTIONS
 from torch_nnmath.deferred.steps import (
+    STACK,
     STEPS,
+    STEPS_OF_COMBINATIONS,
     Form,
     Operation,
     Rule,
@@ -262,6 +265,10 @@ def _call_operation(func: Any, args: Any, kwargs: Any) -> Any:
         result = _defer(func, rule, args, kwargs)
         if result is not None:
             return result
+    if func in COMBINATIONS:
+        result = _combine(func, args, kwargs)
+        if result is not None:
+            return result
     if func in REDUCTIONS:
         result = _reduce(func, args, kwargs)
         if result is not None:
@@ -313,6 +320,8 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
     call, form, layout = recipe.call, recipe.form, recipe.layout
     if call.is_materialized or is_traced():
         return None
+    if form.kinds and (rule not in STEPS_OF_COMBINATIONS or STACK in form.kinds):
+        return None
     class_count = layout.shape[form.axis]
     row_count = math.prod(layout.shape) // class_count
     operands = [v for v in _torch.tree_leaves(args) if isinstance(v, Tensor)]
@@ -320,7 +329,7 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
         if operand is not args[position] and operand.numel() > max(class_count, row_count):
             return None  # larger than a row or a column: too large to be copied
     captured_args = [
-        None if i == position else _capture_operand(v, call) for i, v in enumerate(args)
+        None if i == position else capture_operand(v, call) for i, v in enumerate(args)
     ]
     operation = Operation(func, tuple(captured_args), kwargs, position)
     try:
@@ -362,6 +371,23 @@ def _defer_product(input: DeferredLogits, other: DeferredLogits) -> Any:
     return result and DeferredLogits(Recipe(call, result, first, operation, second))
 
 
+def _combine(func: Any, args: Any, kwargs: Any) -> Any:
+    """Returns an elementwise operation on terms of divergences as deferred logits, or None."""
+    leaves = _torch.tree_leaves((args, kwargs))
+    calls = [v.recipe.call for v in leaves if isinstance(v, DeferredLogits)]
+    if is_traced() or any(call.is_materialized for call in calls):
+        return None
+
+    def get_recipe(argument: Any) -> Any:
+        return argument.recipe if isinstance(argument, DeferredLogits) else argument
+
+    recipe = combine(func, *_torch.tree_map(get_recipe, (args, kwargs)))
+    if recipe is None:
+        return None
+    with set_inference_mode(torch.is_inference_mode_enabled()):
+        return DeferredLogits(recipe)
+
+
 def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     """Computes a reduction block by block; None if the logits must be materialised."""
     logits, *others = args
@@ -389,23 +415,6 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     call.log.reduced += 1
     recipe.find_original().has_selection |= func in SELECTIONS
     return result
-
-
-def _capture_operand(operand: Any, call: HeadCall) -> Any:
-    """Returns an operand for later use.
-
-    A tensor is copied. If a gradient may reach it, it is returned itself and its version is
-    recorded.
-    """
-    if isinstance(operand, list | tuple):
-        return [_capture_operand(v, call) for v in operand]
-    if not isinstance(operand, Tensor):
-        return operand
-    if not operand.requires_grad or operand.is_inference():
-        with torch.no_grad(), set_inference_mode(False):
-            return operand.clone()
-    call.record_version(operand)
-    return operand
 
 
 def _operation_name(func: Any) -> str:

@@ -1,4 +1,4 @@
-"""What deferred tensors are computed from: the call of a head, and the steps on its logits."""
+"""What deferred tensors are computed from: a head's call, combinations of results, and steps."""
 
 from __future__ import annotations
 
@@ -12,33 +12,30 @@ from torch import Tensor
 from torch_nnmath import _torch
 from torch_nnmath._precision import disable_autocast
 from torch_nnmath.deferred.log import HeadLog, find_user_frame
-from torch_nnmath.deferred.operands import Operands, is_freed
+from torch_nnmath.deferred.operands import Operands, is_freed, set_inference_mode
 from torch_nnmath.deferred.optimizers import LIVE_CALLS, track_optimizers
 from torch_nnmath.deferred.reductions import LogitBlocks
 from torch_nnmath.deferred.steps import INDEXING, Operation, StepResult, aten
 
 
-class HeadCall:
-    """One call of a head: its operands, and the recipes of its logits and of all steps on them.
+class Call:
+    """What a deferred tensor and all steps on it start from, and the recipes of these steps.
 
-    The operands' versions tell whether the logits can still be computed: each must be unchanged.
+    The versions of the tensors that it keeps tell whether it can still be computed: each must be
+    unchanged.
     """
 
     log: HeadLog
-    grad_fn: Any  # the node of the logits in the graph; None if they do not require grad
-    is_training = False
+    probe: Tensor  # on the device of the logits
     term_dtypes: Collection[torch.dtype] = ()  # of the terms, if the logits are a sum
 
-    def __init__(self, operands: Operands):
-        self.operands: Any = operands
+    def __init__(self) -> None:
         self.versions: list[tuple[Tensor, int, torch.Size]] = []
         self.recipes: list[weakref.ref[Recipe]] = []
+        self.dependents: list[weakref.ref[Combination]] = []
         self.is_materialized = False
         self.observer: str | None = None  # what first observed the logits' gradient
         self.has_fused_loss = False  # whether a loss bypassed the logits, which get no gradient
-        for operand in operands:
-            if isinstance(operand, Tensor):
-                self.record_version(operand)
         track_optimizers()
         LIVE_CALLS.add(self)
 
@@ -58,8 +55,9 @@ class HeadCall:
         if any(_torch.get_version(x) != version for x, version, _ in self.versions):
             raise RuntimeError(
                 f"the logits of head {self.log.name!r} are needed, but its features, weight or "
-                "bias, or a scale or row applied to the logits, were changed in place since, as by "
-                "an optimizer's step: read logits before that, or swap(model, head=None)"
+                "bias, or a scale, row or tensor applied to the logits, were changed in place "
+                "since, as by an optimizer's step: read logits before that, or "
+                "swap(model, head=None)"
             )
 
     def has_left_graph(self) -> bool:
@@ -68,20 +66,22 @@ class HeadCall:
         return any(recipe is not None and recipe.has_left_graph for recipe in recipes)
 
     def materialize(self, operation: str) -> None:
-        """Computes the logits and the results of all steps on them that are still alive."""
+        """Computes the logits and the results of all steps on them that are still alive.
+
+        So are the combinations of these results, which an operation in place may change.
+        """
         if self.is_materialized:
             return
         self.check_operands()
-        reason = f"{self.observer or operation} at {find_user_frame()[1]}"
-        is_training = self.is_training and self.grad_fn is not None
-        self.log.count_materialization(reason, is_training=is_training)
-        operands = self.operands
-        with torch.no_grad(), disable_autocast(operands.features):
+        self.prepare(operation)
+        if self.is_materialized:
+            return  # as a dependent of an operand
+        with torch.no_grad(), disable_autocast(self.probe):
             recipes = [r for reference in self.recipes if (r := reference()) is not None]
             selected = [(r, r.make_blocks()) for r in recipes if r.has_selection]
             for recipe in recipes:
                 with torch.inference_mode(recipe.is_inference):
-                    recipe.materialize(operands)
+                    recipe.materialize()
             for recipe, blocks in selected:
                 with torch.inference_mode(recipe.is_inference):
                     recipe.overwrite_by(blocks)
@@ -89,7 +89,99 @@ class HeadCall:
                 with torch.inference_mode(recipe.is_inference):
                     recipe.write_gathered()
         self.is_materialized = True
-        self.operands, self.recipes, self.versions = (), [], []
+        self.release()
+        for reference in self.dependents:
+            dependent = reference()
+            if dependent is not None:
+                dependent.materialize(operation)
+        self.recipes, self.versions, self.dependents = [], [], []
+
+    def prepare(self, operation: str) -> None:
+        """Does what must precede the computation."""
+
+    def compute(self) -> Tensor:
+        """Returns the tensor that the steps start from."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Drops the operands."""
+        raise NotImplementedError
+
+
+class HeadCall(Call):
+    """One call of a head."""
+
+    grad_fn: Any  # the node of the logits in the graph; None if they do not require grad
+    is_training = False
+
+    def __init__(self, operands: Operands):
+        super().__init__()
+        self.operands: Any = operands
+        self.probe = operands.features
+        for operand in operands:
+            if isinstance(operand, Tensor):
+                self.record_version(operand)
+
+    def prepare(self, operation: str) -> None:
+        reason = f"{self.observer or operation} at {find_user_frame()[1]}"
+        is_training = self.is_training and self.grad_fn is not None
+        self.log.count_materialization(reason, is_training=is_training)
+
+    def compute(self) -> Tensor:
+        features, _, bias, _ = self.operands
+        return torch.nn.functional.linear(features, self.operands.round_weight(), bias)
+
+    def release(self) -> None:
+        del self.probe
+        self.operands = ()
+
+
+class Combination(Call):
+    """One elementwise operation on log-probabilities, probabilities or products of them.
+
+    Its operands may come from several heads. In `args`, recipes take the place of deferred tensors.
+    """
+
+    args: Any
+
+    def __init__(self, func: Any, kwargs: Any, recipes: list[Recipe], stack_axis: int):
+        super().__init__()
+        self.func, self.kwargs, self.stack_axis = func, kwargs, stack_axis
+        self.operands = {id(recipe.call): recipe.call for recipe in recipes}
+        self.log, self.probe = recipes[0].call.log, recipes[0].form.probe
+        for call in self.operands.values():
+            call.dependents.append(weakref.ref(self))
+
+    def prepare(self, operation: str) -> None:
+        for call in [*self.operands.values()]:
+            call.materialize(self.observer or operation)
+
+    def compute(self) -> Tensor:
+        def read(argument: Any) -> Any:
+            return argument.tensor if isinstance(argument, Recipe) else argument
+
+        result: Tensor = self.func(*_torch.tree_map(read, self.args), **self.kwargs)
+        return result
+
+    def release(self) -> None:
+        self.args, self.operands = (), {}
+
+
+def capture_operand(operand: Any, call: Call) -> Any:
+    """Returns an operand for later use.
+
+    A tensor is copied. If a gradient may reach it, it is returned itself and its version is
+    recorded.
+    """
+    if isinstance(operand, list | tuple):
+        return [capture_operand(v, call) for v in operand]
+    if not isinstance(operand, Tensor):
+        return operand
+    if not operand.requires_grad or operand.is_inference():
+        with torch.no_grad(), set_inference_mode(False):
+            return operand.clone()
+    call.record_version(operand)
+    return operand
 
 
 class Recipe:
@@ -105,7 +197,7 @@ class Recipe:
 
     def __init__(
         self,
-        call: HeadCall,
+        call: Any,
         result: StepResult,
         parent: Recipe | None = None,
         operation: Operation | None = None,
@@ -118,10 +210,9 @@ class Recipe:
         self.gathered: list[tuple[Tensor, Tensor]] = []  # classes, and logits that users have
         call.recipes.append(weakref.ref(self))
 
-    def materialize(self, operands: Operands) -> None:
+    def materialize(self) -> None:
         if self.parent is None or self.operation is None:
-            weight = operands.round_weight()
-            self.tensor = torch.nn.functional.linear(operands.features, weight, operands.bias)
+            self.tensor = self.call.compute()
             return
         assert self.parent.tensor is not None
         operation = self.operation
@@ -134,6 +225,8 @@ class Recipe:
     def make_blocks(self) -> LogitBlocks | None:
         """Returns these logits as blocks; None if a step treats rows differently."""
         steps = [step.result for step in self.list_steps()]
+        if not isinstance(self.call, HeadCall):
+            return None
         if any(step.apply_to_rows is None and step.apply_to_values is None for step in steps):
             return None
         operands = self.call.operands
@@ -160,6 +253,14 @@ class Recipe:
         for index, values in self.gathered:
             self.tensor.scatter_(self.form.axis, index, values)
         self.gathered = []
+
+    def leave_graph(self) -> None:
+        """Marks this recipe and the operands that it needs."""
+        self.has_left_graph = True
+        if isinstance(self.call, Combination):
+            for v in _torch.tree_leaves(self.call.args):
+                if isinstance(v, Recipe):
+                    v.leave_graph()
 
     def find_original(self) -> Recipe:
         """Returns the recipe that this one is an alias of; it may live longer."""

@@ -115,6 +115,7 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int, is_product: bo
     call = recipe.call
     is_form_of_loss = bool(form.log_sign) == is_log and form.axis == axis % logits.dim()
     is_form_of_loss &= bool(form.softmax_sign) == form.is_product == is_product
+    is_form_of_loss &= not form.kinds
     if call.is_materialized or is_traced() or not is_form_of_loss:
         return NotImplemented
     obstacle = find_obstacle(logits)
