@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch_nnmath import functional as F
 from torch_nnmath._logits import LogitOptions, is_scaled, read_logit_options
 from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, widen
 from torch_nnmath._target import TargetOptions
+from torch_nnmath.deferred.divergences import sum_terms
 from torch_nnmath.deferred.logits import DeferredLogits, register_override
 from torch_nnmath.deferred.rows import make_rows
 
@@ -39,9 +41,11 @@ def register_loss(*functions: Any) -> Callable[..., Any]:
             with disable_autocast(input):
                 result = rule(func, input, is_loss_autocast, *args, **kwargs)
             if result is not NotImplemented:
-                call = input.recipe.call
-                call.log.fused += 1
-                call.has_fused_loss |= torch.is_grad_enabled() and input.requires_grad
+                calls = input.recipe.call.list_calls()
+                for log in {id(call.log): call.log for call in calls}.values():
+                    log.fused += 1
+                for call in calls:
+                    call.has_fused_loss |= torch.is_grad_enabled() and input.requires_grad
             return result
 
         return loss
@@ -169,8 +173,11 @@ def sum_over_classes(
     """The sum or mean over the classes of log-probabilities, or of their expectation's terms.
 
     The former is a cross entropy whose target has the same probability for every class. The latter
-    is the negated entropy (F21), or for terms of logits the log-sum-exp minus the entropy.
+    is the negated entropy (F21), or for terms of logits the log-sum-exp minus the entropy. Terms of
+    divergences (F25 to F27) may also be summed over all axes.
     """
+    if input.recipe.form.kinds and not kwargs:
+        return _sum_divergences(func, input, dim, keepdim, dtype or input.dtype)
     form, axis, dtype = input.recipe.form, _get_only_axis(dim), dtype or input.dtype
     if kwargs or axis is None or torch.promote_types(dtype, input.dtype) != dtype:
         return NotImplemented
@@ -188,6 +195,60 @@ def sum_over_classes(
         factor = -form.log_sign * (1 if func in MEANS else class_count)
         result = factor * head.compute_loss("none", 0.0, False).to(dtype)
     return result.unsqueeze(form.axis) if keepdim else result
+
+
+def _sum_divergences(
+    func: Any, input: DeferredLogits, dim: Any, keepdim: bool, dtype: torch.dtype
+) -> Any:
+    """The sum or mean over these axes of the terms of divergences."""
+    if torch.promote_types(dtype, input.dtype) != dtype:
+        return NotImplemented
+    dims = [dim] if isinstance(dim, int) else [*dim] if dim else None
+    result = sum_terms(input, dims, dtype)
+    if result is NotImplemented:
+        return NotImplemented
+    axes = [*range(input.dim())] if dims is None else [d % input.dim() for d in dims]
+    if func in MEANS:
+        result = result / math.prod(input.shape[d] for d in axes)
+    return result if keepdim else result.squeeze(axes)
+
+
+@register_override(torch.nn.functional.kl_div)
+def kl_div(
+    func: Any,
+    input: Any,
+    target: Any,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    """The sum or mean of the terms of a divergence (F25). PyTorch's function computes the terms."""
+    options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
+    nothing = torch.empty(0)
+    func(nothing, nothing, **options)  # its warnings, and errors of these arguments
+    is_batchmean = reduction == "batchmean"
+    name = check.resolve_reduction("sum" if is_batchmean else reduction, size_average, reduce)
+    if name == "none":
+        return NotImplemented
+    total = compute_kl_div(torch.kl_div, input, target, REDUCTIONS.index(name), log_target)
+    return total / input.size(0) if is_batchmean else total
+
+
+REDUCTIONS = ("none", "mean", "sum")  # in the order of their numbers in PyTorch
+
+
+@register_override(torch.kl_div)
+def compute_kl_div(
+    func: Any, input: Any, target: Any, reduction: int = 1, log_target: bool = False
+) -> Any:
+    """As `kl_div`, of the number of a reduction."""
+    terms = func(input, target, 0, log_target=log_target)
+    if reduction == 0:
+        return terms
+    reduce = torch.mean if reduction == 1 else torch.sum
+    total = sum_over_classes(reduce, terms)
+    return reduce(terms) if total is NotImplemented else total
 
 
 @register_loss(torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp)

@@ -96,6 +96,10 @@ class Call:
                 dependent.materialize(operation)
         self.recipes, self.versions, self.dependents = [], [], []
 
+    def list_calls(self) -> list[Call]:
+        """Returns this call and those of its operands."""
+        return [self]
+
     def prepare(self, operation: str) -> None:
         """Does what must precede the computation."""
 
@@ -151,6 +155,15 @@ class Combination(Call):
         self.log, self.probe = recipes[0].call.log, recipes[0].form.probe
         for call in self.operands.values():
             call.dependents.append(weakref.ref(self))
+
+    def list_calls(self) -> list[Call]:
+        return [self, *(c for call in self.operands.values() for c in call.list_calls())]
+
+    def list_operands(self) -> Any:
+        """Returns the operands in the order of the nodes that they have in the graph."""
+        if self.func is aten.stack.default:
+            return self.args[0]
+        return self.args[:1] if self.func is aten.logsumexp.default else self.args
 
     def prepare(self, operation: str) -> None:
         for call in [*self.operands.values()]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch_nnmath._precision import wide_type
 from torch_nnmath._target import TargetOptions
 from torch_nnmath.deferred.logits import DeferredLogits, get_grad_fn, is_traced
 from torch_nnmath.deferred.recipes import Recipe
+from torch_nnmath.deferred.steps import Layout
 
 DEFAULT_TARGET_OPTIONS, DEFAULT_LOGIT_OPTIONS = TargetOptions(), LogitOptions()
 
@@ -74,19 +75,19 @@ def find_obstacle(logits: DeferredLogits) -> str | None:
         return call.observer
     if logits.is_leaf:
         return "requires_grad_ of logits"
-    return _find_foreign_node(logits.recipe, get_grad_fn(logits))
+    return find_foreign_node(logits.recipe, get_grad_fn(logits))
 
 
-def _find_foreign_node(recipe: Recipe, node: Any) -> str | None:
+def find_foreign_node(recipe: Recipe, node: Any) -> str | None:
     """Names the first node of the graph, from this one to the head, that is of no step."""
     while recipe.parent is not None:
         operation = recipe.operation
         assert operation is not None
-        if not _is_node_of(node, operation.func):
+        if not is_node_of(node, operation.func):
             node_name = "nothing" if node is None else node.name()
             return f"{node_name} stands between head and loss, where {operation.func} was expected"
         if recipe.factor is not None:
-            obstacle = _find_foreign_node(recipe.factor, node.next_functions[1][0])
+            obstacle = find_foreign_node(recipe.factor, node.next_functions[1][0])
             if obstacle is not None:
                 return obstacle
         node = node.next_functions[operation.position][0]
@@ -96,7 +97,7 @@ def _find_foreign_node(recipe: Recipe, node: Any) -> str | None:
     return None
 
 
-def _is_node_of(node: Any, func: Any) -> bool:
+def is_node_of(node: Any, func: Any) -> bool:
     """Whether a node of the graph is the one that PyTorch makes for an operation."""
     if node is None or isinstance(node, BackwardCFunction):
         return False
@@ -122,50 +123,59 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int, is_product: bo
     if obstacle is not None:
         call.materialize(obstacle)
         return NotImplemented
+    return build_rows(recipe, recipe.list_steps(), recipe.layout, logits.requires_grad)
+
+
+def build_rows(recipe: Recipe, steps: Sequence[Recipe], layout: Layout, requires_grad: bool) -> Any:
+    """Returns the `HeadRows` of a result of a head after these steps, or NotImplemented.
+
+    The layout is that after the last step; the form of the values is the recipe's. Without
+    `requires_grad` no gradient reaches what the logits were computed from.
+    """
+    call, form, axis = recipe.call, recipe.form, (steps[-1] if steps else recipe).form.axis
     call.check_operands()
 
     def detach_unless(has_gradient: bool, value: Any) -> Any:
         return value if has_gradient or not isinstance(value, Tensor) else value.detach()
 
-    # If the logits do not require grad, no gradient may reach what they were computed from.
-    detach = functools.partial(detach_unless, logits.requires_grad)
-    has_head_gradient = logits.requires_grad and call.grad_fn is not None
+    detach = functools.partial(detach_unless, requires_grad)
+    has_head_gradient = requires_grad and call.grad_fn is not None
     detach_operand = functools.partial(detach_unless, has_head_gradient)
     features, weight, bias, weight_dtype = map(detach_operand, call.operands)
-    if logits.dtype == torch.float64 and features.dtype != torch.float64:
+    if layout.dtype == torch.float64 and features.dtype != torch.float64:
         weight = weight if weight_dtype is None else weight.to(weight_dtype)
         features, weight, weight_dtype = features.double(), weight.double(), None
         bias = None if bias is None else bias.double()
-    rows, row_scale = _apply_steps(logits, features, detach)
+    rows, row_scale = _apply_steps(steps, features, detach)
     for x, width in ((rows, features.shape[-1]), (row_scale, 1)):
-        shape = [width if d == form.axis else size for d, size in enumerate(logits.shape)]
+        shape = [width if d == axis else size for d, size in enumerate(layout.shape)]
         if x is not None and [*x.shape] != shape:
             return NotImplemented  # a step had another effect on the features than on the logits
-    scale, softcap = detach(form.scale.evaluate(logits.dtype)), None
+    scale, softcap = detach(form.scale.evaluate(layout.dtype)), None
     if form.inner_scale is not None:  # t tanh(s z) = |t| tanh((s t) z / |t|)
         softcap = abs(scale)
         inner_scale = form.inner_scale.multiply(form.scale.numerator, form.scale.denominator)
-        scale = detach(inner_scale.evaluate(logits.dtype))
+        scale = detach(inner_scale.evaluate(layout.dtype))
     row = [detach(r).flatten().to(wide_type(weight.dtype)) for r in form.row]
     return HeadRows(
-        rows.movedim(form.axis, -1),
+        rows.movedim(axis, -1),
         weight,
         bias,
         scale,
         softcap,
-        logits.dtype,
+        layout.dtype,
         sum(row) if row else None,
-        None if row_scale is None else row_scale.movedim(form.axis, -1),
+        None if row_scale is None else row_scale.movedim(axis, -1),
         weight_dtype,
     )
 
 
 def _apply_steps(
-    logits: DeferredLogits, features: Tensor, detach: Callable[[Any], Any]
+    steps: Sequence[Recipe], features: Tensor, detach: Callable[[Any], Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Applies the recorded steps to the features, and to the scales of their rows."""
     rows, row_scale = features, None
-    for recipe in logits.recipe.list_steps():
+    for recipe in steps:
         apply = recipe.result.apply_to_rows
         if apply is not None:
             rows = apply(rows)
