@@ -40,7 +40,10 @@ def register_combination(*operations: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-@register_combination(aten.add.Tensor, aten.sub.Tensor)
+SUMS = (aten.add.Tensor, aten.sub.Tensor)
+
+
+@register_combination(*SUMS)
 def add(first: Kinds, second: Kinds) -> Kinds | None:
     kinds = first | second
     return None if ROW in kinds or (NUMBER in kinds and not is_log(kinds)) else kinds
@@ -122,20 +125,25 @@ def combine(func: Any, args: Any, kwargs: Any) -> Recipe | None:
     """
     recipes = [v for v in _torch.tree_leaves(args) if isinstance(v, Recipe)]
     form, layout = recipes[0].form, recipes[0].layout
-    if any(r.layout.shape != layout.shape or r.form.axis != form.axis for r in recipes):
-        return None
+    for r in recipes:
+        if r.layout.shape != layout.shape or r.form.axis != form.axis:
+            return None
+        if r.form.probe.device != form.probe.device:
+            return None
     if any(name != "alpha" for name in kwargs):
         return None
+    if func in SUMS and any(type(v) in (int, float) and not v for v in args):
+        return None  # x + 0 computes x
     operands, axis, dim = args, form.axis, 0
     if func is aten.stack.default:
         operands = args[0]
         dim = args[1] % (layout.dim() + 1) if len(args) > 1 else 0
         axis += dim <= axis
     elif func is aten.logsumexp.default:
-        operands = args[:1]
-        dim = recipes[0].call.stack_axis
-        if len(args) != 2 or [d % layout.dim() for d in args[1]] != [dim]:
+        operands, dims = args[:1], [d % layout.dim() for d in args[1]]
+        if form.kinds != {STACK} or len(args) > 2 or dims != [recipes[0].call.stack_axis]:
             return None
+        (dim,) = dims
         axis -= dim < axis
     kinds = [_classify(v, form, layout) for v in operands]
     result_kinds = None if None in kinds else COMBINATIONS[func](*kinds)
@@ -181,5 +189,6 @@ def _capture(operand: Any, form: Form, call: Combination) -> Any:
         if operand.stride(form.axis):
             call.record_version(operand)
             return operand
-        operand = operand.narrow(form.axis, 0, 1)
+        # below autograd, a view of what requires grad would lose the gradient
+        operand = operand if operand.requires_grad else operand.narrow(form.axis, 0, 1)
     return capture_operand(operand, call)

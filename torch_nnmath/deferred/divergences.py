@@ -35,14 +35,13 @@ class Part(NamedTuple):
     has_sum: bool = False
 
 
-def sum_terms(input: DeferredLogits, dims: Sequence[int] | None, dtype: torch.dtype) -> Any:
-    """Returns the sum of a combination over these axes, all if None, with each axis kept.
+def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) -> Any:
+    """Returns the sum of a combination over these axes, which are kept with size 1.
 
     Returns NotImplemented, after materialising the terms, if they are not those of divergences.
     """
     recipe = input.recipe
     form, layout, call = recipe.form, recipe.layout, recipe.call
-    axes = {*range(layout.dim())} if dims is None else {d % layout.dim() for d in dims}
     if call.is_materialized or is_traced() or form.axis not in axes:
         return NotImplemented
     for other in call.list_calls():
@@ -59,7 +58,8 @@ def sum_terms(input: DeferredLogits, dims: Sequence[int] | None, dtype: torch.dt
             groups.append((term.factors, [term]))
     parts = [(factors, part) for factors, terms in groups for part in heads.list_parts(terms)]
     obstacle = expansion.obstacle or heads.obstacle
-    if obstacle:
+    if obstacle or not parts:
+        obstacle = obstacle or "terms that cancel"
         call.materialize(obstacle)
         return NotImplemented
     is_total = len(axes) == layout.dim() and all(
@@ -73,7 +73,7 @@ def sum_terms(input: DeferredLogits, dims: Sequence[int] | None, dtype: torch.dt
         result = total.reshape([1] * layout.dim())
     else:
         result = total.unsqueeze(form.axis)
-        others = [*axes - {form.axis}]
+        others = [d for d in axes if d != form.axis]
         result = result.sum(others, keepdim=True) if others else result
     return result.to(dtype)
 
@@ -199,7 +199,7 @@ class Heads:
 
     def _compute_excess(self, i: int, z: Tensor, _: str) -> Tensor:
         """Σ p_i z - E_i, where z is ln softmax(z) plus its log-sum-exp."""
-        z, rows = widen(z), self.rows[i]
+        z, rows = z.to(self.dtype), self.rows[i]
         x, W, b = fold_scale(rows, rows.scale)
         options: Any = {"student_bias": b, "output_dtype": self.dtype, "reduction": "none"}
         return z.logsumexp(-1) - F.linear_kl_div(x, W, z, reverse=True, **options)
@@ -208,7 +208,7 @@ class Heads:
         """Σ t l_i of a tensor t; without one, of 1."""
         rows = self.rows[i]
         if tensors:
-            loss = rows.prepare_head(widen(tensors[0])).compute_loss("none", 0.0, False)
+            loss = rows.prepare_head(tensors[0].to(self.dtype)).compute_loss("none", 0.0, False)
         else:
             head = rows.prepare_head_of_any_class(TargetOptions(label_smoothing=1.0))
             loss = len(rows.weight) * head.compute_loss("none", 0.0, False)

@@ -147,20 +147,25 @@ class Expansion:
         if not isinstance(operand, Tensor):
             return [Term(operand)]
         operand = operand if node is not None else operand.detach()
-        if not operand.dim():
-            if operand.is_cpu and not operand.requires_grad:
-                return [Term(operand.item())]
-            return [Term(factors=(operand.to(wide_type(operand.dtype)),))]
         shape, axis = recipe.layout.shape, recipe.form.axis
-        is_row = operand.dim() < len(shape) or operand.shape[axis] == 1
-        if is_row:
+        if operand.shape == shape and operand.stride(axis):
+            return [Term(tensors=(self._move(operand, moves),))]
+        if not operand.dim() and operand.is_cpu and not operand.requires_grad:
+            return [Term(operand.item())]
+        dtypes = wide_type(operand.dtype), wide_type(recipe.layout.dtype)
+        operand = operand.to(torch.promote_types(*dtypes))
+        if operand.dim():
+            operand = operand.narrow(axis, 0, 1) if operand.shape == shape else operand
             operand = operand.expand([1 if d == axis else n for d, n in enumerate(shape)])
+            operand = self._move(operand, moves).squeeze(-1)
+        return [Term(factors=(operand,))]
+
+    def _move(self, x: Tensor, moves: tuple[Recipe, ...]) -> Tensor:
+        """Moves a tensor as the rows of the logits, and the classes to the last axis."""
         for move in moves:
-            operand = move.result.apply_to_rows(operand)
-        operand = operand.movedim(self.axis, -1)
-        if is_row:
-            return [Term(factors=(operand.squeeze(-1),))]
-        return [Term(tensors=(operand,))]
+            assert move.result.apply_to_rows is not None
+            x = move.result.apply_to_rows(x)
+        return x.movedim(self.axis, -1)
 
     # The operations
 

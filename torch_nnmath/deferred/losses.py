@@ -203,14 +203,16 @@ def _sum_divergences(
     """The sum or mean over these axes of the terms of divergences."""
     if torch.promote_types(dtype, input.dtype) != dtype:
         return NotImplemented
-    dims = [dim] if isinstance(dim, int) else [*dim] if dim else None
-    result = sum_terms(input, dims, dtype)
+    n = input.dim()
+    dims = [*range(n)] if dim is None or dim == () else [dim] if isinstance(dim, int) else [*dim]
+    axes = {d % n for d in dims}
+    if len(axes) != len(dims) or not all(-n <= d < n for d in dims):
+        return NotImplemented  # PyTorch raises the error
+    result = sum_terms(input, [*axes], dtype)
     if result is NotImplemented:
         return NotImplemented
-    axes = [*range(input.dim())] if dims is None else [d % input.dim() for d in dims]
-    if func in MEANS:
-        result = result / math.prod(input.shape[d] for d in axes)
-    return result if keepdim else result.squeeze(axes)
+    result = result if keepdim else result.squeeze(tuple(axes))
+    return result / math.prod(input.shape[d] for d in axes) if func in MEANS else result
 
 
 @register_override(torch.nn.functional.kl_div)

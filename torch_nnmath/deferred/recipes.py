@@ -15,7 +15,7 @@ from torch_nnmath.deferred.log import HeadLog, find_user_frame
 from torch_nnmath.deferred.operands import Operands, is_freed, set_inference_mode
 from torch_nnmath.deferred.optimizers import LIVE_CALLS, track_optimizers
 from torch_nnmath.deferred.reductions import LogitBlocks
-from torch_nnmath.deferred.steps import INDEXING, Operation, StepResult, aten
+from torch_nnmath.deferred.steps import INDEXING, Operation, StepResult, aten, set_source
 
 
 class Call:
@@ -192,7 +192,10 @@ def capture_operand(operand: Any, call: Call) -> Any:
         return operand
     if not operand.requires_grad or operand.is_inference():
         with torch.no_grad(), set_inference_mode(False):
-            return operand.clone()
+            copy = operand.clone()
+        if not operand.is_inference():
+            set_source(copy, operand)
+        return copy
     call.record_version(operand)
     return operand
 

@@ -114,7 +114,8 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int, is_product: bo
     """
     recipe, form = logits.recipe, logits.recipe.form
     call = recipe.call
-    is_form_of_loss = bool(form.log_sign) == is_log and form.axis == axis % logits.dim()
+    is_axis_of_classes = axis in (form.axis, form.axis - logits.dim())
+    is_form_of_loss = bool(form.log_sign) == is_log and is_axis_of_classes
     is_form_of_loss &= bool(form.softmax_sign) == form.is_product == is_product
     is_form_of_loss &= not form.kinds
     if call.is_materialized or is_traced() or not is_form_of_loss:

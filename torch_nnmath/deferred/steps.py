@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -423,13 +424,32 @@ STEPS_OF_COMBINATIONS = (copy, select_rows_or_move_axes, reshape)
 
 
 def is_same_value(operation: Any, other: Any) -> bool:
-    """Whether two operations do the same. A tensor is the same only if it is the same object."""
+    """Whether two operations do the same. Tensors must be the same object, or copies of one."""
     if (operation.func, operation.position) != (other.func, other.position):
         return False
     leaves, other_leaves = (
         _torch.tree_leaves((o.args, o.kwargs, o.output)) for o in (operation, other)
     )
     return len(leaves) == len(other_leaves) and all(
-        v is w or (not isinstance(v, Tensor) and type(v) is type(w) and bool(v == w))
+        _is_same_tensor(v, w)
+        if isinstance(v, Tensor)
+        else v is w or (type(v) is type(w) and bool(v == w))
         for v, w in zip(leaves, other_leaves, strict=True)
     )
+
+
+_SOURCE = "_nnmath_source"
+
+
+def set_source(copy: Tensor, original: Tensor) -> None:
+    """Records of which tensor, and of which version of it, another one is a copy."""
+    setattr(copy, _SOURCE, (weakref.ref(original), _torch.get_version(original)))
+
+
+def _is_same_tensor(v: Tensor, w: Any) -> bool:
+    """Whether both are the same object, or copies of the same version of one."""
+    if v is w:
+        return True
+    source, version = getattr(v, _SOURCE, (None, 0))
+    other_source, other_version = getattr(w, _SOURCE, (None, 0))
+    return source is not None and source is other_source and version == other_version
