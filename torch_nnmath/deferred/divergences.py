@@ -173,9 +173,7 @@ class Heads:
         for i, share in shares.items():
             distance = math.log(weights[i] / share) if share > 0 else math.inf
             if abs(distance) > rounding * (1 + abs(math.log(weights[i]))):
-                return self.refuse(
-                    "a mixture with other weights than its Jensen-Shannon divergence"
-                )
+                return self.refuse("a mixture whose weights are not those of the divergence")
             products[i, i] += numbers[i]
         student, teacher = sorted(shares)
         jsd = partial(F.linear_jsd, beta=shares[teacher])

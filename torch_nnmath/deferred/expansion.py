@@ -148,14 +148,13 @@ class Expansion:
             return [Term(operand)]
         operand = operand if node is not None else operand.detach()
         shape, axis = recipe.layout.shape, recipe.form.axis
-        if operand.shape == shape and operand.stride(axis):
+        if operand.shape == shape:
             return [Term(tensors=(self._move(operand, moves),))]
         if not operand.dim() and operand.is_cpu and not operand.requires_grad:
             return [Term(operand.item())]
         dtypes = wide_type(operand.dtype), wide_type(recipe.layout.dtype)
         operand = operand.to(torch.promote_types(*dtypes))
         if operand.dim():
-            operand = operand.narrow(axis, 0, 1) if operand.shape == shape else operand
             operand = operand.expand([1 if d == axis else n for d, n in enumerate(shape)])
             operand = self._move(operand, moves).squeeze(-1)
         return [Term(factors=(operand,))]
