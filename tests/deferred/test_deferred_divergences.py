@@ -35,7 +35,7 @@ from deferred_helpers import (
 )
 from torch import nn
 
-from torch_nnmath import swap
+from torch_nnmath import functional, swap
 
 pytestmark = [
     *MARKS,
@@ -291,6 +291,18 @@ FUSED: dict[str, Any] = {
     ).sum(-1),
     "cross entropy of probabilities": lambda a, b, o: -(b.softmax(-1) * a.log_softmax(-1)).sum(-1),
     "soft targets": lambda a, b, o: torch.sum(-F.softmax(b, 2) * F.log_softmax(a, 2), dim=2).mean(),
+    "probabilities as targets": lambda a, b, o: F.cross_entropy(
+        (a / 2).flatten(0, 1), (b / 2).softmax(-1).flatten(0, 1)
+    ),
+    "probabilities as targets, none": lambda a, b, o: F.cross_entropy(
+        a.mT, b.mT.softmax(1), reduction="none"
+    ),
+    "probabilities as targets, module": lambda a, b, o: nn.CrossEntropyLoss(reduction="sum")(
+        a.mT, 0.5 * (b.mT.softmax(1) + (b.mT / 3).softmax(1))
+    ),
+    "probabilities as targets of nnmath": lambda a, b, o: functional.cross_entropy(
+        a.mT, b.mT.softmax(1)
+    ),
     "Jeffreys": sum_jeffreys_divergence,
     "difference of logarithms": lambda a, b, o: (a.log_softmax(-1) - b.log_softmax(-1)).sum(-1),
     # Jensen and Shannon
@@ -558,6 +570,10 @@ COMPUTED: dict[str, tuple[str, Any]] = {
             F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none") * o.weight
         ).sum(-1),
     ),
+    "largest term": (
+        "max",
+        lambda a, b, o: F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none").max(-1)[0],
+    ),
     "one class": (
         "select",
         lambda a, b, o: F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none")[..., 3],
@@ -606,6 +622,15 @@ COMPUTED: dict[str, tuple[str, Any]] = {
             F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none")
         ).sum(-1),
     ),
+    "probabilities as targets, smoothed": (
+        "sum|neg|mul",
+        lambda a, b, o: F.cross_entropy(a.mT, b.mT.softmax(1), label_smoothing=0.1),
+    ),
+    "probabilities as targets, class weights": (
+        "sum|neg|mul",
+        lambda a, b, o: F.cross_entropy(a.mT, b.mT.softmax(1), o.weight),
+    ),
+    "logits as targets": ("sum|neg|mul", lambda a, b, o: F.cross_entropy(a.mT, b.mT)),
     "logits": ("sub", lambda a, b, o: (a - b).square().mean(-1)),
 }
 

@@ -397,7 +397,7 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
         return None
     recipe = logits.recipe
     call = recipe.call
-    if call.is_materialized or is_traced():
+    if call.is_materialized or is_traced() or recipe.form.kinds:
         return None
     try:
         operation = Operation(func, (None, *others), kwargs, 0)
