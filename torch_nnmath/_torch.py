@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor, unwrap_if_dead
 from torch._guards import CompileContext
+from torch._library.effects import EffectType
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function, forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -146,6 +147,18 @@ class ResultHook(TorchDispatchMode):
         return result
 
 
+def unwrap_transformed(x: Tensor) -> tuple[Tensor, int | None] | None:
+    """The tensor in the wrapper of a `torch.func` transform, and the axis that a vmap batches.
+
+    None if x is no wrapper. No public function tells.
+    """
+    functorch = torch._C._functorch
+    if not functorch.is_functorch_wrapped_tensor(x):
+        return None
+    dim = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else None
+    return functorch.get_unwrapped(x), dim
+
+
 def is_legacy_batch(x: Tensor) -> bool:
     """Whether autograd's `is_grads_batched` or `vectorize` batches x. No public function tells."""
     return is_legacy_batchedtensor(x)
@@ -218,6 +231,14 @@ def find_process_group(name: str) -> Any:
     """The process group of this name. Operators take names, and no public function finds them."""
     resolve: Any = torch._C._distributed_c10d._resolve_process_group
     return resolve(name)
+
+
+def keep_order(operator: Any) -> None:
+    """Makes compilers keep the order of the calls of such operators, whose results may be unused.
+
+    The public way, `CustomOpDef.register_effect`, needs another kind of operator.
+    """
+    torch.library._register_effectful_op(operator, EffectType.ORDERED)
 
 
 def wait_for_collective(x: Tensor) -> Tensor:
