@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from torch_nnmath.deferred.logits import (
     is_traced,
     register_override,
 )
+from torch_nnmath.deferred.wrappers import move_hooks
+from torch_nnmath.kernels.dispatch import has_dtensor
+
+if TYPE_CHECKING:
+    from torch_nnmath._sharding import Sharding
 
 DEFAULT_TARGET_OPTIONS, DEFAULT_LOGIT_OPTIONS = TargetOptions(), LogitOptions()
 
@@ -44,6 +49,15 @@ class HeadRows(NamedTuple):
     row_scale: Tensor | None  # (*, 1), a scale for each row
     weight_dtype: torch.dtype | None  # to which autocast rounded the weight
 
+    @property
+    def sharding(self) -> Sharding | None:
+        """How ranks share the classes, if they do."""
+        if not has_dtensor(self.weight):
+            return None
+        from torch_nnmath.deferred import split
+
+        return split.make_sharding(self.weight, self.features.shape[:-1])
+
     def prepare_head(
         self,
         target: Tensor,
@@ -59,7 +73,7 @@ class HeadRows(NamedTuple):
             self.bias,
             target_options,
             LogitOptions(base, self.scale * scale, self.softcap if softcap is None else softcap),
-            LogitChanges(self.dtype, self.row, self.row_scale, self.weight_dtype),
+            LogitChanges(self.dtype, self.row, self.row_scale, self.weight_dtype, self.sharding),
         )
 
     def prepare_head_of_any_class(
@@ -136,10 +150,12 @@ def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int, is_product: bo
     def detach_unless(has_gradient: bool, value: Any) -> Any:
         return value if has_gradient or not isinstance(value, Tensor) else value.detach()
 
-    # If the logits do not require grad, no gradient may reach what they were computed from.
-    detach = functools.partial(detach_unless, logits.requires_grad)
+    # If the logits do not require grad, no gradient may reach what they were computed from. In
+    # inference mode none can, and DTensors cannot be detached.
+    is_inference = torch.is_inference_mode_enabled()
+    detach = functools.partial(detach_unless, is_inference or logits.requires_grad)
     has_head_gradient = logits.requires_grad and call.grad_fn is not None
-    detach_operand = functools.partial(detach_unless, has_head_gradient)
+    detach_operand = functools.partial(detach_unless, is_inference or has_head_gradient)
     features, weight, bias, weight_dtype = map(detach_operand, call.operands)
     if logits.dtype == torch.float64 and features.dtype != torch.float64:
         weight = weight if weight_dtype is None else weight.to(weight_dtype)
@@ -209,6 +225,7 @@ def register_loss(*functions: Any) -> Callable[..., Any]:
                 call = input.recipe.call
                 call.log.fused += 1
                 call.has_fused_loss |= torch.is_grad_enabled() and input.requires_grad
+                move_hooks(call.wrapper_hooks, result)
             return result
 
         return loss

@@ -50,7 +50,7 @@ def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
         # PyTorch before 2.13 has only the older name
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(gathered, chunk, process_group)
-    return gathered[:size].movedim(0, dim)
+    return gathered[:size].movedim(0, dim).contiguous()
 
 
 def reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
