@@ -19,7 +19,8 @@ from torch_nnmath.kernels import _block, _divergence_block, dispatch, elementwis
 
 deferred_logits = importlib.import_module("torch_nnmath.deferred.logits")
 cross_entropy_kernel = importlib.import_module("torch_nnmath.kernels.cross_entropy")
-collect_ignore_glob = ["gpu/compile_*.py"]  # scripts, which must not see interpreted kernels
+# Scripts, which must not see interpreted kernels; tasks of other processes, with another path
+collect_ignore_glob = ["gpu/compile_*.py", "distributed/swapped_tasks.py"]
 if not torch.cuda.is_available():  # before the first kernel is decorated
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.register_assert_rewrite("deferred_helpers", "swapped_models")

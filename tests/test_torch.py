@@ -355,11 +355,28 @@ def test_wait_for_collective():
     assert _torch.wait_for_collective(x) is x
 
 
-def test_has_forward_hooks():
+def test_list_forward_hooks():
     layer = torch.nn.Linear(1, 1)
-    assert not _torch.has_forward_hooks(layer)
-    layer.register_forward_hook(lambda *args: None)
-    assert _torch.has_forward_hooks(layer)
+    assert _torch.list_forward_hooks(layer) == []
+    layer.register_forward_hook(print)
+    assert _torch.list_forward_hooks(layer) == [print]
+
+
+def test_frees_parameters(tmp_path):
+    """FSDP2 frees those of a module that is wrapped inside of another, unless told otherwise."""
+    from torch.distributed.fsdp import fully_shard
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(2)))
+        fully_shard(model[0])
+        fully_shard(model[1], reshard_after_forward=False)
+        fully_shard(model)
+        model(torch.ones(1, 2))  # makes `model` the outermost module
+        assert [*map(_torch.frees_parameters, (*model, model))] == [True, False, False]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_make_wrapper():

@@ -31,6 +31,7 @@ from torch_nnmath._target import (
     read_probabilities,
     read_row_weight,
 )
+from torch_nnmath.formulas.transfer import sum_over_ranks
 from torch_nnmath.kernels.dispatch import has_dtensor
 
 if TYPE_CHECKING:
@@ -41,13 +42,15 @@ class LogitChanges(NamedTuple):
     """What autocast and recorded steps made of the logits of a Linear.
 
     A wider dtype, a bias added to every row, a factor for each row (then without the bias); and the
-    type to which autocast rounded the weight, as in `HeadInputs`.
+    type to which autocast rounded the weight, as in `HeadInputs`. Further, how ranks share a weight
+    that is a DTensor, if the features are none.
     """
 
     dtype: torch.dtype | None = None
     added_bias: Tensor | None = None  # (C)
     row_scale: Tensor | None = None  # (*, 1)
     weight_dtype: torch.dtype | None = None
+    sharding: Sharding | None = None
 
 
 NO_CHANGES = LogitChanges()
@@ -138,7 +141,7 @@ class Head(NamedTuple):
         """Σ a l of each row, or Σ a v of the logits. The target as in `compute_log_sum_exp`."""
         rows = self._evaluate_log_sum_exp(Requests(entropy=True))
         values = [-r.entropy if is_log else r.loss - r.entropy for r in rows]
-        return self._stack(values).to(self.output_dtype)
+        return self._give_rows(self._stack(values).to(self.output_dtype))
 
     def _evaluate_log_sum_exp(self, requests: Requests) -> list[RowResults]:
         """The rows' results, whose loss is the log-sum-exp."""
@@ -151,22 +154,25 @@ class Head(NamedTuple):
 
     def compute_class_logits(self) -> Tensor:
         """The logit of each row's class."""
-        if self.sharding is not None:
-            raise NotImplementedError(
-                "a head over split classes gives no logits: gather the weight"
-            )
         logits = []
         for inputs in self.inputs:
             x, W, b, target, _, _, cap, weight_dtype, *_ = inputs
             assert target.y is not None
-            y = target.y.squeeze(1)
+            y, rows, shard = target.y.squeeze(1), None, inputs.shard
+            if shard is not None:
+                y = y - shard.first_class
+                (rows,) = torch.where((y >= 0) & (y < len(W)))
+                x, y = x[rows], y[rows]
             # widened first, since the gradients of many rows may be added to one class
             w = widen(W)[y]
             w = w if weight_dtype is None else w.to(weight_dtype)
             z = (widen(x) * widen(w)).sum(1)
             z = z if b is None else z + widen(b)[y]
+            if shard is not None:
+                z = z.new_zeros(len(target.y)).index_put((rows,), z)
+                z = sum_over_ranks(z, shard.group)
             logits.append(z if cap is None else formulas.SoftCap.evaluate(z, cap))
-        return self._stack(logits).to(self.output_dtype)
+        return self._give_rows(self._stack(logits).to(self.output_dtype))
 
     def _evaluate_rows(self, requests: Requests) -> list[RowResults]:
         return [_evaluate(inputs, requests) for inputs in self.inputs]
@@ -227,7 +233,7 @@ def prepare_head(
     base, logit_scale, cap = logit_options
     check.head(input, linear_weight, linear_bias, changes.weight_dtype)
     check.smoothing(target_options.label_smoothing)
-    sharding = _find_sharding(input, linear_weight)
+    sharding = changes.sharding or _find_sharding(input, linear_weight)
     logit_dtype = changes.dtype or input.dtype
     output_dtype, target, weight = cast_for_loss(logit_dtype, target, target_options.weight)
     target_options = target_options._replace(weight=weight, sharding=sharding)
@@ -236,8 +242,7 @@ def prepare_head(
     # the operator itself rounds the weight, and so computes dW in the weight's own type
     W, weight_dtype = linear_weight, changes.weight_dtype or find_weight_dtype(linear_weight)
     input, b = cast_for_product(input, linear_bias)
-    if changes.added_bias is not None:
-        b = changes.added_bias if b is None else widen(b) + changes.added_bias
+    added_bias, row_scale = changes.added_bias, changes.row_scale
     C, *positions_shape = W.shape[:-1]
     D = W.shape[-1]
     is_distribution = target.shape == (*input.shape[:-1], C, *positions_shape)
@@ -255,6 +260,12 @@ def prepare_head(
             target_options = target_options._replace(weight=weight)
         if isinstance(logit_scale, Tensor):
             logit_scale = sharding.take_replicated("logit_scale", logit_scale, is_of_classes=True)
+        if added_bias is not None:
+            added_bias = sharding.take_weight("added_bias", added_bias)
+        if row_scale is not None:
+            row_scale = sharding.take_replicated("row_scale", row_scale, is_of_classes=True)
+    if added_bias is not None:
+        b = added_bias if b is None else widen(b) + added_bias
     batch = input.shape[:-1]
     N, positions = math.prod([*batch]), math.prod([*positions_shape])
     row_weight = target_options.row_weight
@@ -275,7 +286,7 @@ def prepare_head(
     keep = head_target.keep
     if is_scaled(logit_scale) and keep is not None:
         x = formulas.mask_ignored(keep.any(1, keepdim=True), x)
-    x, features, scale = _scale_features(x, logit_scale, changes.row_scale)
+    x, features, scale = _scale_features(x, logit_scale, row_scale)
     Ws, bs = _split_positions(W, positions, D), _split_positions(b, positions)
     keeps = [None if keep is None else keep[:, d : d + 1] for d in range(positions)]
     parts = zip(Ws, bs, head_target.targets, keeps, strict=True)

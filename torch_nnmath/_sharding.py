@@ -48,6 +48,7 @@ class Sharding(NamedTuple):
     batch: tuple[int, ...]  # shape of the features without the last axis, on all ranks together
     classes: int  # on all ranks together
     class_axis: int = -1  # of logits in memory
+    gives_dtensors: bool = True  # else the features are plain tensors, and so are the results
 
     # What each rank has
 
@@ -71,10 +72,7 @@ class Sharding(NamedTuple):
 
     def take_weight(self, name: str, v: Tensor) -> Tensor:
         """This rank's classes of the weight or the bias, (C, *)."""
-        placements: list[Placement] = [Replicate()] * self.mesh.ndim
-        if self.class_dim is not None:
-            placements[self.class_dim] = Shard(0)
-        return self._place(name, v, placements, {*self.row_dims})
+        return self._place(name, v, self._place_classes(), {*self.row_dims})
 
     def take_rows(self, name: str, v: Tensor) -> Tensor:
         """The class indices or weights of the rows that this rank computes."""
@@ -156,6 +154,8 @@ class Sharding(NamedTuple):
         """Σ of a number that each rank has of its rows: a DTensor that every rank has."""
         for i in self.row_dims:
             total = sum_over_ranks(total, self._get_group(i))
+        if not self.gives_dtensors:
+            return total
         return self._from_local(total, [Replicate()] * self.mesh.ndim, total.shape)
 
     def give_rows(self, v: Tensor) -> Tensor:
@@ -164,12 +164,21 @@ class Sharding(NamedTuple):
         i = self.class_dim
         if i is not None and isinstance(rows := self.rows[i], Shard):
             v = scatter_to_ranks(v, rows.dim, self._get_group(i))
+        if not self.gives_dtensors:
+            return v
         return self._from_local(v, self.rows, (*self.batch, *axes))
+
+    def give_weight(self, v: Tensor) -> Tensor:
+        """This rank's classes of a gradient (C, *), as a DTensor that is placed as the weight."""
+        return self._from_local(v, self._place_classes(), (self.classes, *v.shape[1:]))
 
     # Placements
 
     def _place_rows(self) -> list[Placement]:
         return [Replicate() if i == self.class_dim else rows for i, rows in enumerate(self.rows)]
+
+    def _place_classes(self) -> list[Placement]:
+        return [Shard(0) if i == self.class_dim else Replicate() for i in range(self.mesh.ndim)]
 
     def _get_group(self, i: int) -> str:
         return self.mesh.get_group(i).group_name

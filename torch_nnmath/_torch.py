@@ -248,9 +248,20 @@ def wait_for_collective(x: Tensor) -> Tensor:
     return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
 
 
-def has_forward_hooks(module: torch.nn.Module) -> bool:
-    """Whether forward hooks are registered with a module. No public function tells."""
-    return bool(module._forward_hooks)
+def list_forward_hooks(module: torch.nn.Module) -> list[Any]:
+    """The forward hooks that are registered with a module. No public function lists them."""
+    return [*module._forward_hooks.values()]
+
+
+def frees_parameters(module: Any) -> bool:
+    """Whether FSDP2, which wraps the module, frees its parameters after the forward.
+
+    `FSDPModule` sets this, but does not tell.
+    """
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # since PyTorch 2.12; before, only one
+    groups = [state._fsdp_param_group] if groups is None else groups
+    return any(g is not None and g.post_forward_mesh_info is not None for g in groups)
 
 
 def make_wrapper(cls: type[Tensor], shape: torch.Size, **options: Any) -> Any:

@@ -13,14 +13,17 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from torch_nnmath._sharding import Layout, make_dtensor, read_layout, take_local
+from torch_nnmath._sharding import Layout, Sharding, make_dtensor, read_layout, take_local
+from torch_nnmath.deferred import split
 from torch_nnmath.nn import LinearCrossEntropyLoss
 
 __all__ = ["VocabularyParallel", "count_tokens_per_rank", "enable_forward_mode"]
 
 
 class VocabularyParallel(ParallelStyle):
-    """Splits the classes of a `nn.LinearCrossEntropyLoss` over the ranks of a mesh (F24).
+    """Splits the classes of a head over the ranks of a mesh (F24).
+
+    The head is a `nn.LinearCrossEntropyLoss`, or a Linear that computes logits.
 
     Args:
         input_layout: how each rank has the features: `Replicate()` (default), all of them; or
@@ -32,9 +35,14 @@ class VocabularyParallel(ParallelStyle):
     tensors are taken as `input_layout` says, with as many tokens on each rank; DTensors as they are
     placed.
 
+    The logits of a Linear are a plain tensor, which every rank has, for all tokens and classes. If
+    `swap` made the Linear the head, before or after, they are deferred, and a loss of them is
+    computed over the split classes. All ranks must then use them alike.
+
     Raises:
-        TypeError: if the module is not a `nn.LinearCrossEntropyLoss`.
-        ValueError: if the mesh has more than one dimension, or the module several outputs.
+        TypeError: if the module is neither a `nn.LinearCrossEntropyLoss` nor a Linear.
+        ValueError: if the mesh has more than one dimension, the loss several outputs, or the
+            results of a Linear are to be DTensors.
 
     >>> VocabularyParallel(input_layout=Shard(0)).use_local_output
     True
@@ -52,27 +60,45 @@ class VocabularyParallel(ParallelStyle):
         )
 
     def _apply(self, module: torch.nn.Module, device_mesh: DeviceMesh) -> torch.nn.Module:
-        if not isinstance(module, LinearCrossEntropyLoss):
+        if not isinstance(module, LinearCrossEntropyLoss | torch.nn.Linear):
             raise TypeError(
-                "VocabularyParallel needs a torch_nnmath.nn.LinearCrossEntropyLoss, got "
-                f"{type(module).__name__}"
+                "VocabularyParallel needs a torch_nnmath.nn.LinearCrossEntropyLoss or a "
+                f"torch.nn.Linear, got {type(module).__name__}"
             )
         if device_mesh.ndim != 1:
             raise ValueError(
                 f"VocabularyParallel needs one mesh dimension, got {device_mesh}: pass mesh['name']"
             )
+        if isinstance(module, torch.nn.Linear):
+            self._split_linear(module, device_mesh)
+        else:
+            self._split_loss(module, device_mesh)
+        return module
+
+    def _split_linear(self, linear: torch.nn.Linear, mesh: DeviceMesh) -> None:
+        if not self.use_local_output:
+            raise ValueError("VocabularyParallel gives the logits of a Linear as a plain tensor")
+        _split_parameters(linear, mesh)
+
+        def gather_features(_module: Any, inputs: tuple[Any, ...]) -> Any:
+            input, *others = inputs
+            x = self._place(input, mesh)
+            sharding = Sharding(mesh, 0, (Replicate(),), x.shape[:-1], linear.out_features)
+            return sharding.give_rows(sharding.take_rows("input", x)), *others
+
+        linear.register_forward_pre_hook(gather_features)
+        linear.register_forward_hook(split.give_plain_logits)
+
+    def _split_loss(self, module: LinearCrossEntropyLoss, mesh: DeviceMesh) -> None:
         if module.out_features:
             raise ValueError(
                 f"VocabularyParallel splits a head with one output, got {module.out_features}"
             )
-        for name, parameter in list(module.linear.named_parameters()):
-            split = distribute_tensor(parameter, device_mesh, [Shard(0)])
-            new_parameter = torch.nn.Parameter(split, requires_grad=parameter.requires_grad)
-            module.linear.register_parameter(name, new_parameter)
+        _split_parameters(module.linear, mesh)
 
         def place_inputs(_module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-            places = {name: self._place(x, device_mesh) for name, x in options.items()}
-            return tuple(self._place(x, device_mesh) for x in inputs), places
+            places = {name: self._place(x, mesh) for name, x in options.items()}
+            return tuple(self._place(x, mesh) for x in inputs), places
 
         def localise_output(_module: Any, _inputs: Any, output: Any) -> Any:
             return self._localise(output)
@@ -80,7 +106,6 @@ class VocabularyParallel(ParallelStyle):
         module.register_forward_pre_hook(place_inputs, with_kwargs=True)
         if self.use_local_output:
             module.register_forward_hook(localise_output)
-        return module
 
     def _place(self, x: Any, mesh: DeviceMesh) -> Any:
         if not isinstance(x, torch.Tensor) or read_layout("input", x) is not None:
@@ -96,6 +121,14 @@ class VocabularyParallel(ParallelStyle):
             loss, stats = output
             return self._localise(loss), type(stats)(*map(self._localise, stats))
         return output
+
+
+def _split_parameters(linear: torch.nn.Linear, mesh: DeviceMesh) -> None:
+    """Splits the classes, the first axis of weight and bias."""
+    for name, parameter in list(linear.named_parameters()):
+        shards = distribute_tensor(parameter, mesh, [Shard(0)])
+        new_parameter = torch.nn.Parameter(shards, requires_grad=parameter.requires_grad)
+        linear.register_parameter(name, new_parameter)
 
 
 def count_tokens_per_rank(

@@ -107,12 +107,13 @@ def swap(
     """Replaces PyTorch's modules in `model` by `torch_nnmath.nn`'s of the same name, in place.
 
     Linear, Sigmoid, Tanh, ReLU, Softmax, MSELoss, CrossEntropyLoss and LinearCrossEntropyLoss
-    are replaced, also if the model itself is one. A module that is not exactly one of them is left
-    unchanged: subclasses, parametrized, lazy, quantised and scripted modules, and a module whose
-    instance has a `forward` of its own, which would override the class's. A module that reads
-    another one's weight without calling it, as `torch.nn.TransformerEncoder` does on its fast path,
-    keeps doing so. A second call replaces modules that were added since. `torch.ao.quantization`
-    looks for PyTorch's exact classes: unswap first.
+    are replaced, also if the model itself is one, or if FSDP2 wraps it. A module that is not
+    exactly one of them is left unchanged: subclasses, parametrized, lazy, quantised and scripted
+    modules, and a module whose instance has a `forward` of its own, which would override the
+    class's. A module that reads another one's weight without calling it, as
+    `torch.nn.TransformerEncoder` does on its fast path, keeps doing so. A second call replaces
+    modules that were added since. `torch.ao.quantization` looks for PyTorch's exact classes: unswap
+    first.
 
     The head is the Linear that computes logits. It returns deferred logits, a tensor whose values
     are computed only if an operation needs them. A cross entropy, in the model or outside of it,
@@ -171,11 +172,13 @@ def swap(
     selected_names |= {m: names_by_module[m][0] for m in heads if m not in selected_names}
     # Changes start after all predicates were called: one that raises leaves the model unchanged.
     changes = []
+    class_copies = dict(NNMATH_CLASSES)
     for module in names_by_module:
         name = selected_names.get(module, "")
-        if module in selected_names and type(module) in NNMATH_CLASSES and name not in left:
-            changes.append(Change(name, *_public_names(NNMATH_CLASSES[type(module)])))
-            module.__class__ = NNMATH_CLASSES[type(module)]
+        torch_class = _find_torch_base(type(module))
+        if module in selected_names and torch_class is not None and name not in left:
+            changes.append(Change(name, *_public_names(NNMATH_CLASSES[torch_class])))
+            module.__class__ = _replace_bases(type(module), class_copies)
             set_mark(module, True)
         is_head = any(module is m for m in heads)  # not `in`: a module may override ==
         _set_head(module, name, is_head and name not in left)
@@ -212,7 +215,7 @@ def unswap(model: Module) -> Report:
         _set_head(module, names[0], False)
         nnmath_class = next((cls for cls in type(module).__mro__ if cls in TORCH_CLASSES), None)
         if get_mark(module) and nnmath_class is not None:
-            module.__class__ = _restore_class(type(module), class_copies)
+            module.__class__ = _replace_bases(type(module), class_copies)
             changes.append(Change(names[0], *reversed(_public_names(nnmath_class))))
         set_mark(module, False)
     return Report(changes)
@@ -232,11 +235,20 @@ def _find_torch_class(module: Module) -> type | None:
     return next((cls for cls in NNMATH_CLASSES if isinstance(module, cls)), None)
 
 
+def _find_torch_base(cls: type) -> type | None:
+    """Returns the class of PyTorch that this class is, but for what FSDP2 adds to it."""
+    if cls in NNMATH_CLASSES:
+        return cls
+    first_base, *bases = cls.__bases__
+    is_wrapped = first_base.__module__.startswith("torch.distributed.fsdp")
+    return next((base for base in bases if is_wrapped and base in NNMATH_CLASSES), None)
+
+
 def _find_obstacle(module: Module) -> str | None:
     """Returns the reason why the module's class cannot be replaced, if any."""
     if "forward" in vars(module):
         return "its instance has a forward of its own"
-    if type(module) in NNMATH_CLASSES or isinstance(module, tuple(TORCH_CLASSES)):
+    if _find_torch_base(type(module)) is not None or isinstance(module, tuple(TORCH_CLASSES)):
         return None
     return f"{_full_name(type(module))} is a class of its own"
 
@@ -350,13 +362,13 @@ def _is_instance(module: Module, cls: type[Module]) -> bool:
     return torch_class is not None and issubclass(NNMATH_CLASSES[torch_class], cls)
 
 
-def _restore_class(cls: type, class_copies: dict[type, type]) -> type:
-    """Returns `cls`, or its copy derived from PyTorch's class if `cls` derives from this library's.
+def _replace_bases(cls: type, class_copies: dict[type, type]) -> type:
+    """Returns `cls`, or its copy with other bases if `class_copies` has one of them.
 
     `class_copies` maps classes to their copies, so that modules of one class still share a class.
     """
     if cls not in class_copies:
-        bases = tuple(_restore_class(base, class_copies) for base in cls.__bases__)
+        bases = tuple(_replace_bases(base, class_copies) for base in cls.__bases__)
         body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
         class_copies[cls] = cls if bases == cls.__bases__ else type(cls)(cls.__name__, bases, body)
     return class_copies[cls]

@@ -215,6 +215,7 @@ def test_errors_say_what_is_wrong_on_every_rank(workers):
         "third order": "NotImplementedError: the head over split classes has",
         "tokens of a DTensor": "TypeError: count_tokens_per_rank got a DTensor",
         "module": "TypeError: VocabularyParallel needs a torch_nnmath.nn.LinearCrossEntropyLoss",
+        "logits as DTensors": "ValueError: VocabularyParallel gives the logits of a Linear as",
     }
     for messages in workers.run("collect_errors"):
         assert messages.keys() == expected.keys()

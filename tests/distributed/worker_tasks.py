@@ -569,7 +569,10 @@ def collect_errors() -> dict[str, str]:
         "tokens of a DTensor": lambda: count_tokens_per_rank(
             distribute_tensor(y, mesh, [Shard(0)], src_data_rank=None)
         ),
-        "module": lambda: parallelize_module(torch.nn.Linear(2, 3), mesh, VocabularyParallel()),
+        "module": lambda: parallelize_module(torch.nn.Tanh(), mesh, VocabularyParallel()),
+        "logits as DTensors": lambda: parallelize_module(
+            torch.nn.Linear(2, 3), mesh, VocabularyParallel(use_local_output=False)
+        ),
     }
     messages = {}
     for name, call in calls.items():

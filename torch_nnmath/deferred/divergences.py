@@ -125,7 +125,7 @@ class Heads:
             elif i is not None and log is None and len(tensors) == 1:
                 products[i, i] += number
                 parts.append(Part(number, partial(self._compute_excess, i, tensors[0])))
-                self._check_uncapped(i)
+                self._check_head(i)
             elif i is None and isinstance(log, Side) and len(tensors) < 2:
                 j = self.find(log)
                 parts.append(Part(number, partial(self._compute_log_probs, j, tensors)))
@@ -181,8 +181,8 @@ class Heads:
 
     def _make_divergence(self, number: float, loss: Any, student: int, teacher: int) -> Part:
         """Returns a number times a loss of two sides."""
-        self._check_uncapped(student)
-        self._check_uncapped(teacher)
+        self._check_head(student)
+        self._check_head(teacher)
 
         def compute(reduction: str) -> Tensor:
             options = make_pair(self.rows[student], self.rows[teacher])
@@ -191,9 +191,12 @@ class Heads:
 
         return Part(number, compute, has_sum=True)
 
-    def _check_uncapped(self, i: int) -> None:
+    def _check_head(self, i: int) -> None:
+        """Refuses a head that the fused divergences do not take."""
         if not self.obstacle and self.rows[i].softcap is not None:
             self.refuse("a divergence of capped logits")
+        if not self.obstacle and self.rows[i].sharding is not None:
+            self.refuse("a divergence of a head whose classes are split over ranks")
 
     def _compute_excess(self, i: int, z: Tensor, _: str) -> Tensor:
         """Σ p_i z - E_i, where z is ln softmax(z) plus its log-sum-exp."""

@@ -19,9 +19,12 @@ _EXPONENTIALS = (
 )
 _KEPT = "drop logits before the step, or keep a reduction, such as logits.detach().mean()"
 SPLIT_WEIGHT = "by a weight that is a DTensor"
+FORWARD_HOOKS = "by forward hooks of the head"
+FREED_WEIGHT = "by FSDP2, which frees the head's weight after the head's forward"
 REMEDIES = {
-    SPLIT_WEIGHT: "compute the loss by nn.LinearCrossEntropyLoss with this weight, split by "
-    "torch_nnmath.parallel.VocabularyParallel",
+    SPLIT_WEIGHT: "split the head by torch_nnmath.parallel.VocabularyParallel: "
+    'parallelize_module(model, mesh, {"lm_head": VocabularyParallel()})',
+    FREED_WEIGHT: "fully_shard(head, reshard_after_forward=False), or wrap it with the whole model",
     "exp": _EXPONENTIALS,
     "sub": "logits.log_softmax(-1) is not computed, logits - logits.logsumexp(-1, True) is",
     "_log_softmax_backward_data": "only gather of one class, nll_loss, sum and mean of "

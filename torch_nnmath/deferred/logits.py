@@ -19,6 +19,7 @@ from torch_nnmath.deferred.mark import get_head_log
 from torch_nnmath.deferred.operands import (
     Operands,
     are_operands_of_head,
+    find_gradient_rule,
     make_operands,
     set_inference_mode,
 )
@@ -37,7 +38,7 @@ from torch_nnmath.deferred.steps import (
     make_packed_layout,
     multiply,
 )
-from torch_nnmath.formulas.affine import compute_affine_gradients
+from torch_nnmath.deferred.wrappers import find_features, find_reader
 from torch_nnmath.kernels.dispatch import PLAIN_TYPES, has_dtensor
 
 # The calls of a head
@@ -66,19 +67,23 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, module: Module) -
         else:
             log_unbroken_graph(module)
     log = None if torch.compiler.is_compiling() else get_head_log(module)
-    if log is None or not _are_plain_and_untraced(input, weight, bias):
-        if log is not None and has_dtensor(weight):
-            log.count_materialization(SPLIT_WEIGHT)
+    if log is None or _torch.is_transformed() or is_traced():
+        return F.linear(input, weight, bias)
+    is_training = module.training and torch.is_grad_enabled()
+    features = find_features(input, weight, bias, module)
+    if features is None:
+        if has_dtensor(weight):
+            log.count_materialization(SPLIT_WEIGHT, is_training=is_training)
         return F.linear(input, weight, bias)
     reason = None if log.is_named else find_reason_for_plain_logits(input, weight)
     if reason is not None:
         log.count_materialization(reason)
         return F.linear(input, weight, bias)
-    if _torch.has_forward_hooks(module):
-        is_training = module.training and torch.is_grad_enabled()
-        log.count_materialization("by forward hooks of the head", is_training=is_training)
+    reader = find_reader(module)
+    if reader is not None:
+        log.count_materialization(reader, is_training=is_training)
         return F.linear(input, weight, bias)
-    operands = make_operands(input, weight, bias)
+    operands = make_operands(features, weight, bias)
     if operands is None or not are_operands_of_head(operands):
         return F.linear(input, weight, bias)
     logits = DeferredAffine.evaluate(*operands)
@@ -115,13 +120,6 @@ def find_reason_for_plain_logits(features: Tensor, weight: Tensor) -> str | None
     return None
 
 
-def _are_plain_and_untraced(*tensors: Tensor | None) -> bool:
-    """Whether these are plain tensors with values, and no transform or tracer is active."""
-    if _torch.is_transformed() or is_traced():
-        return False
-    return all(type(x) in PLAIN_TYPES and not x.is_meta for x in tensors if x is not None)
-
-
 def is_traced() -> bool:
     """Whether a tracer records operations. It must record those of plain logits."""
     return _torch.is_jit_tracing() or _torch.is_fx_tracing()
@@ -141,17 +139,16 @@ class DeferredAffine(formulas.Affine):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, logits: Tensor) -> None:
-        _, W, _, ctx.weight_dtype = inputs
-        ctx.W_dtype = W.dtype
+        x, W, _, ctx.weight_dtype = inputs
+        ctx.W_dtype, ctx.compute_gradients = W.dtype, find_gradient_rule(x, W)
         formulas.Affine.setup_context(ctx, inputs, logits)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> Any:
         x, W = ctx.saved_tensors
-        needs_gradient = ctx.needs_input_grad
         if W is not None and ctx.weight_dtype is not None:
             W = W.to(ctx.weight_dtype)
-        dx, dW, db = compute_affine_gradients(dz, x, W, ctx.b_shape, needs_gradient)
+        dx, dW, db = ctx.compute_gradients(dz, x, W, ctx.b_shape, ctx.needs_input_grad)
         return dx, dW if dW is None else dW.to(ctx.W_dtype), db, None
 
 

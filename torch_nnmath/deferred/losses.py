@@ -20,6 +20,7 @@ from torch_nnmath.deferred.combinations import PROBABILITY, find_kinds
 from torch_nnmath.deferred.divergences import sum_terms
 from torch_nnmath.deferred.logits import DeferredLogits, register_override
 from torch_nnmath.deferred.rows import make_rows
+from torch_nnmath.deferred.wrappers import move_hooks
 
 # The losses
 
@@ -52,6 +53,7 @@ def register_loss(*functions: Any) -> Callable[..., Any]:
                     log.fused += 1
                 for call in calls:
                     call.has_fused_loss |= torch.is_grad_enabled() and input.requires_grad
+                    move_hooks(call.wrapper_hooks, result)
             return result
 
         return loss

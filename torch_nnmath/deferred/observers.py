@@ -15,6 +15,7 @@ from torch_nnmath.deferred.logits import (
     function_name,
     register_override,
 )
+from torch_nnmath.deferred.wrappers import is_fsdp_hook
 
 HOOKS = (Tensor.register_hook, Tensor.retain_grad)
 GET_GRAD_FN, GET_GRAD, GET_DATA = (
@@ -33,11 +34,16 @@ MEMORY_READERS = [
 
 @register_override(*HOOKS, GET_GRAD_FN)
 def observe_gradient(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
-    """Records the observer; later losses are computed from materialised logits."""
+    """Records the observer; later losses are computed from materialised logits.
+
+    FSDP2's hook only announces the backward. A later loss gets it, too.
+    """
     if isinstance(logits, DeferredLogits):
-        call = logits.recipe.call
-        name = function_name(func)
-        if call.has_fused_loss and func in HOOKS and not _is_distributed_hook(args):
+        call, name = logits.recipe.call, function_name(func)
+        if func is Tensor.register_hook and all(map(is_fsdp_hook, args)):
+            call.wrapper_hooks.extend(args)
+            return NotImplemented
+        if call.has_fused_loss and func in HOOKS:
             raise RuntimeError(
                 f"{name} on logits of head {call.log.name!r} after their loss was computed without "
                 "them: no gradient will reach them. Call it before the loss, or "
@@ -45,15 +51,6 @@ def observe_gradient(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
             )
         call.observer = call.observer or f"{name} of logits"
     return NotImplemented
-
-
-def _is_distributed_hook(args: Any) -> bool:
-    """Whether a hook comes from a wrapper of `torch.distributed`.
-
-    Such a wrapper puts a hook on every output; after a fused loss it does not fire.
-    """
-    modules = [getattr(hook, "__module__", None) or "" for hook in args]
-    return any(module.startswith("torch.distributed") for module in modules)
 
 
 @register_override(torch.autograd.grad)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import cast_for_product, find_weight_dtype
+from torch_nnmath.formulas.affine import compute_affine_gradients
+from torch_nnmath.kernels.dispatch import has_dtensor
 
 
 class Operands(NamedTuple):
@@ -25,8 +29,34 @@ class Operands(NamedTuple):
     bias: Tensor | None
     weight_dtype: torch.dtype | None  # to which the weight is rounded
 
-    def round_weight(self) -> Tensor:
-        return self.weight if self.weight_dtype is None else self.weight.to(self.weight_dtype)
+    def round_weight(self) -> Operands:
+        """The operands with the rounded weight."""
+        W, dtype = self.weight, self.weight_dtype
+        return self._replace(weight=W if dtype is None else W.to(dtype), weight_dtype=None)
+
+    def list_tensors(self) -> list[Tensor]:
+        """The tensors whose versions tell of a change. A DTensor does not see that of its part."""
+        tensors: list[Any] = [x for x in self if isinstance(x, Tensor)]
+        with torch.no_grad():
+            return tensors + [x.to_local() for x in tensors if has_dtensor(x)]
+
+    def compute_logits(self) -> Tensor:
+        """F1, without a derivative."""
+        x, W, b, _ = self.round_weight()
+        if has_dtensor(W):
+            from torch_nnmath.deferred import split
+
+            return split.compute_logits(x, W, b)
+        return torch.nn.functional.linear(x, W, b)
+
+
+def find_gradient_rule(x: Tensor, W: Tensor) -> Callable[..., Any]:
+    """The function of (dz, x, W, b_shape, needs_gradient) that computes F8."""
+    if has_dtensor(W):
+        from torch_nnmath.deferred import split
+
+        return functools.partial(split.compute_gradients, split.make_sharding(W, x.shape[:-1]))
+    return compute_affine_gradients
 
 
 def is_freed(x: Tensor, shape: torch.Size) -> bool:

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
+from torch.nn import Parameter
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+
+from torch_nnmath.kernels.dispatch import has_dtensor
 
 Call: TypeAlias = Any  # of `recipes`, which imports this module
 LIVE_CALLS: weakref.WeakSet[Call] = weakref.WeakSet()
@@ -32,19 +35,34 @@ def track_optimizers() -> None:
 def compute_logits_before_update(
     optimizer: Optimizer, reason: str, is_kept: Callable[[Call], bool]
 ) -> None:
-    """Computes the logits of those live calls whose operands the optimizer will change."""
+    """Computes the logits of those live calls whose operands the optimizer will change.
+
+    If FSDP2 has freed a weight, logits cannot be computed any more; reading them raises.
+    """
     for call, parameters in _find_calls(optimizer):
-        if parameters and is_kept(call):
+        if parameters and is_kept(call) and not call.has_freed_operand():
             call.materialize(reason)
 
 
 def _find_calls(optimizer: Optimizer) -> Iterator[tuple[Call, list[Any]]]:
-    """Yields each live call, with those of its operands that the optimizer changes."""
+    """Yields each live call, with those of its operands that the optimizer changes.
+
+    An optimizer has FSDP2's sharded parameters, and a call the parameters that were gathered from
+    them, whose versions FSDP2 preserves. Nothing public links the two: their shapes tell.
+    """
     if not LIVE_CALLS:
         return
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    ids, shapes = {*map(id, parameters)}, {p.shape for p in parameters if has_dtensor(p)}
     for call in [*LIVE_CALLS]:
-        yield call, [x for x, *_ in call.versions if id(x) in parameters]
+        yield (
+            call,
+            [
+                x
+                for x, _, shape in call.versions
+                if id(x) in ids or (isinstance(x, Parameter) and shape in shapes)
+            ],
+        )
 
 
 def _compute_logits_before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:

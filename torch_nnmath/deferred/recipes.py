@@ -16,6 +16,7 @@ from torch_nnmath.deferred.operands import Operands, is_freed, set_inference_mod
 from torch_nnmath.deferred.optimizers import LIVE_CALLS, track_optimizers
 from torch_nnmath.deferred.reductions import LogitBlocks
 from torch_nnmath.deferred.steps import INDEXING, Operation, StepResult, aten, set_source
+from torch_nnmath.deferred.wrappers import Hook
 
 
 class Call:
@@ -33,6 +34,7 @@ class Call:
         self.versions: list[tuple[Tensor, int, torch.Size]] = []
         self.recipes: list[weakref.ref[Recipe]] = []
         self.dependents: list[weakref.ref[Combination]] = []
+        self.wrapper_hooks: list[Hook] = []  # of FSDP2, for the losses that bypass the logits
         self.is_materialized = False
         self.observer: str | None = None  # what first observed the logits' gradient
         self.has_fused_loss = False  # whether a loss bypassed the logits, which get no gradient
@@ -42,9 +44,12 @@ class Call:
     def record_version(self, operand: Tensor) -> None:
         self.versions.append((operand, _torch.get_version(operand), operand.shape))
 
+    def has_freed_operand(self) -> bool:
+        return any(is_freed(x, shape) for x, _, shape in self.versions)
+
     def check_operands(self) -> None:
         """Raises RuntimeError if an operand was freed or changed since the call."""
-        if any(is_freed(x, shape) for x, _, shape in self.versions):
+        if self.has_freed_operand():
             raise RuntimeError(
                 f"the logits of head {self.log.name!r} are needed, but its parameters' memory has "
                 "since been freed, as FSDP does after the forward, and ZeRO-3: compute the loss "
@@ -122,9 +127,8 @@ class HeadCall(Call):
         super().__init__()
         self.operands: Any = operands
         self.probe = operands.features
-        for operand in operands:
-            if isinstance(operand, Tensor):
-                self.record_version(operand)
+        for operand in operands.list_tensors():
+            self.record_version(operand)
 
     def prepare(self, operation: str) -> None:
         reason = f"{self.observer or operation} at {find_user_frame()[1]}"
@@ -132,8 +136,8 @@ class HeadCall(Call):
         self.log.count_materialization(reason, is_training=is_training)
 
     def compute(self) -> Tensor:
-        features, _, bias, _ = self.operands
-        return torch.nn.functional.linear(features, self.operands.round_weight(), bias)
+        logits: Tensor = self.operands.compute_logits()
+        return logits
 
     def release(self) -> None:
         del self.probe
@@ -243,13 +247,13 @@ class Recipe:
         steps = [step.result for step in self.list_steps()]
         if any(step.apply_to_rows is None and step.apply_to_values is None for step in steps):
             return None
-        operands = self.call.operands
-        features, weight = operands.features, operands.round_weight()
+        operands = self.call.operands.round_weight()
+        features = operands.features
         for step in steps:
             features = features if step.apply_to_rows is None else step.apply_to_rows(features)
-        features = features.movedim(self.form.axis, -1).reshape(-1, weight.shape[1])
+        features = features.movedim(self.form.axis, -1).reshape(-1, operands.weight.shape[1])
         value_steps = [step.apply_to_values for step in steps if step.apply_to_values is not None]
-        return LogitBlocks(features, weight, operands.bias, value_steps)
+        return LogitBlocks(operands._replace(features=features), value_steps)
 
     def overwrite_by(self, blocks: LogitBlocks | None) -> None:
         """Overwrites the logits by those of the blocks, of which a reduction returned some.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide_type
+from torch_nnmath.deferred.operands import Operands
 from torch_nnmath.deferred.steps import Form, Layout, Operation, aten
 from torch_nnmath.kernels._block import count_block_rows
 
@@ -23,9 +24,7 @@ from torch_nnmath.kernels._block import count_block_rows
 class LogitBlocks(NamedTuple):
     """Deferred logits as the rows of a matrix (N, C), some rows at a time."""
 
-    features: Tensor  # (N, D)
-    weight: Tensor
-    bias: Tensor | None
+    operands: Operands  # with features (N, D) and a rounded weight
     steps: list[Callable[[Tensor], Tensor]]  # applied to the logits of the head
 
     def map(self, function: Callable[[slice, Tensor], Any]) -> list[Any]:
@@ -33,12 +32,13 @@ class LogitBlocks(NamedTuple):
 
         No variable keeps a block's logits while those of the next are computed.
         """
-        N, size = len(self.features), count_block_rows(len(self.features), len(self.weight))
+        N = len(self.operands.features)
+        size = count_block_rows(N, len(self.operands.weight))
         slices = (slice(start, start + size) for start in range(0, N, size))
         return [function(rows, self._compute_logits(rows)) for rows in slices]
 
     def _compute_logits(self, rows: slice) -> Tensor:
-        logits = torch.nn.functional.linear(self.features[rows], self.weight, self.bias)
+        logits = self.operands._replace(features=self.operands.features[rows]).compute_logits()
         for apply in self.steps:
             logits = apply(logits)
         return logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from torch_nnmath._target import TargetOptions
 from torch_nnmath.deferred.logits import DeferredLogits, get_grad_fn, is_traced
 from torch_nnmath.deferred.recipes import Recipe
 from torch_nnmath.deferred.steps import Layout
+from torch_nnmath.kernels.dispatch import has_dtensor
+
+if TYPE_CHECKING:
+    from torch_nnmath._sharding import Sharding
 
 DEFAULT_TARGET_OPTIONS, DEFAULT_LOGIT_OPTIONS = TargetOptions(), LogitOptions()
 
@@ -35,6 +39,15 @@ class HeadRows(NamedTuple):
     row_scale: Tensor | None  # (*, 1), a scale for each row
     weight_dtype: torch.dtype | None  # to which autocast rounded the weight
 
+    @property
+    def sharding(self) -> Sharding | None:
+        """How ranks share the classes, if they do."""
+        if not has_dtensor(self.weight):
+            return None
+        from torch_nnmath.deferred import split
+
+        return split.make_sharding(self.weight, self.features.shape[:-1])
+
     def prepare_head(
         self,
         target: Tensor,
@@ -50,7 +63,7 @@ class HeadRows(NamedTuple):
             self.bias,
             target_options,
             LogitOptions(base, self.scale * scale, self.softcap if softcap is None else softcap),
-            LogitChanges(self.dtype, self.row, self.row_scale, self.weight_dtype),
+            LogitChanges(self.dtype, self.row, self.row_scale, self.weight_dtype, self.sharding),
         )
 
     def prepare_head_of_any_class(
@@ -139,9 +152,11 @@ def build_rows(recipe: Recipe, steps: Sequence[Recipe], layout: Layout, requires
     def detach_unless(has_gradient: bool, value: Any) -> Any:
         return value if has_gradient or not isinstance(value, Tensor) else value.detach()
 
-    detach = functools.partial(detach_unless, requires_grad)
+    # In inference mode no gradient can reach anything, and DTensors cannot be detached.
+    is_inference = torch.is_inference_mode_enabled()
+    detach = functools.partial(detach_unless, is_inference or requires_grad)
     has_head_gradient = requires_grad and call.grad_fn is not None
-    detach_operand = functools.partial(detach_unless, has_head_gradient)
+    detach_operand = functools.partial(detach_unless, is_inference or has_head_gradient)
     features, weight, bias, weight_dtype = map(detach_operand, call.operands)
     if layout.dtype == torch.float64 and features.dtype != torch.float64:
         weight = weight if weight_dtype is None else weight.to(weight_dtype)

@@ -20,6 +20,7 @@ from torch_nnmath.deferred.logits import (
 )
 from torch_nnmath.deferred.operands import Operands, are_operands_of_head, set_inference_mode
 from torch_nnmath.deferred.rows import HeadRows, make_rows
+from torch_nnmath.kernels.dispatch import has_dtensor
 
 
 @register_override(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
@@ -30,6 +31,9 @@ def add(func: Any, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     is_any_capped = any(z.recipe.form.is_capped for z in terms)
     if is_any_capped or input.recipe.call is other.recipe.call or input.shape != other.shape:
+        return NotImplemented
+    calls = [z.recipe.call for z in terms]
+    if any(has_dtensor(c.operands.weight) for c in calls if not c.is_materialized):
         return NotImplemented
     is_inference = torch.is_inference_mode_enabled()
     with (
@@ -46,12 +50,12 @@ def add(func: Any, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
     if not are_operands_of_head(operands):
         return NotImplemented
     logits = DeferredAffine.evaluate(*operands)
-    calls = [z.recipe.call for z in terms]
     call = logits.recipe.call
     widest = max(calls, key=lambda c: c.operands.features.shape[-1])
     call.log, call.grad_fn = widest.log, get_grad_fn(logits)
     call.is_training = any(c.is_training for c in calls)
     call.term_dtypes = {z.dtype for z in terms}
+    call.wrapper_hooks = [hook for c in calls for hook in c.wrapper_hooks]
     for z, c in zip(terms, calls, strict=True):
         c.has_fused_loss |= torch.is_grad_enabled() and z.requires_grad
     return logits

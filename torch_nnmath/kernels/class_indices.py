@@ -17,7 +17,9 @@ def _fake(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tenso
     return torch.empty_like(target, dtype=torch.int64), torch.empty_like(target, dtype=torch.bool)
 
 
-def compute_indices(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+def compute_indices(
+    target: Tensor, classes: int, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
     """Returns (y, keep): the class indices, 0 where ignored; and which rows are not ignored.
 
     Raises an IndexError for an index outside [0, classes). On a GPU the device asserts instead,
