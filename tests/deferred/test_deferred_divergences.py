@@ -250,6 +250,9 @@ FUSED: dict[str, Any] = {
     "by hand, reverse": lambda a, b, o: (
         -(a.log_softmax(-1).exp() * (b.log_softmax(-1) - a.log_softmax(-1))).sum(-1)
     ),
+    "by hand, alpha": lambda a, b, o: (
+        b.softmax(-1) * torch.sub(b.log_softmax(-1), a.log_softmax(-1), alpha=0.5)
+    ).sum(-1),
     "by hand, two sums": lambda a, b, o: (
         b.softmax(-1) * b.log_softmax(-1) - b.softmax(-1) * a.log_softmax(-1)
     ).sum(-1),
@@ -341,6 +344,13 @@ def detach_weight(a, b, o):
     return (terms * o.t.detach()).sum() + (terms.detach() * o.t).sum()
 
 
+def weigh_without_gradient(a, b, o):
+    terms = F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none")
+    with torch.no_grad():
+        weighted_terms = terms * o.t
+    return (terms + weighted_terms).sum(-1)
+
+
 GRADIENTS: dict[str, Any] = {
     "detached probabilities": (detach_probabilities, (1, 1)),
     "detached log-probabilities": (detach_log_probabilities, (1, 1)),
@@ -357,6 +367,7 @@ GRADIENTS: dict[str, Any] = {
     "sum without gradient": (sum_without_gradient, (2, 2)),
     "detached terms": (detach_terms, (2, 2)),
     "detached weight": (detach_weight, (2, 2)),
+    "weighted without gradient": (weigh_without_gradient, (1, 1)),
 }
 
 
