@@ -3,12 +3,7 @@
 In the tables `a` are the student's logits, `b` the teacher's, and `o` what `make_inputs` returns.
 """
 
-import ast
-import importlib.util
 import math
-import random
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,60 +11,29 @@ import torch
 import torch.nn.functional as F
 from conftest import OperationRecorder
 from deferred_helpers import (
-    BF16,
     F64,
     IGNORED,
     MARKS,
-    Model,
     B,
     C,
-    D,
     T,
     assert_agree,
     assert_fused,
+    compute_divergence,
     has_logits_shape,
     make_inputs,
     make_pair,
     make_params,
-    seed,
+    make_teachers,
 )
 from torch import nn
 
-from torch_nnmath import functional, swap
+from torch_nnmath import functional
 
 pytestmark = [
     *MARKS,
     pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss by both"),
 ]
-
-
-def make_teachers(dtype=F64, bias=True):
-    """Returns a plain teacher, its swapped copy and the log of its head."""
-    seed(3)
-    plain, swapped = (Model(bias).to(dtype) for _ in range(2))
-    nn.init.normal_(plain.lm_head.weight, std=3)
-    swapped.load_state_dict(plain.state_dict())
-    return plain, swapped, swap(swapped).heads["lm_head"]
-
-
-def differentiate(out, leaves):
-    """Returns a result, and the gradients of a weighted sum of it."""
-    factors = torch.linspace(1, 2, out.numel()).to(out.dtype).view(out.shape)
-    gradients = [None] * len(leaves)
-    if out.requires_grad:
-        gradients = torch.autograd.grad((out * factors).sum(), leaves, allow_unused=True)
-    return [out.detach(), *gradients]
-
-
-def compute_divergence(student, teacher, loss, o, is_learnt=False):
-    """Returns the loss of both models' logits, and the gradients of all tensors.
-
-    The teacher's logits are made without gradient unless it is learnt.
-    """
-    with torch.set_grad_enabled(is_learnt):
-        b = teacher(o.x.flip(1))
-    leaves = [*student.parameters(), *teacher.parameters(), *(getattr(o, n) for n in o.learnt)]
-    return differentiate(loss(student(o.x), b, o), leaves)
 
 
 def assert_divergence_is_fused(loss, is_learnt=False, bias=True, counts=(1, 1)):
@@ -286,6 +250,9 @@ FUSED: dict[str, Any] = {
     "by hand, reverse": lambda a, b, o: (
         -(a.log_softmax(-1).exp() * (b.log_softmax(-1) - a.log_softmax(-1))).sum(-1)
     ),
+    "by hand, alpha": lambda a, b, o: (
+        b.softmax(-1) * torch.sub(b.log_softmax(-1), a.log_softmax(-1), alpha=0.5)
+    ).sum(-1),
     "by hand, two sums": lambda a, b, o: (
         b.softmax(-1) * b.log_softmax(-1) - b.softmax(-1) * a.log_softmax(-1)
     ).sum(-1),
@@ -377,6 +344,13 @@ def detach_weight(a, b, o):
     return (terms * o.t.detach()).sum() + (terms.detach() * o.t).sum()
 
 
+def weigh_without_gradient(a, b, o):
+    terms = F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none")
+    with torch.no_grad():
+        weighted_terms = terms * o.t
+    return (terms + weighted_terms).sum(-1)
+
+
 GRADIENTS: dict[str, Any] = {
     "detached probabilities": (detach_probabilities, (1, 1)),
     "detached log-probabilities": (detach_log_probabilities, (1, 1)),
@@ -393,6 +367,7 @@ GRADIENTS: dict[str, Any] = {
     "sum without gradient": (sum_without_gradient, (2, 2)),
     "detached terms": (detach_terms, (2, 2)),
     "detached weight": (detach_weight, (2, 2)),
+    "weighted without gradient": (weigh_without_gradient, (1, 1)),
 }
 
 
@@ -639,7 +614,7 @@ COMPUTED: dict[str, tuple[str, Any]] = {
 def test_divergences_that_need_logits_agree_and_are_logged(name):
     reason, loss = COMPUTED[name]
     plain, swapped, log = make_pair()
-    plain_teacher, teacher, teacher_log = make_teachers()
+    plain_teacher, teacher, _ = make_teachers()
     truth = compute_divergence(plain, plain_teacher, loss, make_inputs(), True)
     results = compute_divergence(swapped, teacher, loss, make_inputs(), True)
     assert_agree(results, truth)

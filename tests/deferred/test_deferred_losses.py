@@ -90,6 +90,19 @@ def compute_constant_entropy(z, o):
     return entropy + ce(z, o.y)
 
 
+def compute_cross_term(z, o):
+    """The probabilities are constants: the gradient is not that of an entropy."""
+    with torch.no_grad():
+        p = z.softmax(-1)
+    return -(p * z.log_softmax(-1)).sum(-1)
+
+
+def compute_cross_term_in_other_order(z, o):
+    with torch.no_grad():
+        p = z.softmax(-1)
+    return -(z.log_softmax(-1) * p).sum(-1)
+
+
 def apply_to(function):
     """Returns a function of what one more operation on the logits gives."""
     return lambda change: lambda z, o: function(change(z, o))
@@ -303,6 +316,8 @@ FUSED: dict[str, Any] = {
         -(z.softmax(-1).detach() * z.log_softmax(-1)).sum(-1)
     ),
     "its own probabilities as targets": lambda z, o: F.cross_entropy(z.mT, z.mT.softmax(1)),
+    "cross entropy of constant probabilities": compute_cross_term,
+    "cross entropy of constants, in other order": compute_cross_term_in_other_order,
     "divergence from probabilities": lambda z, o: F.kl_div(
         z.log_softmax(-1), o.probs, reduction="sum"
     ),

@@ -110,19 +110,6 @@ def use_results_of_steps(z, o):
     return total + ce(z, o.y) + F.cross_entropy(v, o.y.flatten()) + F.nll_loss(l, o.y) + u.sum()
 
 
-def compute_cross_term(z, o):
-    """The probabilities are constants: the gradient is not that of an entropy."""
-    with torch.no_grad():
-        p = z.softmax(-1)
-    return -(p * z.log_softmax(-1)).sum(-1)
-
-
-def compute_cross_term_in_other_order(z, o):
-    with torch.no_grad():
-        p = z.softmax(-1)
-    return -(z.log_softmax(-1) * p).sum(-1)
-
-
 def compute_entropy_with_hook(z, o):
     l = z.log_softmax(-1)
     p = l.exp()
@@ -149,11 +136,6 @@ MATERIALIZED: dict[str, tuple[str, Any]] = {
     "sum of probabilities": (
         "_softmax_backward_data",
         lambda z, o: z.softmax(-1).sum(-1) + z.softmax(-1).gather(-1, o.all_y[..., None])[..., 0],
-    ),
-    "entropy of constant probabilities": ("nothing stands between", compute_cross_term),
-    "entropy, then constant probabilities": (
-        "nothing stands between",
-        compute_cross_term_in_other_order,
     ),
     "entropy with a hook": ("register_hook", compute_entropy_with_hook),
     "entropy over rows and classes": (

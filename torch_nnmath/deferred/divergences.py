@@ -47,7 +47,8 @@ def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) ->
     for other in call.list_calls():
         other.check_operands()
     expansion = Expansion(input)
-    heads = Heads(layout._replace(dtype=torch.promote_types(layout.dtype, dtype)))
+    dtypes = layout.dtype, dtype
+    heads = Heads(layout._replace(dtype=torch.promote_types(*dtypes)), expansion.eps)
     groups: list[tuple[tuple[Tensor, ...], list[Term]]] = []
     for term in expansion.terms:
         for factors, terms in groups:
@@ -84,8 +85,8 @@ class Heads:
     `obstacle` says why there are none.
     """
 
-    def __init__(self, layout: Layout):
-        self.layout, self.obstacle = layout, ""
+    def __init__(self, layout: Layout, eps: float):
+        self.layout, self.eps, self.obstacle = layout, eps, ""
         self.dtype = wide_type(layout.dtype)
         self.sides: list[Side] = []
         self.rows: list[HeadRows] = []
@@ -143,7 +144,7 @@ class Heads:
             if i != j and number:
                 parts.append(self._make_divergence(-number, F.linear_kl_div, j, i))
         for i, number in totals.items():
-            if abs(number) > 4 * torch.finfo(self.layout.dtype).eps * sizes[i]:
+            if abs(number) > 4 * self.eps * sizes[i]:
                 parts.append(Part(number, partial(self._compute_negated_entropy, i)))
         return parts
 
@@ -169,10 +170,9 @@ class Heads:
         if len(weights) != 2 or numbers.keys() != weights.keys() or not total:
             return self.refuse("a mixture in other terms than those of a Jensen-Shannon divergence")
         shares = {i: number / total for i, number in numbers.items()}
-        rounding = 2 * torch.finfo(self.layout.dtype).eps
         for i, share in shares.items():
             distance = math.log(weights[i] / share) if share > 0 else math.inf
-            if abs(distance) > rounding * (1 + abs(math.log(weights[i]))):
+            if abs(distance) > 2 * self.eps * (1 + abs(math.log(weights[i]))):
                 return self.refuse("a mixture whose weights are not those of the divergence")
             products[i, i] += numbers[i]
         student, teacher = sorted(shares)

@@ -19,6 +19,7 @@ from torch_nnmath.deferred.recipes import Combination, Recipe
 from torch_nnmath.deferred.rows import find_foreign_node, is_node_of
 from torch_nnmath.deferred.steps import aten, is_same_value
 
+MAX_TERMS = 64  # a Jensen-Shannon divergence has six
 COPIES = (aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default)
 
 
@@ -87,6 +88,7 @@ class Expansion:
 
     def __init__(self, result: DeferredLogits):
         self.axis, self.obstacle = result.recipe.form.axis, ""
+        self.eps = 0.0  # of the narrowest dtype, to which numbers may have been rounded
         node = None
         if torch.is_grad_enabled() and result.requires_grad:
             node = get_grad_fn(result)
@@ -116,13 +118,15 @@ class Expansion:
                 moves = (recipe, *moves)
             recipe = recipe.parent
         call: Combination = recipe.call
+        self.eps = max(self.eps, torch.finfo(recipe.layout.dtype).eps)
         if node is not None and not is_node_of(node, call.func):
             return self.refuse(f"{node.name()} stands between head and loss")
         operands = [
             self._expand_operand(v, find_next_node(node, i), (recipe, moves))
             for i, v in enumerate(call.list_operands())
         ]
-        return EXPANSIONS[call.func](self, *operands, **call.kwargs)
+        terms = EXPANSIONS[call.func](self, *operands, **call.kwargs)
+        return terms if len(terms) <= MAX_TERMS else self.refuse("many terms")
 
     def _make_term(self, recipe: Recipe, node: Any, moves: tuple[Recipe, ...]) -> list[Term]:
         """The term of a head's probabilities, log-probabilities, or product of both."""

@@ -161,7 +161,8 @@ class Combination(Call):
             call.dependents.append(weakref.ref(self))
 
     def list_calls(self) -> list[Call]:
-        return [self, *(c for call in self.calls.values() for c in call.list_calls())]
+        calls = {id(c): c for call in self.calls.values() for c in call.list_calls()}
+        return [self, *calls.values()]
 
     def list_operands(self) -> Any:
         """Returns the operands in the order of the nodes that they have in the graph."""
