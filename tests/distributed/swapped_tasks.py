@@ -364,6 +364,12 @@ class Job:
         if self.loss == "sum":
             targets = [labels[:, 1:] for _, labels in self.batches]
             divisor = count_tokens_per_rank(targets, group=self.mesh.get_group("data"))
+
+        def compute_loss(batch: Any) -> Tensor:
+            return LOSS_OF[self.loss](self.model, *batch) / divisor
+
+        are_losses_first = "losses first" in self.features
+        losses = [compute_loss(batch) for batch in self.batches] if are_losses_first else []
         for i, batch in enumerate(self.batches):
             is_last = i == len(self.batches) - 1
             with contextlib.ExitStack() as stack:
@@ -372,7 +378,7 @@ class Job:
                 elif isinstance(self.model, FSDPModule):
                     self.model.set_requires_gradient_sync(is_last)
                     self.model.set_reshard_after_backward(is_last or "kept" not in self.features)
-                (LOSS_OF[self.loss](self.model, *batch) / divisor).backward()
+                (losses[i] if are_losses_first else compute_loss(batch)).backward()
 
     def compute_true_gradients(self) -> None:
         batches = [batch for part in self.parts for batch in part]

@@ -45,11 +45,16 @@ def test_checkpointed_and_frozen_layers_equal_one_process(workers, wrapper, feat
     train_fused(workers, wrapper, "outside", (features,))
 
 
-@pytest.mark.parametrize("features", [(), ("kept",)], ids=["freed between", "kept between"])
+@pytest.mark.parametrize("loss", ["outside", "policy"])
+@pytest.mark.parametrize("feature", ["freed", "kept", "losses first"])
 @pytest.mark.parametrize("wrapper", SHARDED)
-def test_accumulated_gradients_equal_one_process(workers, wrapper, features):
-    """FSDP2 gathers the weights for each micro-batch, or once."""
-    train_fused(workers, wrapper, "outside", ("accumulate", *features), losses=2)
+def test_accumulated_gradients_equal_one_process(workers, wrapper, feature, loss):
+    """FSDP2 gathers the weights for each micro-batch, or once.
+
+    The backward of the policy's loss needs them, also after that of another micro-batch.
+    """
+    losses = 4 if loss == "policy" else 2
+    train_fused(workers, wrapper, loss, ("accumulate", feature), losses=losses)
 
 
 @pytest.mark.parametrize("wrapper", ["root", "tied classes"])
