@@ -93,9 +93,11 @@ def penalise_gradient(value: Tensor, o: Any) -> Tensor:
     return value.sum() + gradient.square().sum()
 
 
-def use_under_autocast(model: Any, o: Any) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return F.cross_entropy(model(o.x).mT, o.y)
+def penalise_weight_gradient(value: Tensor, model: Any) -> Tensor:
+    weight = model.lm_head.weight
+    (gradient,) = torch.autograd.grad(value.square().sum(), weight, create_graph=True)
+    total = gradient.square().sum()
+    return value.sum() + (total.full_tensor() if isinstance(total, DTensor) else total)
 
 
 def add_adapter(model: Any, o: Any) -> Tensor:
@@ -122,6 +124,14 @@ USES: dict[str, tuple[Any, tuple[int, int, int]]] = {
     ),
     "read": (lambda m, o: m(o.x).sin(), (0, 0, 1)),
     "read, second order": (lambda m, o: penalise_gradient(m(o.x).sin(), o), (0, 0, 1)),
+    "read, second order of the weight": (
+        lambda m, o: penalise_weight_gradient(m(o.x).sin(), m),
+        (0, 0, 1),
+    ),
+    "second order of the weight": (
+        lambda m, o: penalise_weight_gradient(m(o.x).logsumexp(-1), m),
+        (1, 0, 0),
+    ),
     "changed in place": (
         lambda m, o: deferred_helpers.ce(m(o.x).mul_(o.row.cos()), o.y),
         (0, 0, 1),
@@ -463,6 +473,7 @@ def collect_logit_errors() -> dict[str, str]:
         logits = model(ids)
         kept = logits.detach()
         train_step(model, shifted_loss(logits, labels))
+        messages["the step itself"] = "no error"
         kept.sum()
 
     def change_own_classes(model: Any, ids: Tensor, labels: Tensor) -> None:
