@@ -123,9 +123,9 @@ USES: dict[str, tuple[Any, tuple[int, int, int]]] = {
         (1, 0, 0),
     ),
     "read": (lambda m, o: m(o.x).sin(), (0, 0, 1)),
-    "read, second order": (lambda m, o: penalise_gradient(m(o.x).sin(), o), (0, 0, 1)),
+    "read, second order": (lambda m, o: penalise_gradient(m(o.x).sin().sum(-1), o), (0, 0, 1)),
     "read, second order of the weight": (
-        lambda m, o: penalise_weight_gradient(m(o.x).sin(), m),
+        lambda m, o: penalise_weight_gradient(m(o.x).sin().sum(-1), m),
         (0, 0, 1),
     ),
     "second order of the weight": (
