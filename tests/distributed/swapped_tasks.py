@@ -179,6 +179,43 @@ def compare_uses(ranks: int, classes: int) -> list[str]:
     return lines
 
 
+HALF_LOSSES = ("shift", "smoothing", "gather", "gather of logits", "a learnt row", "cap")
+
+
+@defer_all_logits()
+def compare_half_precision(is_autocast: bool) -> list[str]:
+    """Returns a line for each result that is less exact than one process's deferred logits.
+
+    In bfloat16, or with autocast to it; the error is the root of the mean square.
+    """
+    mesh, lines = make_mesh((3,)), []
+    if not is_member(mesh):
+        return []
+    dtype = torch.float32 if is_autocast else torch.bfloat16
+    for name in HALF_LOSSES:
+        results = []
+        for is_split in (True, False):
+            _, model, log = deferred_helpers.make_pair(dtype=dtype)
+            if is_split:
+                parallelize_module(model.lm_head, mesh, VocabularyParallel())
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+                o = deferred_helpers.make_inputs(dtype)
+                results.append(deferred_helpers.compute_results(model, LOSSES[name], o))
+            if not log.fused or log.materialized:
+                lines.append(f"{name}: {log!r}")
+        exact_model = deferred_helpers.make_pair(dtype=dtype)[0].double()
+        o = deferred_helpers.make_inputs(dtype, exact=True)
+        exact = deferred_helpers.compute_results(exact_model, LOSSES[name], o)
+        for i, (v, w, truth) in enumerate(zip(*results, exact, strict=True)):
+            if truth is None:
+                continue
+            v = gather(v)
+            error, allowed = ((u.double() - truth).square().mean().sqrt() for u in (v, w))
+            if v.dtype != w.dtype or not error <= 1.05 * allowed + 1e-6 * truth.abs().max():
+                lines.append(f"{name}: result {i} is off by {error:.3g}, not {allowed:.3g}")
+    return lines
+
+
 @defer_all_logits()
 def compare_split_linear(axis: int | None) -> list[str]:
     """Compares a split Linear's logits and gradients, with features of some tokens or of all.

@@ -138,6 +138,12 @@ def test_uses_of_split_logits_equal_one_process(workers, ranks, classes):
         assert not lines, "\n".join(lines)
 
 
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_split_head_in_bfloat16_is_as_exact_as_in_one_process(workers, is_autocast):
+    for lines in workers.run("compare_half_precision", is_autocast):
+        assert not lines, "\n".join(lines)
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_split_linear_equals_one_process(workers, axis):
     for lines in workers.run("compare_split_linear", axis):
