@@ -93,9 +93,11 @@ def penalise_gradient(value: Tensor, o: Any) -> Tensor:
     return value.sum() + gradient.square().sum()
 
 
-def use_under_autocast(model: Any, o: Any) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return F.cross_entropy(model(o.x).mT, o.y)
+def penalise_weight_gradient(value: Tensor, model: Any) -> Tensor:
+    weight = model.lm_head.weight
+    (gradient,) = torch.autograd.grad(value.square().sum(), weight, create_graph=True)
+    total = gradient.square().sum()
+    return value.sum() + (total.full_tensor() if isinstance(total, DTensor) else total)
 
 
 def add_adapter(model: Any, o: Any) -> Tensor:
@@ -121,7 +123,15 @@ USES: dict[str, tuple[Any, tuple[int, int, int]]] = {
         (1, 0, 0),
     ),
     "read": (lambda m, o: m(o.x).sin(), (0, 0, 1)),
-    "read, second order": (lambda m, o: penalise_gradient(m(o.x).sin(), o), (0, 0, 1)),
+    "read, second order": (lambda m, o: penalise_gradient(m(o.x).sin().sum(-1), o), (0, 0, 1)),
+    "read, second order of the weight": (
+        lambda m, o: penalise_weight_gradient(m(o.x).sin().sum(-1), m),
+        (0, 0, 1),
+    ),
+    "second order of the weight": (
+        lambda m, o: penalise_weight_gradient(m(o.x).logsumexp(-1), m),
+        (1, 0, 0),
+    ),
     "changed in place": (
         lambda m, o: deferred_helpers.ce(m(o.x).mul_(o.row.cos()), o.y),
         (0, 0, 1),
@@ -166,6 +176,43 @@ def compare_uses(ranks: int, classes: int) -> list[str]:
         lines += [f"{name}: {line}" for line in list_differences(*results)]
         if (log.fused, log.reduced, log.materialized.total()) != counts:
             lines.append(f"{name}: {log!r}")
+    return lines
+
+
+HALF_LOSSES = ("shift", "smoothing", "gather", "gather of logits", "a learnt row", "cap")
+
+
+@defer_all_logits()
+def compare_half_precision(is_autocast: bool) -> list[str]:
+    """Returns a line for each result that is less exact than one process's deferred logits.
+
+    In bfloat16, or with autocast to it; the error is the root of the mean square.
+    """
+    mesh, lines = make_mesh((3,)), []
+    if not is_member(mesh):
+        return []
+    dtype = torch.float32 if is_autocast else torch.bfloat16
+    for name in HALF_LOSSES:
+        results = []
+        for is_split in (True, False):
+            _, model, log = deferred_helpers.make_pair(dtype=dtype)
+            if is_split:
+                parallelize_module(model.lm_head, mesh, VocabularyParallel())
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+                o = deferred_helpers.make_inputs(dtype)
+                results.append(deferred_helpers.compute_results(model, LOSSES[name], o))
+            if not log.fused or log.materialized:
+                lines.append(f"{name}: {log!r}")
+        exact_model = deferred_helpers.make_pair(dtype=dtype)[0].double()
+        o = deferred_helpers.make_inputs(dtype, exact=True)
+        exact = deferred_helpers.compute_results(exact_model, LOSSES[name], o)
+        for i, (v, w, truth) in enumerate(zip(*results, exact, strict=True)):
+            if truth is None:
+                continue
+            v = gather(v)
+            error, allowed = ((u.double() - truth).square().mean().sqrt() for u in (v, w))
+            if v.dtype != w.dtype or not error <= 1.05 * allowed + 1e-6 * truth.abs().max():
+                lines.append(f"{name}: result {i} is off by {error:.3g}, not {allowed:.3g}")
     return lines
 
 
@@ -364,6 +411,12 @@ class Job:
         if self.loss == "sum":
             targets = [labels[:, 1:] for _, labels in self.batches]
             divisor = count_tokens_per_rank(targets, group=self.mesh.get_group("data"))
+
+        def compute_loss(batch: Any) -> Tensor:
+            return LOSS_OF[self.loss](self.model, *batch) / divisor
+
+        are_losses_first = "losses first" in self.features
+        losses = [compute_loss(batch) for batch in self.batches] if are_losses_first else []
         for i, batch in enumerate(self.batches):
             is_last = i == len(self.batches) - 1
             with contextlib.ExitStack() as stack:
@@ -372,7 +425,7 @@ class Job:
                 elif isinstance(self.model, FSDPModule):
                     self.model.set_requires_gradient_sync(is_last)
                     self.model.set_reshard_after_backward(is_last or "kept" not in self.features)
-                (LOSS_OF[self.loss](self.model, *batch) / divisor).backward()
+                (losses[i] if are_losses_first else compute_loss(batch)).backward()
 
     def compute_true_gradients(self) -> None:
         batches = [batch for part in self.parts for batch in part]
@@ -457,6 +510,7 @@ def collect_logit_errors() -> dict[str, str]:
         logits = model(ids)
         kept = logits.detach()
         train_step(model, shifted_loss(logits, labels))
+        messages["the step itself"] = "no error"
         kept.sum()
 
     def change_own_classes(model: Any, ids: Tensor, labels: Tensor) -> None:

@@ -45,11 +45,16 @@ def test_checkpointed_and_frozen_layers_equal_one_process(workers, wrapper, feat
     train_fused(workers, wrapper, "outside", (features,))
 
 
-@pytest.mark.parametrize("features", [(), ("kept",)], ids=["freed between", "kept between"])
+@pytest.mark.parametrize("loss", ["outside", "policy"])
+@pytest.mark.parametrize("feature", ["freed", "kept", "losses first"])
 @pytest.mark.parametrize("wrapper", SHARDED)
-def test_accumulated_gradients_equal_one_process(workers, wrapper, features):
-    """FSDP2 gathers the weights for each micro-batch, or once."""
-    train_fused(workers, wrapper, "outside", ("accumulate", *features), losses=2)
+def test_accumulated_gradients_equal_one_process(workers, wrapper, feature, loss):
+    """FSDP2 gathers the weights for each micro-batch, or once.
+
+    The backward of the policy's loss needs them, also after that of another micro-batch.
+    """
+    losses = 4 if loss == "policy" else 2
+    train_fused(workers, wrapper, loss, ("accumulate", feature), losses=losses)
 
 
 @pytest.mark.parametrize("wrapper", ["root", "tied classes"])
@@ -133,6 +138,12 @@ def test_uses_of_split_logits_equal_one_process(workers, ranks, classes):
         assert not lines, "\n".join(lines)
 
 
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_split_head_in_bfloat16_is_as_exact_as_in_one_process(workers, is_autocast):
+    for lines in workers.run("compare_half_precision", is_autocast):
+        assert not lines, "\n".join(lines)
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_split_linear_equals_one_process(workers, axis):
     for lines in workers.run("compare_split_linear", axis):
@@ -149,6 +160,7 @@ def test_logits_whose_weight_was_freed_or_changed_raise(workers):
         "loss outside": freed,
         "read after backward": freed,
         "read after the next forward": changed,
+        "the step itself": "no error",
         "detached, read after a step": freed,
         "split, read after a step": changed,
         "split, changed": changed,

@@ -24,6 +24,7 @@ from torch_nnmath import nn
 pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.loggers import CSVLogger
 
+from torch_nnmath.deferred.log import FREED_WEIGHT
 from torch_nnmath.lightning import GradientCheck, PeakMemory, SwapFormulas
 
 FOLDER = Path(__file__).parent
@@ -123,18 +124,21 @@ def test_callbacks_work_in_two_processes(tmp_path):
         assert ddp["difference to start"] > 1e-3
         assert ddp["difference to plain"] < 1e-5
         assert not result["wrong"]["is marked"]
-        fsdp = result["fsdp"]
-        assert fsdp["class names"] == ["FSDPLinear", "Tanh", "Linear"]
-        assert fsdp["is swapped"]
-        assert fsdp["fused"] == 2
-        assert fsdp["materialized"] == 0
-        assert fsdp["difference to plain"] < 1e-5
-        assert fsdp["class names after"] == ["FSDPNetWithLoss", "FSDPLinear", "Tanh", "Linear"]
-        assert not fsdp["is swapped after"]
-        assert not fsdp["is marked"]
+        for kind in ("inside", "outside", "head alone", "head alone, freed", "classes"):
+            sharded = result[kind]
+            assert sharded["is swapped"]
+            assert sharded["difference to plain"] < 1e-5
+            assert not sharded["is swapped after"]
+            assert not sharded["is marked"]
+            is_freed = kind == "head alone, freed"
+            assert sharded["fused"] == (0 if is_freed else 4 if kind == "classes" else 2)
+            assert sharded["computed"] == [FREED_WEIGHT] * is_freed
+            names = ["FSDPLinear", "Tanh", "FSDPLinear" if "head alone" in kind else "Linear"]
+            names = ["Linear", "Tanh", "Linear"] if kind == "classes" else names
+            assert sharded["class names"] == sharded["class names after"][1:] == names
         assert "ModelParallelStrategy shards its parameters" in result["fsdp check"]
     first, second = (result["wrong"]["message"] for result in results)
     assert first == "step 0: a gradient is wrong in another process"
     assert "numerical differentiation gives" in second
     assert read_metrics(tmp_path)["head/fused_losses"] == [4.0]  # summed over both processes
-    assert done.stdout.count("3 modules changed") == 3  # rank 0 alone reports each of three runs
+    assert done.stdout.count("3 modules changed") == 7  # rank 0 alone reports each of seven runs

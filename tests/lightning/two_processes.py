@@ -15,10 +15,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_models import Classifier, is_marked, make_loader, make_trainer, make_wrong_body
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
 
 from torch_nnmath import nn
 from torch_nnmath.lightning import GradientCheck, GradientError, PeakMemory, SwapFormulas
+from torch_nnmath.parallel import VocabularyParallel
 
 
 class Plain(Classifier):
@@ -36,20 +38,36 @@ class NetWithLoss(torch.nn.Sequential):
 
 
 class Sharded(Plain):
-    def __init__(self):
+    """A model whose `configure_model` wraps its parts.
+
+    `kind` says where the loss is, how the head is wrapped, or that its classes are split.
+    """
+
+    def __init__(self, kind):
         super().__init__()
-        self.net = NetWithLoss(*self.body, self.head)
+        self.kind = kind
+        net_class = NetWithLoss if kind == "inside" else torch.nn.Sequential
+        self.net = net_class(*self.body, self.head)
         del self.body, self.head
 
     def configure_model(self):
+        if self.kind == "not wrapped":
+            return
+        if self.kind == "classes":
+            style = VocabularyParallel()
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], {"2": style})
+            return
         mesh = self.device_mesh["data_parallel"]
         fully_shard(self.net[0], mesh=mesh)
+        if "head alone" in self.kind:
+            fully_shard(self.net[2], mesh=mesh, reshard_after_forward="freed" in self.kind)
         fully_shard(self.net, mesh=mesh)
 
     def loss(self, batch):
         self.class_names = [type(m).__name__ for m in self.net]
         self.is_swapped = all(isinstance(m, nn.Linear | nn.Tanh) for m in self.net)
-        return self.net(*batch)
+        x, t = batch
+        return self.net(x, t) if self.kind == "inside" else F.cross_entropy(self.net(x), t)
 
 
 def fit(model, *callbacks, strategy="ddp", **options):
@@ -95,15 +113,21 @@ def train_with_wrong_gradient_in_one_process(rank):
     return {"message": message, "is marked": is_marked(model)}
 
 
-def train_with_fsdp(plain):
-    model, swap = Sharded(), SwapFormulas(head="net.2")
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    fit(model, swap, PeakMemory(1), strategy=strategy)
+def make_strategy(kind):
+    has_all_data = kind in ("classes", "not wrapped")
+    sizes = (1, 2) if has_all_data else (2, 1)
+    return ModelParallelStrategy(data_parallel_size=sizes[0], tensor_parallel_size=sizes[1])
+
+
+def train_sharded(plain, kind):
+    model, swap = Sharded(kind), SwapFormulas(head="net.2")
+    fit(model, swap, PeakMemory(1), strategy=make_strategy(kind))
+    log = swap.report.heads["net.2"]
     return {
         "class names": model.class_names,
         "is swapped": model.is_swapped,
-        "fused": swap.report.heads["net.2"].fused,
-        "materialized": swap.report.heads["net.2"].materialized.total(),
+        "fused": log.fused,
+        "computed": [*log.materialized],
         "difference to plain": max_difference(plain, model),
         "class names after": [type(m).__name__ for m in model.net.modules()],
         "is swapped after": any(isinstance(m, nn.Linear | nn.Tanh) for m in model.modules()),
@@ -112,9 +136,8 @@ def train_with_fsdp(plain):
 
 
 def check_with_fsdp():
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     try:
-        fit(Sharded(), GradientCheck(1), strategy=strategy)
+        fit(Sharded("inside"), GradientCheck(1), strategy=make_strategy("inside"))
     except ValueError as error:
         return str(error)
     return ""
@@ -129,9 +152,13 @@ def run_rank(rank, port, folder):
     results = {
         "ddp": train_with_ddp(plain, folder),
         "wrong": train_with_wrong_gradient_in_one_process(rank),
-        "fsdp": train_with_fsdp(plain),
         "fsdp check": check_with_fsdp(),
     }
+    for kind in ("inside", "outside", "head alone", "head alone, freed"):
+        results[kind] = train_sharded(plain, kind)
+    plain_with_all_data = Sharded("not wrapped")
+    fit(plain_with_all_data, strategy=make_strategy("not wrapped"))
+    results["classes"] = train_sharded(plain_with_all_data, "classes")
     (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
