@@ -1,4 +1,4 @@
-"""Processes of one process group, started once, that run functions of `worker_tasks` by name.
+"""Processes of one process group, started once, that run functions of the tasks' modules by name.
 
 A fork server imports the libraries once. The group is gloo's, over a store in a file. A call has a
 time limit; when it passes, or a worker stops, all workers are killed and the call raises.
@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ START_SECONDS = 240  # a loaded machine imports slowly
 LIMIT_SECONDS = 240.0  # of a call; it takes some seconds, but other processes may use the CPUs
 COLLECTIVE_SECONDS = 120  # after which a rank that waits for others raises
 TESTS = Path(__file__).parents[1]
-FOLDERS = [str(folder) for folder in (TESTS / "distributed", TESTS, TESTS.parent)]
+PARTS = TESTS / "distributed", TESTS / "deferred", TESTS, TESTS.parent
+FOLDERS = [*map(str, PARTS)]
+MODULES = ["worker_tasks", "transform_tasks"]
 
 
 class WorkerPool:
@@ -32,7 +35,7 @@ class WorkerPool:
         self.size = size
         self.folder = tempfile.TemporaryDirectory()
         context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["worker_tasks"])
+        context.set_forkserver_preload(MODULES)
         self.connections, self.processes = [], []
         # the fork server finds what it imports by the environment alone
         path = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])
@@ -48,7 +51,7 @@ class WorkerPool:
         self.run("get_rank", seconds=START_SECONDS)
 
     def run(self, function: str, *arguments: Any, seconds: float = LIMIT_SECONDS) -> list[Any]:
-        """Runs a function of `worker_tasks` on all ranks; returns the result of each.
+        """Runs a function of one of `MODULES` on all ranks; returns the result of each.
 
         Raises an AssertionError with the tracebacks of the ranks that raised.
         """
@@ -111,8 +114,8 @@ def serve(connection: Any, rank: int, size: int, store_file: str) -> None:
     """
     try:
         import torch.distributed as dist
-        import worker_tasks
 
+        functions = {k: v for name in MODULES for k, v in vars(import_module(name)).items()}
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(store_file, size),
@@ -121,12 +124,16 @@ def serve(connection: Any, rank: int, size: int, store_file: str) -> None:
             timeout=timedelta(seconds=COLLECTIVE_SECONDS),
         )
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "`torch.jit.script`")  # as in pyproject.toml
+        for pattern in (
+            *("`torch.jit.script", ".*Function'> should not be instantiated"),  # as elsewhere
+            "The .grad attribute of a Tensor that is not a leaf",  # Dynamo reads it of DTensors
+        ):
+            warnings.filterwarnings("ignore", pattern)
         while (message := connection.recv()) is not None:
             function, arguments, seconds = message
             faulthandler.dump_traceback_later(0.9 * seconds, exit=False)  # shows where it hangs
             try:
-                reply = getattr(worker_tasks, function)(*arguments), None
+                reply = functions[function](*arguments), None
             except Exception:  # every error of a task goes to the test
                 reply = None, traceback.format_exc()
             faulthandler.cancel_dump_traceback_later()
