@@ -114,14 +114,17 @@ def serve(connection: Any, rank: int, size: int, store_file: str) -> None:
     """
     try:
         import torch.distributed as dist
+        from torch.distributed import distributed_c10d
 
+        limit = timedelta(seconds=COLLECTIVE_SECONDS)
+        distributed_c10d.default_pg_timeout = limit  # of the groups of a mesh's dimensions
         functions = {k: v for name in MODULES for k, v in vars(import_module(name)).items()}
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(store_file, size),
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+            timeout=limit,
         )
         warnings.simplefilter("error")
         for pattern in (
