@@ -130,7 +130,7 @@ class Sharding(NamedTuple):
         for i in self.row_dims:
             extremes = reduce_constant(extremes, collectives.MAX, self._get_group(i))
         negated_low, high = extremes
-        kernels.check_class_range(torch.stack((-negated_low, high)), self.classes, ignore_index)
+        kernels.class_indices(torch.stack((-negated_low, high)), self.classes, ignore_index)
 
     def argmax(self, v: Tensor, dim: int) -> Tensor:
         """The class of the largest entry of v, the first of several; v has this rank's classes."""
@@ -285,7 +285,7 @@ def read_layout(name: str, x: Tensor) -> Layout | None:
     """
     if isinstance(x, DTensor):
         return Layout(x.device_mesh, x.placements)
-    wrapped = None if torch.compiler.is_compiling() else _torch.unwrap_transformed(x)
+    wrapped = _torch.unwrap_transformed(x)
     layout = None if wrapped is None else read_layout(name, wrapped[0])
     if wrapped is None or layout is None or wrapped[1] is None:
         return layout

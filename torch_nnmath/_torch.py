@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor, unwrap_if_dead
 from torch._guards import CompileContext
-from torch._library.effects import EffectType
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function, forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -231,14 +230,6 @@ def find_process_group(name: str) -> Any:
     """The process group of this name. Operators take names, and no public function finds them."""
     resolve: Any = torch._C._distributed_c10d._resolve_process_group
     return resolve(name)
-
-
-def keep_order(operator: Any) -> None:
-    """Makes compilers keep the order of the calls of such operators, whose results may be unused.
-
-    The public way, `CustomOpDef.register_effect`, needs another kind of operator.
-    """
-    torch.library._register_effectful_op(operator, EffectType.ORDERED)
 
 
 def wait_for_collective(x: Tensor) -> Tensor:

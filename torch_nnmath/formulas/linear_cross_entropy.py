@@ -68,7 +68,7 @@ class LinearCrossEntropy(KernelFormula):
     ) -> Any:
         options = base, cap, weight_dtype, group, first_class, max_classes
         inputs = x, W, b, y, p, t, keep, features, scale, *options
-        outputs = _run_operator(inputs, requests=requests)
+        outputs = kernels.head(*_pack_arguments(inputs, requests=requests))
         return _select_rows(outputs, requests)
 
     @classmethod
@@ -125,7 +125,9 @@ class LinearCrossEntropyCost(Function):
     def forward(n: Any, ω: Any, r: Any, *inputs: Any) -> Any:
         *flat, requests, needs_gradient = inputs
         upstream = _weigh_upstream(n, ω, r)
-        outputs = _run_operator(flat, upstream, requests=requests, needs_gradient=needs_gradient)
+        outputs = kernels.head(
+            *_pack_arguments(flat, upstream, requests=requests, needs_gradient=needs_gradient)
+        )
         c, lse, q, entropy, predicted, _ = _select_rows(outputs, requests)
         C = weigh(r, c).sum() / n
         C = C if ω is None else C + ω * weigh(r, q).sum()
@@ -188,7 +190,9 @@ class LinearCrossEntropyCost(Function):
         ctx.gradients = ctx.gradients.select(InputValues(*(not need for need in needs_gradient)))
         if any(need and g is None for need, g in zip(needs_gradient, gradients, strict=True)):
             upstream = _weigh_upstream(*factors)
-            outputs = _run_operator(inputs.flatten(), upstream, needs_gradient=needs_gradient)
+            outputs = kernels.head(
+                *_pack_arguments(inputs.flatten(), upstream, needs_gradient=needs_gradient)
+            )
             gradients = _select_gradients(outputs, needs_gradient)
         return gradients
 
@@ -244,7 +248,9 @@ class LinearCrossEntropyGradient(KernelFormula):
         if gradients is None:
             options = base, cap, weight_dtype, group, first_class, max_classes
             inputs = x, W, b, y, p, t, keep, features, scale, *options
-            outputs = _run_operator(inputs, (γ, ω, η), sums, needs_gradient=needs_gradient)
+            outputs = kernels.head(
+                *_pack_arguments(inputs, (γ, ω, η), sums, needs_gradient=needs_gradient)
+            )
             gradients = _select_gradients(outputs, needs_gradient)
         return tuple(gradients.select(needs_gradient))
 
@@ -357,17 +363,15 @@ def _differentiate_factors(
     return dn, dω, dr
 
 
-def _run_operator(
+def _pack_arguments(
     flat: Any,
     upstream: Any = NO_UPSTREAM,
     sums: Any = None,
     requests: Requests = NO_REQUESTS,
     needs_gradient: InputValues = NO_GRADIENTS,
-) -> Any:
-    """`kernels.head`, or `kernels.split_head` where the ranks of a group share the classes."""
-    *_, group, _first_class, _max_classes = flat
-    operator = kernels.head if group is None else kernels.split_head
-    return operator(*flat, *upstream, sums, list(requests), list(needs_gradient))
+) -> tuple[Any, ...]:
+    """The arguments of `kernels.head`."""
+    return *flat, *upstream, sums, list(requests), list(needs_gradient)
 
 
 def _select_rows(outputs: Any, requests: Requests) -> tuple[Any, ...]:

@@ -8,7 +8,6 @@ head share.
 
 from torch_nnmath.kernels._divergence_block import choose_divergence_dtype
 from torch_nnmath.kernels.class_indices import (
-    check_class_range,
     class_indices,
     read_kept_indices,
     read_plain_indices,
@@ -26,13 +25,12 @@ from torch_nnmath.kernels.elementwise import (
     tanh_product,
 )
 from torch_nnmath.kernels.gpu.plan import get_memory_budget, set_memory_budget
-from torch_nnmath.kernels.linear_cross_entropy import head, head_second_order, split_head
+from torch_nnmath.kernels.linear_cross_entropy import head, head_second_order
 from torch_nnmath.kernels.linear_divergence import divergence, divergence_second_order
 from torch_nnmath.kernels.row_functions import entropy, log_softmax_product, log_sum_exp, z_loss
 
 __all__ = [
     "choose_divergence_dtype",
-    "check_class_range",
     "class_indices",
     "cross_entropy",
     "cross_entropy_cost",
@@ -53,7 +51,6 @@ __all__ = [
     "sigmoid_squared_error",
     "sigmoid_squared_error_cost",
     "softmax_product",
-    "split_head",
     "squared_error",
     "squared_error_cost",
     "tanh_product",

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nnmath import _torch
 from torch_nnmath._precision import disable_autocast
 from torch_nnmath.kernels._flops import count_nothing, register_flop_formula
 from torch_nnmath.kernels.dispatch import (
@@ -35,7 +34,6 @@ def register_operator(
     gpu_module: str | None = None,
     count_flops: Callable[..., int] = count_nothing,
     is_fast_if_small: bool = False,
-    is_collective: bool = False,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Registers the decorated function as `torch.ops.torch_nnmath.<name>`, for every device.
 
@@ -43,8 +41,7 @@ def register_operator(
     off, since autocast would round the products that are computed in float32. On a GPU the function
     of the same name in `kernels.gpu.<gpu_module>` runs instead, unless there is a GPU obstacle.
     `count_flops` is the formula of `torch.utils.flop_counter`.
-    `is_fast_if_small` says whether the CPU is as fast with it as with the formula at any size,
-    `is_collective` whether the ranks of a process group must call it in the same order.
+    `is_fast_if_small` says whether the CPU is as fast with it as with the formula at any size.
     """
     name = signature.split("(")[0]
 
@@ -66,10 +63,7 @@ def register_operator(
             _register_on_gpu(name, run_on_gpu, gpu_module)
         torch.library.register_fake(f"torch_nnmath::{name}", fake, lib=LIBRARY)
         register_flop_formula(name, count_flops)
-        operator = getattr(torch.ops.torch_nnmath, name).default
-        if is_collective:
-            _torch.keep_order(operator)
-        return operator
+        return getattr(torch.ops.torch_nnmath, name).default
 
     return register
 

@@ -17,9 +17,10 @@ def _fake(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tenso
     return torch.empty_like(target, dtype=torch.int64), torch.empty_like(target, dtype=torch.bool)
 
 
-def compute_indices(
-    target: Tensor, classes: int, ignore_index: int | None
-) -> tuple[Tensor, Tensor]:
+@register_operator(
+    "class_indices(Tensor target, SymInt classes, int? ignore_index) -> (Tensor, Tensor)", _fake
+)
+def class_indices(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     """Returns (y, keep): the class indices, 0 where ignored; and which rows are not ignored.
 
     Raises an IndexError for an index outside [0, classes). On a GPU the device asserts instead,
@@ -42,24 +43,6 @@ def compute_indices(
             f"{exception}"
         )
     return y, keep
-
-
-class_indices = register_operator(
-    "class_indices(Tensor target, SymInt classes, int? ignore_index) -> (Tensor, Tensor)", _fake
-)(compute_indices)
-
-
-@register_operator(
-    "check_class_range(Tensor extremes, SymInt classes, int? ignore_index) -> ()",
-    lambda *_: None,
-    is_collective=True,
-)
-def check_class_range(extremes: Tensor, classes: int, ignore_index: int | None) -> None:
-    """Raises as `class_indices` for the smallest and the largest class index of all ranks.
-
-    Every rank calls it. It has no result, so that compilers keep it.
-    """
-    compute_indices(extremes, classes, ignore_index)
 
 
 def read_kept_indices(target: Tensor, classes: int, ignore_index: int) -> Tensor | None:
@@ -88,10 +71,4 @@ def _vmap(info: Any, in_dims: Any, target: Tensor, classes: int, ignore_index: i
     return class_indices(target, classes, ignore_index), (in_dims[0], in_dims[0])
 
 
-def _vmap_check(info: Any, in_dims: Any, *args: Any) -> Any:
-    check_class_range(*args)
-    return None, None
-
-
 torch.library.register_vmap("torch_nnmath::class_indices", _vmap, lib=LIBRARY)
-torch.library.register_vmap("torch_nnmath::check_class_range", _vmap_check, lib=LIBRARY)

@@ -1,7 +1,4 @@
-"""Collectives of `torch.distributed` over a process group that is given by its name.
-
-They are operators, so that compilers do not trace them.
-"""
+"""Collectives of `torch.distributed` over a process group that is given by its name."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_nnmath import _torch
-from torch_nnmath.kernels._library import register_operator
 
 MAX, MIN, SUM = "max", "min", "sum"
 
@@ -39,21 +35,11 @@ class Reduction:
         return self.x
 
 
-@register_operator(
-    "all_reduce(Tensor x, str operation, str group) -> Tensor",
-    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    is_collective=True,
-)
 def all_reduce(x: Tensor, operation: str, group: str) -> Tensor:
     """x reduced over the group: a new tensor."""
     return Reduction(x.clone(memory_format=torch.contiguous_format), operation, group).wait()
 
 
-@register_operator(
-    "all_gather(Tensor x, int dim, SymInt size, str group) -> Tensor",
-    lambda x, dim, size, _: x.new_empty(_replace_size(x, dim, size)),
-    is_collective=True,
-)
 def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     """The chunks of an axis of this size, one from each rank, as `torch.chunk` cuts it."""
     process_group = _torch.find_process_group(group)
@@ -64,36 +50,28 @@ def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
         # PyTorch before 2.13 has only the older name
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(gathered, chunk, process_group)
-    return gathered[:size].movedim(0, dim).contiguous()
+    return gathered[:size].movedim(0, dim)
 
 
-@register_operator(
-    "reduce_scatter(Tensor x, int dim, str group) -> Tensor",
-    lambda x, dim, group: x.new_empty(_replace_size(x, dim, _count_chunk(x.shape[dim], group))),
-    is_collective=True,
-)
 def reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     """This rank's chunk, as `torch.chunk` cuts the axis, of the sum over the group."""
-    process_group, size = _torch.find_process_group(group), x.shape[dim]
-    ranks = process_group.size()
+    process_group = _torch.find_process_group(group)
+    ranks, size = process_group.size(), x.shape[dim]
     length = -(-size // ranks)
     padded = _pad(x.movedim(dim, 0), ranks * length)
     chunk = padded.new_empty((length, *padded.shape[1:]))
     with explain_failure(group):
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         scatter(chunk, padded, group=process_group)
-    _, count = _find_own_chunk(size, group)
+    _, count = find_chunk(size, ranks, process_group.rank())
     return chunk[:count].movedim(0, dim).contiguous()
 
 
-@register_operator(
-    "take_chunk(Tensor x, int dim, str group) -> Tensor",
-    lambda x, dim, group: x.new_empty(_replace_size(x, dim, _count_chunk(x.shape[dim], group))),
-)
 def take_chunk(x: Tensor, dim: int, group: str) -> Tensor:
     """This rank's chunk of an axis: a new tensor."""
-    chunk = _find_own_chunk(x.shape[dim], group)
-    return x.narrow(dim, *chunk).clone(memory_format=torch.contiguous_format)
+    process_group = _torch.find_process_group(group)
+    chunk = find_chunk(x.shape[dim], process_group.size(), process_group.rank())
+    return x.narrow(dim, *chunk).clone()
 
 
 def find_chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -101,21 +79,6 @@ def find_chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
     length = -(-size // ranks)
     first = min(rank * length, size)
     return first, min(length, size - first)
-
-
-def _find_own_chunk(size: int, group: str) -> tuple[int, int]:
-    process_group = _torch.find_process_group(group)
-    return find_chunk(size, process_group.size(), process_group.rank())
-
-
-def _count_chunk(size: int, group: str) -> int:
-    _, count = _find_own_chunk(size, group)
-    return count
-
-
-def _replace_size(x: Tensor, dim: int, size: int) -> list[int]:
-    """The shape of x with another size of one axis."""
-    return [size if d == dim % x.dim() else n for d, n in enumerate(x.shape)]
 
 
 @contextlib.contextmanager

@@ -43,7 +43,15 @@ INPUTS = (
 )
 
 
-def compute_head(*args: Any) -> tuple[Tensor, ...]:
+@register_operator(
+    f"head({INPUTS}, Tensor? gamma, Tensor? omega, Tensor? eta, Tensor? sums, bool[] requests,"
+    " bool[] needs_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
+    " Tensor, Tensor, Tensor)",
+    lambda *args: _allocate_results(*args),
+    gpu_module="head",
+    count_flops=lambda *args, out_shape: _count_flops(*args),
+)
+def head(*args: Any) -> tuple[Tensor, ...]:
     """Returns the fields of `RowResults`; sums; the gradients of Σ γ c + ω q + η h (`InputValues`).
 
     `sums` (N, 3) are m, Σ e^{v-m} and Σ e^{v-m} (v-m). Given back, they save passes over the
@@ -79,26 +87,6 @@ def compute_head(*args: Any) -> tuple[Tensor, ...]:
         *others, predicted = rows
         rows = [*others, workspace.reduce(predicted, collectives.MIN).wait()]
     return *rows, new_sums, *round_gradients(inputs, gamma, gradients)
-
-
-SIGNATURE = (
-    f"({INPUTS}, Tensor? gamma, Tensor? omega, Tensor? eta, Tensor? sums, bool[] requests,"
-    " bool[] needs_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
-    " Tensor, Tensor, Tensor)"
-)
-head = register_operator(
-    f"head{SIGNATURE}",
-    lambda *args: _allocate_results(*args),
-    gpu_module="head",
-    count_flops=lambda *args, out_shape: _count_flops(*args),
-)(compute_head)
-# the same where the ranks of a group share the classes
-split_head = register_operator(
-    f"split_head{SIGNATURE}",
-    lambda *args: _allocate_results(*args),
-    count_flops=lambda *args, out_shape: _count_flops(*args),
-    is_collective=True,
-)(compute_head)
 
 
 def _write_rows(block: Block, results: RowResults, sums: Tensor, requests: Requests) -> None:
