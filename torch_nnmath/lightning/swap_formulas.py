@@ -32,7 +32,8 @@ class SwapFormulas(Callback):
 
     Modules that `configure_model` builds are swapped too. A Linear that it wraps directly is not,
     such as by `fully_shard(self.head)` of FSDP2, which changes its class: call `swap` before
-    wrapping it. `docs/swapping.md` describes how to compute the loss under sharding. A strategy
+    wrapping it. The page Swap
+    (docs/swapping.md) describes how to compute the loss under sharding. A strategy
     that spawns processes does not return the report to the main process.
 
     Args:
