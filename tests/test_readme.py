@@ -40,9 +40,11 @@ def test_table_of_formulas_equals_catalog():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_of_page_exist(page):
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+def test_links_of_page_exist_and_have_names(page):
+    text = page.read_text(encoding="utf-8")
+    for title, link in re.findall(r"\[([^\[\]]*)\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / link).is_file(), link
+        assert not title.endswith(".md"), title  # a page has a name
 
 
 def test_readme_has_four_entry_points_of_at_most_four_lines_each(capsys):
