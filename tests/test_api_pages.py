@@ -25,7 +25,7 @@ NAMES = {
 WITHOUT_ERRORS = {
     *(swapping.Report, swapping.Change, HeadLog, MaterializedLogits),
     *(testing.Report, testing.Row, testing.Verdict, testing.QUICK, testing.TRANSFORMS),
-    *(lightning.GradientError, kernels.explain, kernels.get_memory_budget),
+    *(lightning.GradientError, kernels.get_memory_budget),
 }
 
 

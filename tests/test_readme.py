@@ -1,13 +1,16 @@
 """The examples and links of README and pages, and the table of formulas in docs/formulas.md."""
 
 import doctest
+import inspect
 import re
 from importlib.util import find_spec
 
 import pytest
 from scripts import DOCS, ROOT
 
+from torch_nnmath import testing
 from torch_nnmath.catalog import CATALOG
+from torch_nnmath.testing._transforms import REGISTRY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")]
@@ -37,9 +40,11 @@ def test_table_of_formulas_equals_catalog():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_of_page_exist(page):
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+def test_links_of_page_exist_and_have_names(page):
+    text = page.read_text(encoding="utf-8")
+    for title, link in re.findall(r"\[([^\[\]]*)\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / link).is_file(), link
+        assert not title.endswith(".md"), title  # a page has a name
 
 
 def test_readme_has_four_entry_points_of_at_most_four_lines_each(capsys):
@@ -76,6 +81,42 @@ def test_examples_of_page_run_and_print_its_output(name, capsys):
     for code in PYTHON.findall(page):
         exec(compile(code, f"{name}.md", "exec"), namespace)
     assert capsys.readouterr().out == "".join(OUTPUT.findall(page))
+
+
+def test_function_with_faults_of_checking_page_prints_its_output(capsys):
+    page = (DOCS / "checking.md").read_text(encoding="utf-8")
+    namespace: dict = {"__name__": "page"}
+    faulty, correct, *_ = PYTHON.findall(page)
+    exec(faulty, namespace)
+    assert capsys.readouterr().out == next(t for t in OUTPUT.findall(page) if "Square" in t)
+    exec(correct, namespace)
+    with pytest.raises(AssertionError, match=r"^Square: second order: silent zero"):  # the cause
+        testing.assert_right(namespace["Square"], namespace["x"], transforms=testing.QUICK)
+
+
+def test_table_of_transforms_has_what_each_check_says_in_the_order_of_the_report():
+    page = (DOCS / "checking.md").read_text(encoding="utf-8")
+    table = re.search(r"^## Transforms$.*?^\| --- .*?\n(.*?)\n\n", page, re.M | re.DOTALL)
+    rows = [line.strip("|").split("|") for line in table[1].splitlines()]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        [name, "yes" if name in testing.QUICK else "", inspect.getdoc(entry.check).split("\n")[0]]
+        for name, entry in REGISTRY.items()
+    ]
+
+
+def test_pages_that_messages_name_exist_under_these_titles():
+    settings = (ROOT / "tools" / "website" / "mkdocs.yml").read_text(encoding="utf-8")
+    titles = dict(re.findall(r"- ([^\n:]+): (\w+\.md)$", settings, re.MULTILINE))
+    found = set()
+    for path in (ROOT / "torch_nnmath").rglob("*.py"):
+        text = re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8"))  # joined strings
+        named = re.findall(r"page ([A-Z][\w ]*?)(?: of the documentation)?\s+\(docs/(.*?)\)", text)
+        for title, file in named:
+            assert titles[title] == file, path
+        found |= set(named)
+    assert ("Swap", "swapping.md") in found
+    page = (DOCS / "swapping.md").read_text(encoding="utf-8")
+    assert "\n## Why was memory not saved?\n" in page  # the warning of deferred/log.py names it
 
 
 def test_session_of_gpu_page_prints_what_it_shows():

@@ -124,23 +124,46 @@ def linear_jsd(
 ) -> Tensor:
     """The generalised Jensen-Shannon divergence of a student's softmax q and a teacher's p (F27).
 
-    beta KL(p||m) + (1 - beta) KL(q||m) with m = beta p + (1 - beta) q, as in GKD. Memory and
-    distributions are those of `linear_kl_div`.
+    beta KL(p||m) + (1 - beta) KL(q||m) with m = beta p + (1 - beta) q, as in GKD. q is the softmax
+    of linear(student, student_weight, student_bias) / temperature, p that of linear(teacher,
+    teacher_weight, teacher_bias) / temperature. Only one block of either logits is in memory, at
+    first and second order. A teacher that needs no gradient costs one product.
 
     Args:
+        student: the student's features, (*, D).
+        student_weight: (C, D).
+        teacher: the teacher's features (*, D'), or its logits (*, C), or its log-probabilities
+            (*, k) of the classes `teacher_indices`.
+        teacher_weight: (C, D'); None if `teacher` holds logits or log-probabilities.
+        student_bias, teacher_bias: (C).
+        teacher_indices: (*, k), different classes in each row, such as the teacher's likeliest
+            (F28). Only the student's logits are then divided by the temperature.
+        remainder: what becomes of the other classes: "class" makes one class of them, for student
+            and teacher; "drop" leaves their terms out of the sum.
         beta: in [0, 1], the weight of the teacher. 0 gives KL(p||q) and 1 gives KL(q||p), as in
             TRL: the limits of the divergence over beta and over 1 - beta.
-        student, student_weight, teacher, teacher_weight: as in `linear_kl_div`.
-        student_bias, teacher_bias, teacher_indices, remainder: as in `linear_kl_div`.
-        temperature, temperature_factor: as in `linear_kl_div`.
-        labels, alpha, ignore_index, base, reduction, output_dtype: as in `linear_kl_div`.
+        temperature: divides both logits; must be positive and finite.
+        temperature_factor: whether the divergence is multiplied by temperature², which keeps the
+            size of its gradients.
+        labels: class indices (int64 or uint8), (*), whose rows count unless they are
+            `ignore_index`.
+        alpha: in [0, 1]; the loss is alpha * cross entropy of the labels, at temperature 1, plus
+            (1 - alpha) * divergence (F29).
+        ignore_index: rows with this label add nothing, at any order, whatever their features are.
+        base: base of the logarithm; positive, not 1.
+        reduction: "none", "sum" or "mean" over the rows that count, which `F.kl_div` calls
+            "batchmean"; both names are accepted.
+        output_dtype: the dtype of the loss; None is that of `student`.
 
     Returns:
         (*) without a reduction, else ().
 
     Raises:
-        ValueError: for a beta outside [0, 1], and as `linear_kl_div`.
-        RuntimeError, IndexError, TypeError: as `linear_kl_div`.
+        ValueError: for an unknown reduction, an invalid base, temperature, beta or alpha, an alpha
+            without labels, or a teacher_bias without teacher_weight.
+        RuntimeError: for shapes or dtypes that do not fit.
+        IndexError: if a label is outside [0, C) and is not `ignore_index`.
+        TypeError: if an argument is complex or not a tensor.
 
     >>> features, weight = torch.ones(3, 1), torch.tensor([[0.], [1.]])
     >>> linear_jsd(features, weight, 0 * features, weight)

@@ -18,12 +18,21 @@ from torch_nnmath import _check as check
 from torch_nnmath import formulas
 from torch_nnmath._distillation import linear_jsd, linear_kl_div
 from torch_nnmath._head import make_any_class, prepare_head
+from torch_nnmath._layers import (
+    feedforward,
+    linear,
+    relu,
+    sigmoid,
+    softmax,
+    softmax_jacobian,
+    tanh,
+)
 from torch_nnmath._logits import (
     compute_categorical_cross_entropy,
     compute_cross_entropy,
     read_logit_options,
 )
-from torch_nnmath._precision import cast_for_product, is_autocast, wide_type
+from torch_nnmath._precision import wide_type
 from torch_nnmath._reduction import compute_mse_loss, reduce_examples
 from torch_nnmath._target import TargetOptions
 from torch_nnmath.kernels.dispatch import has_dtensor
@@ -50,132 +59,6 @@ __all__ = [
 
 
 @check.support_torch_function
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: input weightᵀ + bias (F1, F8).
-
-    Args:
-        input: (*, in_features).
-        weight: (out_features, in_features), or (in_features).
-        bias: (out_features), or () with a one-dimensional weight.
-
-    Returns:
-        (*, out_features), or (*) for a one-dimensional weight.
-
-    Raises:
-        RuntimeError: if shapes or dtypes do not fit together.
-        TypeError: if an argument is complex or not a tensor.
-
-    >>> linear(torch.ones(1, 2), torch.tensor([[1., 2.], [3., 4.]]))
-    tensor([[3., 7.]])
-    """
-    check.real(input=input, weight=weight)
-    if bias is not None:
-        check.real(bias=bias)
-    check.product("weight", input, weight, bias, dims=(1, 2))
-    input, weight, bias = cast_for_product(input, weight, bias)
-    if weight.dim() == 2:
-        return formulas.Affine.evaluate(input, weight, bias)
-    product = formulas.Affine.evaluate(input, weight.unsqueeze(0), None).squeeze(-1)
-    return product if bias is None else product + bias
-
-
-@check.support_torch_function
-def sigmoid(input: Tensor) -> Tensor:
-    """`torch.sigmoid`: 1/(1 + e^-input), elementwise (F6). Raises TypeError for complex input.
-
-    >>> sigmoid(torch.tensor([0.]))
-    tensor([0.5000])
-    """
-    check.real(input=input)
-    return formulas.Sigmoid.evaluate(input)
-
-
-@check.support_torch_function
-def tanh(input: Tensor) -> Tensor:
-    """`torch.tanh`, elementwise (F2). Raises TypeError for complex input.
-
-    >>> tanh(torch.tensor([0.]))
-    tensor([0.])
-    """
-    check.real(input=input)
-    return formulas.Tanh.evaluate(input)
-
-
-@check.support_torch_function
-def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.relu`: max(0, input), elementwise; nan stays nan, the derivative at 0 is 0 (F2).
-
-    Raises TypeError for complex and RuntimeError for bool input. `inplace` overwrites the input.
-
-    >>> relu(torch.tensor([-1., 2.]))
-    tensor([0., 2.])
-    """
-    check.real(input=input)
-    if inplace:
-        check.writable(input)
-    return formulas.relu_(input) if inplace else formulas.ReLU.evaluate(input)
-
-
-@check.support_torch_function
-def softmax(
-    input: Tensor,
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`F.softmax`: e^input / Σ e^input over `dim` (F7).
-
-    Args:
-        input: any shape.
-        dim: the axis that sums to 1; None selects PyTorch's deprecated default, with a warning.
-        dtype: if given, the input is cast to it first.
-
-    Raises:
-        IndexError: if `dim` is out of range.
-        NotImplementedError: if the input, after the cast, is of integer type.
-        TypeError: if input is complex or not a tensor.
-
-    >>> softmax(torch.tensor([0., 0.]), dim=0)
-    tensor([0.5000, 0.5000])
-    """
-    check.real(input=input)
-    if dim is None:
-        dim = 0 if input.dim() in (0, 1, 3) else 1
-        warnings.warn(
-            "Implicit dimension choice for softmax has been deprecated. "
-            "Change the call to include dim=X as an argument.",
-            stacklevel=_stacklevel,
-        )
-    if dtype is None and input.is_cuda and is_autocast(input):
-        dtype = torch.float32 if input.dtype != torch.float64 else None
-    return formulas.Softmax.evaluate(input if dtype is None else input.to(dtype), dim)
-
-
-@check.support_torch_function
-def softmax_jacobian(input: Tensor, dim: int) -> Tensor:
-    """The Jacobian of softmax as a matrix, diag(a) - a aᵀ (F17), for teaching and checking.
-
-    Args:
-        input: (*, n, *), the n at `dim`.
-
-    Returns:
-        (*, *, n, n): the matrix of each vector, da_j/dz_k in row j, column k.
-
-    Raises:
-        IndexError: if `dim` is out of range, or input has no axis.
-        TypeError: if input is complex or not a tensor.
-
-    >>> softmax_jacobian(torch.tensor([0., 0.]), dim=0)
-    tensor([[ 0.2500, -0.2500],
-            [-0.2500,  0.2500]])
-    """
-    check.real(input=input)
-    if input.dim() == 0:
-        raise IndexError("softmax_jacobian needs an input with at least one axis, got shape ()")
-    return formulas.softmax_jacobian(input, dim)
-
-
-@check.support_torch_function
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -188,7 +71,7 @@ def mse_loss(
 
     Args:
         input, target: of the same shape; a different one is broadcast, with a warning.
-        size_average, reduce: deprecated, as in PyTorch.
+        size_average, reduce: deprecated; use `reduction`.
         reduction: "none", "sum", or "mean" over the elements.
         weight: one factor for each element, in input's shape; "mean" divides by their sum.
 
@@ -249,7 +132,15 @@ def sigmoid_squared_error(
 ) -> Tensor:
     """½ Σ (target - σ(input))² over the axes `dim` of an example (F9, F11), and its cost (F3).
 
-    `input` holds pre-activations; arguments and errors are those of `squared_error`.
+    Args:
+        input, target: pre-activations and targets of the same shape; they are not broadcast.
+        reduction: "none" (a loss for each example), "sum", or "mean" over the examples.
+        dim: the axis or axes of one example.
+
+    Raises:
+        ValueError: if the shapes differ, or for an unknown reduction or a repeated axis.
+        IndexError: if an axis is out of range.
+        TypeError: if an argument is not a tensor of real floating-point numbers.
 
     >>> sigmoid_squared_error(torch.tensor([0., 0.]), torch.tensor([1., 0.]))
     tensor(0.2500)
@@ -276,8 +167,8 @@ def categorical_cross_entropy(
         target: class indices, (*, *), or probabilities in the shape of probs.
         base: base of the logarithm; positive, not 1.
         reduction: "none" (a loss for each example), "sum", or "mean" over the examples.
-        row_weight: a factor for each example (F30), in the shape of class indices; as in
-            `cross_entropy`.
+        row_weight: a factor for each example's loss (F30), in the shape of class indices; may be
+            negative and may require a gradient. "mean" divides by the sum of the weights.
 
     0 log 0 is 0. If the target class has probability 0, the loss is inf.
 
@@ -326,15 +217,15 @@ def cross_entropy(
         target: class indices (int64 or uint8), (), (N) or (N, d_1, ..., d_K), or probabilities of
             input's shape.
         weight: (C), one factor for each class; may be float32 where the logits are half precision.
-        size_average, reduce: deprecated, as in PyTorch.
+        size_average, reduce: deprecated; use `reduction`.
         ignore_index: rows with this index add nothing, at any order, whatever their logits are.
         reduction: "none", "sum" or "mean". "mean" divides by the total weight of the target
             classes, or by the number of examples if the target holds probabilities.
         label_smoothing: in [0, 1], the share of the target that is spread evenly.
         row_weight: a factor for each row's loss, z-loss included (F30), in the shape of class
-            indices, of any real type that the loss's arithmetic need not round; may be negative,
+            indices, of a real type that is not wider than the loss's arithmetic; may be negative,
             and may require a gradient. "mean" divides by the sum of the weights, each times that
-            of its target class. What it holds for an ignored row does not matter.
+            of its target class. The weight of an ignored row does not matter.
         base: base of the logarithm; positive, not 1.
         logit_scale: a factor of the logits (F18): any finite number, or a tensor of shape (),
             whose value is not checked, so it may be a parameter.
@@ -401,7 +292,8 @@ def linear_cross_entropy(
     """`F.linear_cross_entropy`: cross_entropy(linear(input, ...), target), the head (F14, F15).
 
     At first and second order, only one block of the logits is in memory. DTensors whose classes or
-    rows a device mesh splits are accepted (F24, docs/scale.md); the loss is then a DTensor.
+    rows a device mesh splits are accepted (F24); the loss is then a DTensor. The page Scale
+    (docs/scale.md) has their placements.
 
     Args:
         input: features, (in_features) or (N, in_features); with a two-dimensional weight any
@@ -410,15 +302,36 @@ def linear_cross_entropy(
         target: class indices (int64 or uint8), () or (N) or (N, d_1, ..., d_K), or (*); or
             probabilities (C) or (N, C) or (N, C, d_1, ..., d_K), or (*, C).
         linear_bias: (C) or (C, d_1, ..., d_K).
-        weight, reduction, label_smoothing, row_weight, base: as in `cross_entropy`.
-        ignore_index: as there; None is -100. Must be None if the target holds probabilities.
+        weight: (C), one factor for each class; may be float32 for half-precision features.
+        reduction: "none", "sum" or "mean". "mean" divides by the total weight of the target
+            classes, or by the number of rows if the target holds probabilities.
+        ignore_index: rows with this index add nothing, at any order, whatever their features are;
+            None is -100. Must be None if the target holds probabilities.
+        label_smoothing: in [0, 1], the share of the target that is spread evenly.
         options: ignored; accepted for compatibility.
-        logit_scale, softcap, temperature, z_loss, return_stats, output_dtype: as in
-            `cross_entropy`; the bias is scaled too.
+        row_weight: a factor for each row's loss, z-loss included (F30), in the shape of class
+            indices; may be negative and may require a gradient. "mean" divides by the sum of the
+            weights, each times that of its target class.
+        base: base of the logarithm; positive, not 1.
+        logit_scale: a factor of the logits, bias included (F18): a finite number, or a tensor of
+            shape (), which may be a parameter.
+        softcap: if given, the scaled logits are capped to softcap tanh(logits / softcap) (F19);
+            must be positive.
+        temperature: divides the logits after the cap; must be positive and finite.
+        z_loss: the coefficient of lse² (F20), which is added to each row's loss. Class weights do
+            not affect it.
+        return_stats: whether to return `(loss, LossStats)`, unweighted statistics of each row.
+        output_dtype: the dtype of the loss; None is that of the input.
+
+    Returns:
+        (), or the shape of class indices for `reduction="none"`; with `return_stats` a tuple.
 
     Raises:
+        ValueError: for an unknown reduction, an invalid base, scale, cap, temperature or z-loss
+            coefficient, or another shape of row_weight.
         RuntimeError: for shapes or dtypes that do not fit, or a `label_smoothing` outside [0, 1].
-        ValueError, IndexError, TypeError: as in `cross_entropy`.
+        IndexError: if a class index is outside [0, C) and is not `ignore_index`.
+        TypeError: if an argument is complex or not a tensor.
 
     >>> features, weight = torch.zeros(3, 4), torch.ones(2, 4)
     >>> linear_cross_entropy(features, weight, torch.tensor([0, 1, 0]), base=2)
@@ -459,26 +372,37 @@ def linear_log_probs(
 
     log_base softmax(linear(input, linear_weight, linear_bias)) at the target. It is differentiable
     to any order; the logits are in memory from the third order on. Use it for policy gradients and
-    preference learning. DTensors are accepted as in `linear_cross_entropy`.
+    preference learning. DTensors whose classes or rows a device mesh splits are accepted (F24).
 
     Args:
-        input, linear_weight, linear_bias, base, logit_scale, softcap, temperature: as in
-            `linear_cross_entropy`.
-        target: class indices, as in `linear_cross_entropy`.
+        input: features, (in_features) or (N, in_features); with a two-dimensional weight any
+            (*, in_features).
+        linear_weight: (C, in_features), or (C, d_1, ..., d_K, in_features).
+        target: class indices (int64 or uint8), () or (N) or (N, d_1, ..., d_K), or (*).
+        linear_bias: (C) or (C, d_1, ..., d_K).
         ignore_index: rows with this index have the log-probability (and entropy) 0; None is -100.
-        row_weight: a factor for each log-probability, not for the entropy, as in `cross_entropy`.
+        row_weight: a factor for each log-probability, not for the entropy, in the shape of the
+            target; may be negative and may require a gradient.
+        base: base of the logarithm; positive, not 1.
+        logit_scale: a factor of the logits, bias included (F18): a finite number, or a tensor of
+            shape (), which may be a parameter.
+        softcap: if given, the scaled logits are capped to softcap tanh(logits / softcap) (F19);
+            must be positive.
+        temperature: divides the logits after the cap; must be positive and finite.
         return_entropy: whether to return `(log_probs, entropy)`, the entropy of each row's softmax
             (F21) to the same base, which is differentiable, too.
         output_dtype: the dtype of the results; None is that of the input, but float32 for half
             precision: rounding would change a ratio of probabilities by several percent.
 
     Returns:
-        (N) or (N, d_1, ..., d_K) or (*), as the target.
+        The log-probabilities, in the target's shape, or with `return_entropy` the tuple
+        `(log_probs, entropy)`, both in that shape.
 
     Raises:
-        RuntimeError: if the target holds probabilities, or for other shapes or dtypes that do not
-            fit.
-        ValueError, IndexError, TypeError: as in `cross_entropy`.
+        RuntimeError: if the target holds probabilities, or for shapes or dtypes that do not fit.
+        ValueError: for an invalid base, scale, cap or temperature, or another shape of row_weight.
+        IndexError: if a class index is outside [0, C) and is not `ignore_index`.
+        TypeError: if an argument is complex or not a tensor.
 
     >>> features, weight = torch.zeros(3, 4), torch.ones(2, 4)
     >>> linear_log_probs(features, weight, torch.tensor([0, 1, 0]), base=2)
@@ -520,15 +444,26 @@ def linear_log_sum_exp(
     the logits are in memory from the third order on.
 
     Args:
-        input, linear_weight, linear_bias, logit_scale, softcap, temperature, output_dtype: as in
-            `linear_log_probs`; there must be at least one class.
+        input: features, (in_features) or (N, in_features); with a two-dimensional weight any
+            (*, in_features).
+        linear_weight: (C, in_features), or (C, d_1, ..., d_K, in_features), with C at least 1.
+        linear_bias: (C) or (C, d_1, ..., d_K).
+        logit_scale: a factor of the logits, bias included (F18): a finite number, or a tensor of
+            shape (), which may be a parameter.
+        softcap: if given, the scaled logits are capped to softcap tanh(logits / softcap) (F19);
+            must be positive.
+        temperature: divides the logits after the cap; must be positive and finite.
+        output_dtype: the dtype of the result; None is that of the input, but float32 for half
+            precision.
 
     Returns:
         () or (N) or (N, d_1, ..., d_K) or (*), the shape of class indices.
 
     Raises:
         RuntimeError: for shapes or dtypes that do not fit.
-        ValueError, IndexError, TypeError: as in `linear_log_probs`.
+        ValueError: for an invalid scale, cap or temperature.
+        IndexError: if there is no class.
+        TypeError: if an argument is complex or not a tensor.
 
     >>> linear_log_sum_exp(torch.zeros(1, 4), torch.ones(2, 4))
     tensor([0.6931])
@@ -539,42 +474,3 @@ def linear_log_sum_exp(
     head = prepare_head(input, linear_weight, any_class, linear_bias, TargetOptions(), options)
     head = head.with_output_dtype(output_dtype or wide_type(head.output_dtype))
     return head.compute_log_sum_exp()
-
-
-@check.support_torch_function
-def feedforward(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    *,
-    activation: str = "sigmoid",
-    output_activation: str = "sigmoid",
-) -> Tensor:
-    """A feed-forward network as one function, its backward layer by layer (F10, F12).
-
-    Args:
-        input: (*, n_0).
-        weights: matrices (n_1, n_0), (n_2, n_1), ...
-        biases: for each weight a vector (n_1), (n_2), ... or None.
-        activation: that of the hidden layers: "sigmoid", "tanh", "relu" or "identity".
-        output_activation: that of the last layer: one of these, or "softmax" over the last axis.
-
-    Returns:
-        (*, n_L), the activation of the last layer.
-
-    Raises:
-        ValueError: for an unknown activation, no layer, or a number of biases other than that of
-            weights.
-        RuntimeError: if shapes or dtypes do not fit together.
-        TypeError: if an argument is complex or not a tensor.
-
-    >>> feedforward(torch.zeros(1, 3), [torch.ones(2, 3)], [None])
-    tensor([[0.5000, 0.5000]])
-    """
-    weights, biases = list(weights), list(biases)
-    names = list(formulas.ACTIVATIONS)
-    check.network(input, weights, biases, activation, output_activation, names)
-    input, *parameters = cast_for_product(input, *weights, *biases)
-    # one string, since PyTorch derives no batching rule of a Function with a list as an argument
-    activations = " ".join([activation] * (len(weights) - 1) + [output_activation])
-    return formulas.Feedforward.evaluate(activations, input, *parameters)[-1]

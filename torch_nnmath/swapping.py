@@ -118,8 +118,8 @@ def swap(
     The head is the Linear that computes logits. It returns deferred logits, a tensor whose values
     are computed only if an operation needs them. A cross entropy, in the model or outside of it,
     needs no values: it calls the fused head, `functional.linear_cross_entropy`, on the features.
-    See `docs/swapping.md`. `torch.compile` breaks its graph at the head and keeps the fused head;
-    with `fullgraph=True` logits are computed as usual.
+    The page Swap (docs/swapping.md) has the details. `torch.compile` breaks its graph at the head
+    and keeps the fused head; with `fullgraph=True` logits are computed as usual.
 
     Args:
         model: any module. A module under several names is replaced and reported once.

@@ -67,6 +67,18 @@ def test_explain_of_an_operator_that_only_gpus_have(tensors_on_gpu, monkeypatch)
         assert dispatch.may_use_kernel([gpu], is_gpu_only=True)
 
 
+def test_explain_of_an_operator_without_kernels_for_gpus(tensors_on_gpu):
+    x = OnGpu(torch.float32, 1)
+    sentence = "divergence is computed by PyTorch operations, block by block"
+    assert kernels.explain("divergence", torch.rand(2, 3)) == f"{sentence}."
+    assert kernels.explain("divergence", x) == f"{sentence}: it has no Triton kernel."
+
+
+def test_explain_of_an_unknown_operator_raises():
+    with pytest.raises(ValueError, match="no operator torch_nnmath::tanh"):
+        kernels.explain("tanh", torch.rand(3))
+
+
 def test_explain_names_who_watches_a_call():
     a = torch.rand(LARGE)
     assert kernels.explain("tanh_product", a, a).endswith("by PyTorch operations, block by block.")

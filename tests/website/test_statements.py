@@ -40,6 +40,8 @@ def list_expressions(statement):
     yield from statement.partials.items()
     yield statement.value[0], statement.tangent
     yield from statement.seconds.items()
+    yield from statement.products.items()
+    yield from statement.where_products.items()
 
 
 def test_every_formula_has_a_statement_and_no_other_exists(modules, all_statements):
@@ -57,10 +59,15 @@ def test_statement_is_proved_by_the_reference(statements, all_statements, row):
     statement = all_statements[row.title]
     entries = statements.prove(row, statement)
     assert entries > len(statement.partials)
-    assert {str(name) for name in statement.inputs} == set(row.samples[0].inputs)
+    inputs = set(row.samples[0].inputs)
+    assert {str(name) for name in statement.inputs} == inputs
+    for variables in (statement.partials, statement.products):
+        letters = {statements.split(variable)[0] for variable in variables}
+        assert not variables or letters == set(statement.inputs.values())
+    assert not (statement.products and statement.seconds)  # either says all
 
 
-@pytest.mark.parametrize("part", ["value", "partials", "tangent", "seconds", "is_complete"])
+@pytest.mark.parametrize("part", ["value", "partials", "tangent", "seconds", "missing seconds"])
 def test_wrong_statement_is_refused(statements, all_statements, part):
     row = next(row for row in CATALOG if row.title == "squared error")
     statement = all_statements[row.title]
@@ -70,13 +77,21 @@ def test_wrong_statement_is_refused(statements, all_statements, part):
         "partials": {a: statement.partials[t]},  # the document's sign
         "tangent": -statement.tangent,
         "seconds": dict.fromkeys(statement.seconds, sympy.Integer(2)),
-        "is_complete": True,
+        "missing seconds": {},
     }
-    changes = {part: wrong[part]}
-    if part == "is_complete":
-        changes["seconds"] = {}
+    changes = {part.split()[-1]: wrong[part]}
     with pytest.raises(verify.Wrong):
         statements.prove(row, dataclasses.replace(statement, **changes))
+
+
+@pytest.mark.parametrize("part", ["products", "where_products"])
+def test_wrong_product_of_hessian_and_vector_is_refused(statements, all_statements, part):
+    row = next(row for row in CATALOG if row.title == "log-probability of a class")
+    statement = all_statements[row.title]
+    last = list(getattr(statement, part).items())[-1]
+    wrong = getattr(statement, part) | {last[0]: 2 * last[1]}
+    with pytest.raises(verify.Wrong):
+        statements.prove(row, dataclasses.replace(statement, **{part: wrong}))
 
 
 # LaTeX

@@ -11,12 +11,12 @@ import sympy
 from statements import Statement, dot, kronecker, over
 from sympy import IndexedBase, Symbol, exp, log
 
-i, j, k, l, m, n = sympy.symbols("i j k l m n", integer=True)
+i, j, k, n = sympy.symbols("i j k n", integer=True)
 y = Symbol("y", integer=True)  # the label
 alpha, beta, mu, tau = (Symbol(name, positive=True) for name in ("alpha", "beta", "mix", "tau"))
 a = IndexedBase("a")
 K = Symbol("K")
-H, M = map(IndexedBase, ("H", "M"))
+M = IndexedBase("M")
 
 TEACHER_NOTE = "The letters with t above them are those of the teacher."
 
@@ -52,6 +52,26 @@ class Head:
             self.b[j]: self.δ[j],
         }
 
+    def list_products(self) -> dict[Any, Any]:
+        return {
+            self.x[k]: over(j, dot(self.δ)[j] * self.W[j, k] + self.δ[j] * dot(self.W)[j, k]),
+            self.W[j, k]: dot(self.δ)[j] * self.x[k] + self.δ[j] * dot(self.x)[k],
+            self.b[j]: dot(self.δ)[j],
+        }
+
+    def define_log_prob_tangent(self) -> dict[Any, Any]:
+        z, l = dot(self.z), dot(self.l)
+        return {l[j]: 1 / tau * (z[j] - over(i, self.q[i] * z[i]))}
+
+    def differentiate_score_part(self, mean: Any) -> Any:
+        """The derivative of q_j (s_j - mean), where the mean is that of the scores."""
+        l, score = dot(self.l)[j], self.s[j] - mean
+        return self.q[j] * (l * score + dot(self.s)[j] - dot(mean))
+
+    def define_mean_tangent(self, mean: Any) -> dict[Any, Any]:
+        l, q, s = dot(self.l), self.q, self.s
+        return {dot(mean): over(j, q[j] * (l[j] * s[j] + dot(s)[j]))}
+
 
 STUDENT, TEACHER = Head("", "q"), Head("^{t}", "p")
 
@@ -59,7 +79,7 @@ STUDENT, TEACHER = Head("", "q"), Head("^{t}", "p")
 def state_heads(
     cost: Any,
     definitions: dict[Any, Any],
-    seconds: dict[Any, Any],
+    tangents: dict[Any, Any],
     sizes: tuple[int, int],
     **rest: Any,
 ) -> Statement:
@@ -73,47 +93,31 @@ def state_heads(
         where |= head.define_probabilities()
     where |= definitions
     partials: dict[Any, Any] = {}
+    products: dict[Any, Any] = {}
+    where_products: dict[Any, Any] = {}
     for head in heads:
         partials |= head.list_partials()
+        products |= head.list_products()
         where |= head.define_tangent()
+        where_products |= head.define_log_prob_tangent()
     s, t = heads
     return Statement(
         value=(Symbol("c"), cost),
         partials=partials,
         tangent=over(j, s.δ[j] * dot(s.z)[j] + t.δ[j] * dot(t.z)[j]),
-        seconds=seconds,
+        products=products,
         inputs={"x": s.x, "W": s.W, "b": s.b, "xt": t.x, "Wt": t.W, "bt": t.b},
-        lengths={i: classes, j: classes, k: features, l: features},
+        lengths={i: classes, j: classes, k: features},
         where=where,
+        where_products=where_products | tangents,
         note=TEACHER_NOTE,
         **rest,
     )
 
 
-def list_seconds(head: Head) -> dict[Any, Any]:
-    """Returns the second derivatives in the inputs of a head, whose logits have the Hessian H."""
-    return {
-        (head.b[i], head.b[j]): H[i, j],
-        (head.W[j, k], head.W[i, l]): H[i, j] * head.x[k] * head.x[l],
-        (head.W[j, k], head.x[l]): over(i, H[i, j] * head.W[i, l]) * head.x[k]
-        + head.δ[j] * kronecker(k, l),
-    }
-
-
-def softmax_hessian(q: Any, first: Any, second: Any) -> Any:
-    return q[first] * (kronecker(first, second) - q[second])
-
-
-def score_hessian(head: Head, first: Any, second: Any) -> Any:
-    """The derivative of q_i (s_i - K), K = Σ q s, where s_i is a log-probability and a constant."""
-    q, s = head.q, head.s
-    own = (kronecker(first, second) - q[second]) * (s[first] - K + 1)
-    return q[first] * (own - q[second] * (s[second] - K))
-
-
 def state_kl_div(source: Head, target: Head) -> Statement:
     """Returns the statement of Σ q (l - l') with q of the source; F25's source is the teacher."""
-    first, second = 1 / (tau * log(beta)), 1 / (tau**2 * log(beta))
+    first = 1 / (tau * log(beta))
     return state_heads(
         1 / log(beta) * over(j, source.q[j] * source.s[j]),
         {
@@ -121,12 +125,13 @@ def state_kl_div(source: Head, target: Head) -> Statement:
             K: over(j, source.q[j] * source.s[j]),
             target.δ[j]: first * (target.q[j] - source.q[j]),
             source.δ[j]: first * source.q[j] * (source.s[j] - K),
-            H[i, j]: second * softmax_hessian(target.q, i, j),
         },
         {
-            **list_seconds(target),
-            (target.b[i], source.b[j]): -second * softmax_hessian(source.q, i, j),
-            (source.b[i], source.b[j]): second * score_hessian(source, i, j),
+            dot(source.s)[j]: dot(source.l)[j] - dot(target.l)[j],
+            **source.define_mean_tangent(K),
+            dot(target.δ)[j]: first
+            * (target.q[j] * dot(target.l)[j] - source.q[j] * dot(source.l)[j]),
+            dot(source.δ)[j]: first * source.differentiate_score_part(K),
         },
         (3, 2),
     )
@@ -147,7 +152,14 @@ def state_jsd() -> Statement:
             s.δ[j]: first * s.q[j] * (s.s[j] - K),
             t.δ[j]: first * t.q[j] * (t.s[j] - Kt),
         },
-        {},
+        {
+            dot(s.s)[j]: mu * (1 - mu) * (t.q[j] / M[j]) * (dot(s.l)[j] - dot(t.l)[j]),
+            dot(t.s)[j]: mu * (1 - mu) * (s.q[j] / M[j]) * (dot(t.l)[j] - dot(s.l)[j]),
+            **s.define_mean_tangent(K),
+            **t.define_mean_tangent(Kt),
+            dot(s.δ)[j]: first * s.differentiate_score_part(K),
+            dot(t.δ)[j]: first * t.differentiate_score_part(Kt),
+        },
         (2, 1),
     )
 
@@ -165,13 +177,17 @@ def state_distillation() -> Statement:
             s.δ[j]: factor
             * (alpha * (a[j] - kronecker(j, y)) + (1 - alpha) * tau * (s.q[j] - t.q[j])),
             t.δ[j]: factor * (1 - alpha) * tau * t.q[j] * (t.s[j] - K),
-            H[i, j]: factor
-            * (alpha * softmax_hessian(a, i, j) + (1 - alpha) * softmax_hessian(s.q, i, j)),
         },
         {
-            **list_seconds(s),
-            (s.b[i], t.b[j]): factor * (alpha - 1) * softmax_hessian(t.q, i, j),
-            (t.b[i], t.b[j]): factor * (1 - alpha) * score_hessian(t, i, j),
+            dot(a)[j]: a[j] * (dot(s.z)[j] - over(i, a[i] * dot(s.z)[i])),
+            dot(t.s)[j]: dot(t.l)[j] - dot(s.l)[j],
+            **t.define_mean_tangent(K),
+            dot(s.δ)[j]: factor
+            * (
+                alpha * dot(a)[j]
+                + (1 - alpha) * tau * (s.q[j] * dot(s.l)[j] - t.q[j] * dot(t.l)[j])
+            ),
+            dot(t.δ)[j]: factor * (1 - alpha) * tau * t.differentiate_score_part(K),
         },
         (2, 1),
         constants={y: 1},
@@ -184,18 +200,18 @@ def state_top_k() -> Statement:
     S, u, v = IndexedBase("S"), IndexedBase("u"), IndexedBase("v")
     P, Q, r = Symbol("P"), Symbol("Q"), Symbol("r")
     factor = 1 / log(beta)
-    first, second = 1 / (tau * log(beta)), 1 / (tau**2 * log(beta))
+    first = 1 / (tau * log(beta))
+    l = dot(head.l)
     return Statement(
         value=(Symbol("c"), factor * (over(n, p[n] * s[n]) + P * r)),
         partials={**head.list_partials(), lt[n]: factor * p[n] * (s[n] - r)},
         tangent=over(j, δ[j] * dot(head.z)[j]) + factor * over(n, p[n] * (s[n] - r) * dot(lt)[n]),
-        seconds={
-            **list_seconds(head),
-            (head.b[j], lt[n]): first * p[n] * (v[j] - S[n, j]),
-            (lt[n], lt[m]): factor * p[n] * (kronecker(n, m) * (s[n] - r + 1) + p[m] / P),
+        products={
+            **head.list_products(),
+            lt[n]: factor * (dot(p)[n] * (s[n] - r) + p[n] * (dot(s)[n] - dot(r))),
         },
         inputs={"x": head.x, "W": head.W, "b": head.b, "lt": lt},
-        lengths={i: 3, j: 3, k: 2, l: 2, m: 2, n: 2},
+        lengths={i: 3, j: 3, k: 2, n: 2},
         where={
             **head.define_logits(),
             **head.define_probabilities(),
@@ -207,8 +223,17 @@ def state_top_k() -> Statement:
             r: log(P) - log(Q),
             v[j]: 1 / Q * u[j] * q[j],
             δ[j]: first * (q[j] - over(n, S[n, j] * p[n]) - P * v[j]),
-            H[i, j]: second * (softmax_hessian(q, i, j) - P * softmax_hessian(v, i, j)),
             **head.define_tangent(),
+        },
+        where_products={
+            **head.define_log_prob_tangent(),
+            dot(p)[n]: p[n] * dot(lt)[n],
+            dot(P): -over(n, dot(p)[n]),
+            dot(v)[j]: v[j] * (l[j] - over(i, v[i] * l[i])),
+            dot(s)[n]: dot(lt)[n] - over(j, S[n, j] * l[j]),
+            dot(r): 1 / P * dot(P) - over(j, v[j] * l[j]),
+            dot(δ)[j]: first
+            * (q[j] * l[j] - over(n, S[n, j] * dot(p)[n]) - dot(P) * v[j] - P * dot(v)[j]),
         },
         constants={S: ((0, 0, 1), (1, 0, 0))},  # the classes 2 and 0
         note=(

@@ -150,24 +150,39 @@ def write_statement(row: Row, statement: Statement) -> list[str]:
             ]
         ),
         "### Second order\n",
+        *write_second_order(statement),
     ]
-    if statement.seconds:
-        parts.append(
-            display_equations(
-                (statement.left_of_second(*pair), typeset(second))
-                for pair, second in statement.seconds.items()
-            )
-        )
-    elif not statement.is_complete:
-        parts.append("The page that derives the formula has it.\n")
-    has_others = len(statement.seconds) < len(statement.inputs) * (len(statement.inputs) + 1) // 2
-    if statement.is_complete and has_others:
-        parts.append(f"All {'other ' if statement.seconds else ''}second derivatives are 0.\n")
     parts.append(
         "These expressions are proved by SymPy: for the sizes of the catalogue's first sample, "
         "each entry equals that of the NumPy form below, or its derivative. The sums run over all "
         "values of the index, δ with two indices is Kronecker's.\n"
     )
+    return parts
+
+
+def write_second_order(statement: Statement) -> list[str]:
+    """Returns the second derivatives in pairs of inputs, or those along a direction."""
+    if statement.products:
+        products = [
+            (statement.left_of_product(variable), typeset(product))
+            for variable, product in statement.products.items()
+        ]
+        parts = [
+            "D is the derivative along the direction of the dotted inputs: the product of the "
+            "Hessian and a vector.\n",
+            display_equations(products),
+        ]
+        where = [(typeset(a), typeset(b)) for a, b in statement.where_products.items()]
+        return [*parts, "where\n", display_equations(where)]
+    parts = []
+    if statement.seconds:
+        seconds = [
+            (statement.left_of_second(*pair), typeset(second))
+            for pair, second in statement.seconds.items()
+        ]
+        parts.append(display_equations(seconds))
+    if len(statement.seconds) < len(statement.inputs) * (len(statement.inputs) + 1) // 2:
+        parts.append(f"All {'other ' if statement.seconds else ''}second derivatives are 0.\n")
     return parts
 
 

@@ -38,7 +38,6 @@ def state_activation(value: Any, slope: Any, curvature: Any, **options: Any) -> 
         seconds=seconds,
         inputs={"z": z},
         lengths={j: 3, k: 3, l: 3},
-        is_complete=True,
         **options,
     )
 
@@ -51,7 +50,6 @@ def state_affine() -> Statement:
         seconds={(W[j, k], x[l]): kronecker(i, j) * kronecker(k, l)},
         inputs={"x": x, "W": W, "b": b},
         lengths={i: 2, j: 2, k: 3, l: 3},
-        is_complete=True,
     )
 
 
@@ -82,10 +80,8 @@ def state_cost() -> Statement:
         value=(cost, 1 / N * over(i, c[i])),
         partials={c[j]: 1 / N},
         tangent=1 / N * over(i, dot(c)[i]),
-        seconds={},
         inputs={"c": c},
         lengths={i: 4, j: 4},
-        is_complete=True,
         constants={N: 4},
     )
 
@@ -102,7 +98,6 @@ def state_squared_error() -> Statement:
         },
         inputs={"a": a, "t": t},
         lengths={j: 3, k: 3},
-        is_complete=True,
     )
 
 
@@ -118,7 +113,6 @@ def state_categorical_cross_entropy() -> Statement:
         },
         inputs={"a": a, "t": t},
         lengths={j: CLASSES, k: CLASSES},
-        is_complete=True,
     )
 
 
@@ -140,7 +134,6 @@ def state_softmax() -> Statement:
         },
         inputs={"z": z},
         lengths={i: 3, j: 3, k: 3, l: 3},
-        is_complete=True,
     )
 
 
@@ -166,7 +159,6 @@ def state_softmax_jacobian() -> Statement:
             d[i, j]: kronecker(i, j) - a[j],
             dot(a)[j]: slope,
         },
-        is_complete=True,
     )
 
 
@@ -181,21 +173,18 @@ def state_sigmoid_squared_error() -> Statement:
             t[j]: t[j] - a[j],
         },
         tangent=over(j, δ[j] * dot(z)[j] - (a[j] - t[j]) * dot(t)[j]),
-        seconds={
-            (b[i], b[j]): kronecker(i, j) * h[j],
-            (W[j, k], W[i, l]): kronecker(i, j) * h[j] * x[k] * x[l],
-            (W[j, k], x[l]): h[j] * W[j, l] * x[k] + δ[j] * kronecker(k, l),
-            (b[i], t[j]): -kronecker(i, j) * a[j] * (1 - a[j]),
-            (t[i], t[j]): kronecker(i, j),
-        },
+        products={**AFFINE_PRODUCTS, t[j]: dot(t)[j] - slope * dot(z)[j]},
         inputs={"x": x, "W": W, "b": b, "t": t},
-        lengths={i: 2, j: 2, k: 3, l: 3},
+        lengths={j: 2, k: 3},
         where={
             z[j]: over(k, W[j, k] * x[k]) + b[j],
             a[j]: sigmoid(z[j]),
             δ[j]: (a[j] - t[j]) * a[j] * (1 - a[j]),
-            h[j]: slope * (slope + (a[j] - t[j]) * (1 - 2 * a[j])),
             dot(z)[j]: over(k, W[j, k] * dot(x)[k] + dot(W)[j, k] * x[k]) + dot(b)[j],
+        },
+        where_products={
+            h[j]: slope * (slope + (a[j] - t[j]) * (1 - 2 * a[j])),
+            dot(δ)[j]: h[j] * dot(z)[j] - slope * dot(t)[j],
         },
     )
 
@@ -204,7 +193,7 @@ def state_feedforward() -> Statement:
     W1, W2, b1, b2, a1, z1, z2 = map(
         IndexedBase, ("w^{1}", "w^{2}", "b^{1}", "b^{2}", "a^{1}", "z^{1}", "z^{2}")
     )
-    out, f1, f2, g1, g2 = map(IndexedBase, ("a^{2}", "f'^{1}", "f'^{2}", "f''^{1}", "f''^{2}"))
+    out, f1, f2, e = map(IndexedBase, ("a^{2}", "f'^{1}", "f'^{2}", "e"))
 
     def slope(activation: Any) -> Any:
         return activation * (1 - activation)
@@ -214,29 +203,37 @@ def state_feedforward() -> Statement:
         partials={
             W2[j, k]: kronecker(i, j) * f2[i] * a1[k],
             b2[j]: kronecker(i, j) * f2[i],
-            W1[k, q]: f2[i] * W2[i, k] * f1[k] * x[q],
-            b1[k]: f2[i] * W2[i, k] * f1[k],
-            x[q]: over(k, f2[i] * W2[i, k] * f1[k] * W1[k, q]),
+            W1[k, q]: e[i, k] * x[q],
+            b1[k]: e[i, k],
+            x[q]: over(k, e[i, k] * W1[k, q]),
         },
         tangent=f2[i] * dot(z2)[i],
-        seconds={
-            (b2[j], b2[l]): kronecker(i, j) * kronecker(i, l) * g2[i],
-            (b1[k], b1[l]): g2[i] * W2[i, k] * W2[i, l] * f1[k] * f1[l]
-            + kronecker(k, l) * f2[i] * W2[i, k] * g1[k],
-            (b2[j], b1[k]): kronecker(i, j) * g2[i] * W2[i, k] * f1[k],
+        products={
+            W2[j, k]: kronecker(i, j) * (dot(f2)[i] * a1[k] + f2[i] * dot(a1)[k]),
+            b2[j]: kronecker(i, j) * dot(f2)[i],
+            W1[k, q]: dot(e)[i, k] * x[q] + e[i, k] * dot(x)[q],
+            b1[k]: dot(e)[i, k],
+            x[q]: over(k, dot(e)[i, k] * W1[k, q] + e[i, k] * dot(W1)[k, q]),
         },
         inputs={"x": x, "W1": W1, "b1": b1, "W2": W2, "b2": b2},
-        lengths={i: 2, j: 2, k: 2, l: 2, q: 3},
+        lengths={i: 2, j: 2, k: 2, q: 3},
         where={
             z1[k]: over(q, W1[k, q] * x[q]) + b1[k],
             a1[k]: sigmoid(z1[k]),
             z2[i]: over(k, W2[i, k] * a1[k]) + b2[i],
             f1[k]: slope(a1[k]),
             f2[i]: slope(out[i]),
-            g1[k]: f1[k] * (1 - 2 * a1[k]),
-            g2[i]: f2[i] * (1 - 2 * out[i]),
+            e[i, k]: f2[i] * W2[i, k] * f1[k],
             dot(z1)[k]: over(q, W1[k, q] * dot(x)[q] + dot(W1)[k, q] * x[q]) + dot(b1)[k],
-            dot(z2)[i]: over(k, W2[i, k] * f1[k] * dot(z1)[k] + dot(W2)[i, k] * a1[k]) + dot(b2)[i],
+            dot(a1)[k]: f1[k] * dot(z1)[k],
+            dot(z2)[i]: over(k, W2[i, k] * dot(a1)[k] + dot(W2)[i, k] * a1[k]) + dot(b2)[i],
+        },
+        where_products={
+            dot(f1)[k]: (1 - 2 * a1[k]) * dot(a1)[k],
+            dot(f2)[i]: (1 - 2 * out[i]) * f2[i] * dot(z2)[i],
+            dot(e)[i, k]: dot(f2)[i] * W2[i, k] * f1[k]
+            + f2[i] * dot(W2)[i, k] * f1[k]
+            + f2[i] * W2[i, k] * dot(f1)[k],
         },
     )
 
@@ -262,16 +259,14 @@ def state_cross_entropy() -> Statement:
         inputs={"z": z, "t": t},
         lengths={i: CLASSES, j: CLASSES, k: CLASSES},
         where=TOTAL | define_softmax(z),
-        is_complete=True,
     )
 
 
-HEAD_LENGTHS = {i: CLASSES, j: CLASSES, k: 2, l: 2}
+HEAD_LENGTHS = {i: CLASSES, j: CLASSES, k: 2}
 
 
 def state_head() -> Statement:
     factor = 1 / log(beta)
-    H = IndexedBase("H")
     return Statement(
         value=(Symbol("c"), factor * (T * lse - over(j, t[j] * z[j]))),
         partials={
@@ -281,22 +276,22 @@ def state_head() -> Statement:
             t[j]: factor * (lse - z[j]),
         },
         tangent=over(j, δ[j] * dot(z)[j] + factor * (lse - z[j]) * dot(t)[j]),
-        seconds={
-            (b[i], b[j]): H[i, j],
-            (W[j, k], W[i, l]): H[i, j] * x[k] * x[l],
-            (W[j, k], x[l]): over(i, H[i, j] * W[i, l]) * x[k] + δ[j] * kronecker(k, l),
-            (b[i], t[j]): factor * (a[i] - kronecker(i, j)),
+        products={
+            **AFFINE_PRODUCTS,
+            t[j]: factor * (over(i, a[i] * dot(z)[i]) - dot(z)[j]),
         },
         inputs={"x": x, "W": W, "b": b, "t": t},
         lengths=HEAD_LENGTHS,
         where=AFFINE
         | TOTAL
         | define_softmax(z)
-        | {
-            δ[j]: factor * (T * a[j] - t[j]),
-            H[i, j]: T / log(beta) * a[i] * (kronecker(i, j) - a[j]),
-        }
+        | {δ[j]: factor * (T * a[j] - t[j])}
         | AFFINE_TANGENT,
+        where_products={
+            dot(T): over(j, dot(t)[j]),
+            dot(a)[j]: a[j] * (dot(z)[j] - over(i, a[i] * dot(z)[i])),
+            dot(δ)[j]: factor * (T * dot(a)[j] + dot(T) * a[j] - dot(t)[j]),
+        },
     )
 
 
@@ -308,7 +303,6 @@ def state_logit_scale() -> Statement:
         seconds={(x[k], s): kronecker(j, k)},
         inputs={"x": x, "s": s},
         lengths={j: 3, k: 3},
-        is_complete=True,
     )
 
 
@@ -321,7 +315,6 @@ def state_z_loss() -> Statement:
         inputs={"z": z},
         lengths={i: CLASSES, j: CLASSES, k: CLASSES},
         where=define_softmax(z),
-        is_complete=True,
     )
 
 
@@ -340,39 +333,34 @@ def state_entropy() -> Statement:
         inputs={"z": z},
         lengths={i: CLASSES, j: CLASSES, k: CLASSES},
         where=define_softmax(z) | {logs[j]: z[j] - lse, mean: over(j, a[j] * logs[j])},
-        is_complete=True,
     )
 
 
 def state_log_probs() -> Statement:
     factor = 1 / log(beta)
-    H = IndexedBase("H")
     return Statement(
         value=(Symbol("p"), factor * (z[y] - lse)),
         partials={x[k]: over(j, δ[j] * W[j, k]), W[j, k]: δ[j] * x[k], b[j]: δ[j]},
         tangent=over(j, δ[j] * dot(z)[j]),
-        seconds={
-            (b[i], b[j]): H[i, j],
-            (W[j, k], W[i, l]): H[i, j] * x[k] * x[l],
-            (W[j, k], x[l]): over(i, H[i, j] * W[i, l]) * x[k] + δ[j] * kronecker(k, l),
-        },
+        products=AFFINE_PRODUCTS,
         inputs={"x": x, "W": W, "b": b},
         lengths=HEAD_LENGTHS,
         where=AFFINE
         | define_softmax(z)
-        | {
-            δ[j]: factor * (kronecker(j, y) - a[j]),
-            H[i, j]: factor * -1 * a[i] * (kronecker(i, j) - a[j]),
-        }
+        | {δ[j]: factor * (kronecker(j, y) - a[j])}
         | AFFINE_TANGENT,
+        where_products={
+            dot(δ)[j]: -factor * a[j] * (dot(z)[j] - over(i, a[i] * dot(z)[i])),
+        },
         constants={y: 1},
     )
 
 
 def state_scaled_head() -> Statement:
     factor = 1 / log(beta)
-    G, r, H = IndexedBase("G"), IndexedBase("r"), IndexedBase("H")
-    slope = 1 - (v[j] / cap) ** 2
+    G, r = IndexedBase("G"), IndexedBase("r")
+    mean = over(i, a[i] * dot(v)[i])
+    coefficient = T / log(beta) + 2 * zeta * lse
     return Statement(
         value=(Symbol("c"), factor * (T * lse - over(j, t[j] * v[j])) + zeta * lse**2),
         partials={
@@ -382,11 +370,11 @@ def state_scaled_head() -> Statement:
             t[j]: factor * (lse - v[j]),
             s: over(j, G[j] * r[j] * z[j]),
         },
-        tangent=over(j, δ[j] * dot(z)[j] + factor * (lse - v[j]) * dot(t)[j])
-        + over(j, G[j] * r[j] * z[j]) * dot(s),
-        seconds={
-            (b[i], b[j]): H[i, j],
-            (W[j, k], W[i, l]): H[i, j] * x[k] * x[l],
+        tangent=over(j, G[j] * dot(v)[j] + factor * (lse - v[j]) * dot(t)[j]),
+        products={
+            **AFFINE_PRODUCTS,
+            t[j]: factor * (mean - dot(v)[j]),
+            s: over(j, dot(G)[j] * r[j] * z[j] + G[j] * (dot(r)[j] * z[j] + r[j] * dot(z)[j])),
         },
         inputs={"x": x, "W": W, "b": b, "t": t, "s": s},
         lengths=HEAD_LENGTHS,
@@ -395,19 +383,21 @@ def state_scaled_head() -> Statement:
         | TOTAL
         | define_softmax(v)
         | {
-            G[j]: (T / log(beta) + 2 * zeta * lse) * a[j] - t[j] / log(beta),
-            r[j]: slope,
+            G[j]: coefficient * a[j] - t[j] / log(beta),
+            r[j]: 1 - (v[j] / cap) ** 2,
             δ[j]: s * r[j] * G[j],
-            H[i, j]: s**2
-            * r[i]
-            * r[j]
-            * (
-                (T / log(beta) + 2 * zeta * lse) * a[i] * (kronecker(i, j) - a[j])
-                + 2 * zeta * a[i] * a[j]
-            )
-            - 2 * s**2 / cap**2 * kronecker(i, j) * v[j] * r[j] * G[j],
         }
-        | AFFINE_TANGENT,
+        | AFFINE_TANGENT
+        | {dot(v)[j]: r[j] * (s * dot(z)[j] + dot(s) * z[j])},
+        where_products={
+            dot(T): over(j, dot(t)[j]),
+            dot(a)[j]: a[j] * (dot(v)[j] - mean),
+            dot(G)[j]: coefficient * dot(a)[j]
+            + (dot(T) / log(beta) + 2 * zeta * mean) * a[j]
+            - dot(t)[j] / log(beta),
+            dot(r)[j]: -(2 / cap**2) * v[j] * dot(v)[j],
+            dot(δ)[j]: dot(s) * r[j] * G[j] + s * dot(r)[j] * G[j] + s * r[j] * dot(G)[j],
+        },
     )
 
 
@@ -424,7 +414,6 @@ def state_split_log_sum_exp() -> Statement:
             part[i]: over(j, member[i, j] * exp(z[j])),
             a[j]: exp(z[j]) / over(i, part[i]),
         },
-        is_complete=True,
         constants={member: ((1, 1, 0), (0, 0, 0), (0, 0, 1))},  # the sizes 2, 0 and 1
         note=(
             "Rank i has the sum s of its own classes: u is 1 where it has class j, else 0. Every "
@@ -446,7 +435,6 @@ def state_weighted_cost() -> Statement:
         inputs={"c": c, "r": r},
         lengths={i: 4, j: 4, k: 4},
         where={total: over(i, r[i])},
-        is_complete=True,
     )
 
 
@@ -455,6 +443,11 @@ with sympy.evaluate(False):  # keeps the order in which terms are written
     TOTAL = {T: over(j, t[j])}
     AFFINE_TANGENT = {
         dot(z)[j]: over(k, W[j, k] * dot(x)[k] + dot(W)[j, k] * x[k]) + dot(b)[j],
+    }
+    AFFINE_PRODUCTS = {
+        x[k]: over(j, dot(δ)[j] * W[j, k] + δ[j] * dot(W)[j, k]),
+        W[j, k]: dot(δ)[j] * x[k] + δ[j] * dot(x)[k],
+        b[j]: dot(δ)[j],
     }
     STATEMENTS: dict[str, Statement] = {
         "affine map": state_affine(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -110,9 +111,27 @@ def draw_jacobian(axes: Any) -> None:
     axes.figure.colorbar(picture, label=r"$\partial a_i / \partial z_j$")
 
 
+def compare_to_teacher(margin: Tensor, **options: Any) -> Tensor:
+    """Returns a divergence of two classes, of which the teacher gives the first 0.8."""
+    student = make_logits(margin)
+    teacher = make_logits(torch.full_like(margin, math.log(4)))
+    one = torch.eye(2, dtype=margin.dtype)
+    divergence = F.linear_jsd if "beta" in options else F.linear_kl_div
+    return divergence(student, one, teacher, one, reduction="none", **options)
+
+
+def draw_jsd(axes: Any) -> None:
+    margin = torch.linspace(-6, 6, 601, dtype=torch.float64)
+    for beta, line in ((0.1, "-"), (0.5, "--"), (0.9, ":")):
+        values = compare_to_teacher(margin, beta=beta)
+        axes.plot(margin, values, line, label=rf"$\mu = {beta}$", linewidth=2)
+    axes.set_xlabel(STUDENT_MARGIN)
+
+
 LOSS = ("$c$", "$c'$", "$c''$")
 ACTIVATION = ("$a$", "$a'$", "$a''$")
 MARGIN = "margin: the logit of the true class minus the other one"
+STUDENT_MARGIN = "the student's margin; the teacher's is ln 4"
 
 PICTURES: dict[str, tuple[str, Draw]] = {
     "tanh": ("tanh and its derivatives", draw_function(F.tanh, ACTIVATION, "$z$")),
@@ -171,6 +190,20 @@ PICTURES: dict[str, tuple[str, Draw]] = {
             ("$h$", "$h'$", "$h''$"),
             "$z_0$, with $z_1 = 0$",
         ),
+    ),
+    "Kullback-Leibler divergence between two heads": (
+        "KL(p‖q) of two classes over the student's margin and its derivatives, for p = (0.8, 0.2)",
+        draw_function(compare_to_teacher, LOSS, STUDENT_MARGIN),
+    ),
+    "reverse Kullback-Leibler divergence between two heads": (
+        "KL(q‖p) of two classes over the student's margin and its derivatives, for p = (0.8, 0.2): "
+        "it is bounded, and not convex",
+        draw_function(lambda m: compare_to_teacher(m, reverse=True), LOSS, STUDENT_MARGIN),
+    ),
+    "generalised Jensen-Shannon divergence between two heads": (
+        "The divergence of two classes over the student's margin, for three weights of the teacher "
+        "and p = (0.8, 0.2)",
+        draw_jsd,
     ),
     "log-probability of a class": (
         "The log-probability of one of two classes over the margin, and its derivatives",

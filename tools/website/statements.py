@@ -29,21 +29,24 @@ class Statement:
     """The value of a formula and its derivatives, each `left: right` with free indices.
 
     `value` is the formula itself. `where` defines the other letters, which may use each other.
-    `partials` has the derivative in each input, `tangent` the one in forward mode, and `seconds`
-    the second derivatives in pairs of inputs. If `is_complete`, all other second derivatives are 0.
-    `lengths` has the number of values of each index in the catalogue's first sample, `inputs` the
-    letter of each of that sample's inputs, and `constants` the numbers of letters such as N, an
-    array for a letter with indices. `note` says in words what the equations do not.
+    `partials` has the derivative in each input and `tangent` the one in forward mode. The second
+    order is in one of two forms: `seconds` has the second derivatives in pairs of inputs, and all
+    others are 0; or `products` has, for each input, the derivative of its partial derivative along
+    a direction of all inputs, and `where_products` defines more letters for it. `lengths` has the
+    number of values of each index in the catalogue's first sample, `inputs` the letter of each of
+    that sample's inputs, and `constants` the numbers of letters such as N, an array for a letter
+    with indices. `note` says in words what the equations do not.
     """
 
     value: tuple[Expr, Expr]
     partials: Equations
     tangent: Expr
-    seconds: Mapping[tuple[Expr, Expr], Expr]
     inputs: Mapping[str, Any]
     lengths: Mapping[Symbol, int]
+    seconds: Mapping[tuple[Expr, Expr], Expr] = field(default_factory=dict)
+    products: Equations = field(default_factory=dict)
     where: Equations = field(default_factory=dict)
-    is_complete: bool = False
+    where_products: Equations = field(default_factory=dict)
     constants: Mapping[Any, Any] = field(default_factory=dict)
     note: str = ""
 
@@ -53,6 +56,9 @@ class Statement:
     def left_of_second(self, first: Expr, second: Expr) -> str:
         value, first_text, second_text = map(typeset, (self.value[0], first, second))
         return rf"\frac{{\partial^2 {value}}}{{\partial {first_text}\,\partial {second_text}}}"
+
+    def left_of_product(self, variable: Expr) -> str:
+        return rf"\mathrm{{D}}\,{self.left_of_partial(variable)}"
 
     @property
     def left_of_tangent(self) -> str:
@@ -92,7 +98,7 @@ class Printer(LatexPrinter):
 
     def _print_Indexed(self, expression: Indexed) -> str:
         letter, mark, layer = str(expression.base.label).partition("^")
-        letter = f"{{{letter}}}" if "'" in letter else letter
+        letter = f"{{{letter}}}" if letter.endswith("'") else letter
         indices = " ".join(map(self._print, expression.indices))
         return f"{letter}{mark}{layer}_{{{indices}}}"
 
@@ -101,6 +107,9 @@ class Printer(LatexPrinter):
         if isinstance(expression.function, sympy.Add):
             body = rf"\left({body}\right)"
         return rf"\sum_{{{self._print(expression.limits[0][0])}}} {body}"
+
+    def _as_ordered_terms(self, expr: Expr, order: str | None = None) -> list[Expr]:
+        return list(flatten_sum(expr))
 
     def _print_Mul(self, expression: sympy.Mul) -> str:
         coefficient, pieces = 1, []  # a piece is a list of factors, or a fraction as text
@@ -151,6 +160,12 @@ class Printer(LatexPrinter):
         text = self._print(argument)
         is_letter = isinstance(argument, Indexed | Symbol | Sum)
         return f"{name}{power} {text}" if is_letter else rf"{name}{power}\left({text}\right)"
+
+
+def flatten_sum(expression: Expr) -> Iterator[Expr]:
+    """Yields the terms of a sum, and those of the sums within it."""
+    for term in expression.args if isinstance(expression, sympy.Add) else [expression]:
+        yield from flatten_sum(term) if isinstance(term, sympy.Add) else [term]
 
 
 def flatten_product(expression: Expr) -> Iterator[Expr]:
@@ -215,7 +230,8 @@ class Ground:
         for letter, entries in self.symbols.items():
             self.letters[letter] = entries
             self.letters[dot(letter)] = self.tangents[letter]
-        self.definitions = {**statement.where, statement.value[0]: statement.value[1]}
+        left, right = statement.value
+        self.definitions = {**statement.where, **statement.where_products, left: right}
 
     def __call__(self, expression: Any, indices: Mapping[Any, int]) -> Any:
         """Returns the expression without sums, indices and defined letters."""
@@ -262,6 +278,22 @@ class Ground:
             for pair in zip(entries.ravel(), self.tangents[letter].ravel(), strict=True)
         ]
 
+    def list_biases(self) -> dict[Any, tuple[Any, Any]]:
+        """Returns, for each bias b of an affine map z = ... + b, the symbol z and z - ... of it.
+
+        A later layer's comes first, since it contains biases of the layers before.
+        """
+        biases: dict[Any, tuple[Any, Any]] = {}
+        for left, right in self.statement.where.items():
+            terms = sympy.Add.make_args(right)
+            for bias in (term for term in terms if split(term)[0] in self.letters):
+                for indices in self.list_indices(left):
+                    rest = sum(self(term, indices) for term in terms if term != bias)
+                    if sympy.expand(rest).is_polynomial():
+                        z = sympy.Dummy("z")
+                        biases = {self(bias, indices): (z, z - sympy.expand(rest))} | biases
+        return biases
+
 
 def split(left: Any) -> tuple[Any, tuple[Any, ...]]:
     """Returns the letter and the indices of a[j] or of a letter alone."""
@@ -300,6 +332,8 @@ def prove(row: Row, statement: Statement) -> int:
         for indices in ground.list_indices(left, variable):
             expected = sympy.diff(get_value(indices), ground(variable, indices))
             compare(partial, indices, expected, f"derivative in {variable}")
+    if statement.products:
+        return count + prove_products(ground)
     listed = set()
     for (first, second), expression in statement.seconds.items():
         for indices in ground.list_indices(left, first, second):
@@ -307,12 +341,40 @@ def prove(row: Row, statement: Statement) -> int:
             listed |= {pair, pair[::-1]}
             expected = sympy.diff(get_value(indices), *pair)
             compare(expression, indices, expected, f"derivative in {first} and {second}")
-    if statement.is_complete:
-        variables = [x for x, _ in ground.list_variables()]
-        for indices in ground.list_indices(left):
-            for pair in itertools.combinations_with_replacement(variables, 2):
-                if pair not in listed:
-                    compare(sympy.Integer(0), indices, sympy.diff(get_value(indices), *pair), "")
+    variables = [x for x, _ in ground.list_variables()]
+    for indices in ground.list_indices(left):
+        for pair in itertools.combinations_with_replacement(variables, 2):
+            if pair not in listed:
+                compare(sympy.Integer(0), indices, sympy.diff(get_value(indices), *pair), "")
+    return count
+
+
+def prove_products(ground: Ground) -> int:
+    """Proves that each product is the directional derivative of a partial derivative.
+
+    The statement's partial derivatives are proved before. Instead of a bias b, z = ... + b is a
+    variable here, so that the exponents are short.
+    """
+    statement, biases = ground.statement, ground.list_biases()
+
+    def evaluate(expression: Any, indices: dict[Any, int]) -> Any:
+        result = sympy.sympify(ground(expression, indices))
+        for bias, (_, replacement) in biases.items():
+            result = result.subs(bias, replacement)
+        return result
+
+    def change(variable: Any) -> Any:
+        return biases[variable][0] if variable in biases else variable
+
+    pairs = [(change(x), change(dx)) for x, dx in ground.list_variables()]
+    count = 0
+    for variable, product in statement.products.items():
+        for indices in ground.list_indices(statement.value[0], variable):
+            partial = evaluate(statement.partials[variable], indices)
+            expected = sum(sympy.diff(partial, x) * dx for x, dx in pairs)
+            difference = separate_exponentials(evaluate(product, indices) - expected)
+            verify.prove_zero(difference, f"product for {variable} at {indices}")
+            count += 1
     return count
 
 

@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--report",
         metavar="FOLDER",
         help="measure, test and verify everything that needs a GPU, and write it to this folder; "
-        "see docs/gpu.md",
+        "see the page On a GPU (docs/gpu.md)",
     )
     parser.add_argument(
         "--minutes", type=float, default=10.0, help="how long the report takes (default: 10)"

@@ -78,9 +78,10 @@ class HeadLog:
             hint = "" if remedy is None else f" ({remedy})"
             warnings.warn(
                 f"the logits of head {self.name or '(root)'} were computed, and memory was not "
-                f"saved: {reason}{hint}. docs/swapping.md lists remedies; the report of swap() "
-                "counts how often it happens. If another Linear computes the logits, pass its "
-                "name: swap(model, head=NAME). With swap(model, head=None) no logits are deferred",
+                f"saved: {reason}{hint}. The page Swap of the documentation (docs/swapping.md) "
+                "lists remedies under 'Why was memory not saved?'; the report of swap() counts how "
+                "often it happens. If another Linear computes the logits, pass its name: "
+                "swap(model, head=NAME). With swap(model, head=None) no logits are deferred",
                 MaterializedLogits,
                 stacklevel=find_user_frame()[0],
             )

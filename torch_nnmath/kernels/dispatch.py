@@ -218,16 +218,22 @@ def are_plain_cpu_tensors(*tensors: Tensor) -> bool:
 def explain(name: str, *args: Any) -> str:
     """Says in one sentence how the operator `name`, or its formula, is computed, and why.
 
-    `args` are those of the operator `torch.ops.torch_nnmath.<name>`.
+    `args` are those of the operator `torch.ops.torch_nnmath.<name>`. Raises ValueError for a name
+    that no operator has.
     """
+    if not hasattr(torch.ops.torch_nnmath, name):
+        raise ValueError(f"there is no operator torch_nnmath::{name}")
     tensors = [x for x in args if isinstance(x, Tensor)]
     is_head = GPU_MODULES.get(name) == "head"
     sizes = name in GPU_ONLY, name in FAST_IF_SMALL
-    obstacle = None if is_head else find_kernel_obstacle(tensors, *sizes)
+    has_formula = name in GPU_MODULES and not is_head
+    obstacle = find_kernel_obstacle(tensors, *sizes) if has_formula else None
     if obstacle is not None:
         return f"{name} is computed by the formula as it is written: {obstacle}."
     if tensors[0].device.type != "cuda":
         return f"{name} is computed by PyTorch operations, block by block."
+    if name not in GPU_MODULES:
+        return f"{name} is computed by PyTorch operations, block by block: it has no Triton kernel."
     obstacle = find_gpu_obstacle(name, args)
     if obstacle is not None:
         return f"{name} is computed by PyTorch operations, block by block: {obstacle}."

@@ -32,19 +32,22 @@ class SwapFormulas(Callback):
 
     Modules that `configure_model` builds are swapped too. A Linear that it wraps directly is not,
     such as by `fully_shard(self.head)` of FSDP2, which changes its class: call `swap` before
-    wrapping it. `docs/swapping.md` describes how to compute the loss under sharding. A strategy
+    wrapping it. The page Swap
+    (docs/swapping.md) describes how to compute the loss under sharding. A strategy
     that spawns processes does not return the report to the main process.
 
     Args:
-        include: modules to swap, as for `swap`.
-        exclude: modules not to swap, as for `swap`.
-        head: the Linear that computes logits, as for `swap`. A name is relative to the
-            LightningModule.
+        include: modules to swap: a pattern for names ("encoder.*"), a class, a predicate
+            `(name, module) -> bool`, or a list of these; None is all.
+        exclude: modules not to swap, in the same forms; it takes precedence.
+        head: the Linear that computes logits: the module or its name, relative to the
+            LightningModule; "auto" finds it; None for no head.
 
     Attributes:
         report: the `Report` of the current run, or else of the last one.
 
-    Raises, when the Trainer starts, what `swap` raises.
+    When the Trainer starts, raises ValueError for a head that is not in the module, and TypeError
+    for an argument of another type.
 
     >>> callback = SwapFormulas(exclude="encoder.*", head="model.lm_head")
     >>> callback.report

@@ -65,7 +65,8 @@ def transform(name: str, quick: bool = False) -> Callable[..., Any]:
     return register
 
 
-# Values and first derivatives
+# Values and first derivatives. The order is that of the report: a cause comes before its effects.
+# So "second order" is before the transforms that take a second derivative under other conditions.
 
 
 @transform("value", quick=True)
@@ -81,6 +82,19 @@ def check_gradient(case: Case) -> None:
     """Checks `torch.autograd.grad` with random upstream gradients."""
     xs = case.make_leaves()
     case.compare_gradient(compute_gradients(case, case.call(*xs), xs))
+
+
+@transform("second order", quick=True)
+def check_second_order(case: Case) -> None:
+    """Checks reverse over reverse, in the inputs and in the upstream gradients."""
+    xs = case.make_leaves()
+    outputs = case.call(*xs)
+    pairs = zip(case.upstream, outputs, strict=True)
+    us = tuple(u.to(y.dtype, copy=True).requires_grad_() for u, y in pairs)
+    gradients = compute_gradients(case, outputs, xs, us, create_graph=True)
+    case.compare_gradient(gradients)
+    case.compare_hessian_product(differentiate_gradients(case, gradients, xs))
+    case.compare_tangents(differentiate_gradients(case, gradients, us))
 
 
 @transform("frozen inputs", quick=True)
@@ -299,19 +313,6 @@ def check_default_device(case: Case) -> None:
 
 
 # Second derivatives and forward mode
-
-
-@transform("second order", quick=True)
-def check_second_order(case: Case) -> None:
-    """Checks reverse over reverse, in the inputs and in the upstream gradients."""
-    xs = case.make_leaves()
-    outputs = case.call(*xs)
-    pairs = zip(case.upstream, outputs, strict=True)
-    us = tuple(u.to(y.dtype, copy=True).requires_grad_() for u, y in pairs)
-    gradients = compute_gradients(case, outputs, xs, us, create_graph=True)
-    case.compare_gradient(gradients)
-    case.compare_hessian_product(differentiate_gradients(case, gradients, xs))
-    case.compare_tangents(differentiate_gradients(case, gradients, us))
 
 
 @transform("gradgradcheck")
