@@ -1,4 +1,4 @@
-"""Styles for `parallelize_module`, forward mode of DTensors, and the divisor of a mean over ranks."""
+"""Styles for `parallelize_module`, forward mode of DTensors, the divisor of a mean over ranks."""
 
 from __future__ import annotations
 
@@ -189,11 +189,12 @@ def enable_forward_mode() -> None:
     PyTorch's experimental `register_sharding`. Call it before the first dual DTensor is made.
     """
 
-    @register_sharding(torch.ops.aten._has_same_storage_numel.default)
     def list_placements(x: Any, _other: Any) -> Any:
-        """Each result, with the placements of both arguments: they must be alike."""
+        """Placements of a result and of the two arguments, which must be alike."""
         places = Replicate(), *map(Shard, range(x.ndim))
         return [([place], [place, place]) for place in places]
+
+    register_sharding(torch.ops.aten._has_same_storage_numel.default)(list_placements)
 
 
 def _count_tokens(y: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:

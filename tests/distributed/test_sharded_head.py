@@ -169,9 +169,7 @@ def test_a_step_sends_one_maximum_and_one_sum_for_each_block(workers, options, s
 def test_what_is_sent_does_not_depend_on_the_number_of_classes(workers, layout):
     """So no logits, gradients of logits or weights travel; only dW over ranks with other rows."""
     options = {"label_smoothing": 0.1, "return_stats": True, "z_loss": 0.1}
-    few, many = (
-        workers.run("record_step", layout, options, 2, classes) for classes in (4, 400)
-    )
+    few, many = (workers.run("record_step", layout, options, 2, classes) for classes in (4, 400))
     has_row_dims = "data" in layout
     for few_of_rank, many_of_rank in zip(few, many, strict=True):
         for events, more_events in zip(few_of_rank, many_of_rank, strict=True):

@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
@@ -249,9 +249,7 @@ def compare_compiled(backend: str, layout: str, options: dict[str, Any]) -> list
     return lines
 
 
-def take_training_step(
-    case: HeadCase, mesh: DeviceMesh | None, compute: Any
-) -> dict[str, Tensor]:
+def take_training_step(case: HeadCase, mesh: DeviceMesh | None, compute: Any) -> dict[str, Tensor]:
     """The loss, and the gradients along it."""
     tensors, _ = place_tensors(case, mesh)
     leaves = {key: tensors[key].detach().clone().requires_grad_() for key in case.names}
@@ -346,6 +344,7 @@ def collect_transform_errors() -> dict[str, str]:
     odd_W = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=whole, stride=(D, 1))
     batch = distribute_tensor(torch.randn(4, 8, D), mesh, [Shard(0)], src_data_rank=None)
     functional: Any = torch.autograd.functional
+
     @torch.compile(backend="eager", fullgraph=True)
     def compute_in_one_graph(x: Tensor) -> Tensor:
         return compute(x)

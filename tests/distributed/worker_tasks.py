@@ -198,14 +198,17 @@ class HeadCase:
                 expected = self.layout.rows if v.dim() else [Replicate()] * mesh.ndim
                 assert isinstance(v, DTensor), name
                 assert list(v.placements) == list(expected), (name, v.placements)
-        upstream = [self.make_upstream(mesh, v) for v in outputs]
+        upstream = [self.make_upstream(mesh, v).requires_grad_(order > 1) for v in outputs]
         gradients = torch.autograd.grad(
             outputs, leaves, upstream, create_graph=order > 1, materialize_grads=True
         )
         results |= {f"gradient of {n}": g for n, g in zip(self.names, gradients, strict=True)}
         if order > 1:
-            second = torch.autograd.grad(gradients, leaves, directions, materialize_grads=True)
-            results |= {f"second order of {n}": g for n, g in zip(self.names, second, strict=True)}
+            names = [*self.names, *(f"upstream {i}" for i, _ in enumerate(upstream))]
+            second = torch.autograd.grad(
+                gradients, [*leaves, *upstream], directions, materialize_grads=True
+            )
+            results |= {f"second order of {n}": g for n, g in zip(names, second, strict=True)}
         for name, v in results.items():
             leaf = name.rpartition(" of ")[2]
             if mesh is not None and leaf in self.names:
@@ -213,9 +216,9 @@ class HeadCase:
         return {name: gather(v) for name, v in results.items()}
 
     def make_upstream(self, mesh: DeviceMesh | None, v: Tensor) -> Tensor:
-        upstream = (self.upstream if v.dim() else self.upstream.flatten()[0].clone()).to(v.dtype)
+        upstream = (self.upstream if v.dim() else self.upstream.flatten()[0]).to(v.dtype)
         if mesh is None:
-            return upstream
+            return upstream.clone()
         placements = self.layout.rows if v.dim() else [Replicate()] * mesh.ndim
         return distribute_tensor(upstream, mesh, placements, src_data_rank=None)
 
