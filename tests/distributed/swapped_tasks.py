@@ -238,7 +238,8 @@ def compare_split_linear(axis: int | None) -> list[str]:
         own_x = distribute_tensor(x, mesh, [layout], src_data_rank=None).to_local().clone()
         results = []
         for model, input in ((split_linear, own_x), (linear, x.clone())):
-            logits = model(input.requires_grad_())
+            input.requires_grad_()
+            logits = model(input=input) if kind == "plain" else model(input)
             loss = deferred_helpers.ce(logits, y)
             leaves = [input, *model.parameters()]
             gradients = torch.autograd.grad(loss, leaves, create_graph=True)
@@ -400,6 +401,9 @@ class Job:
         self.model = wrap(model, self.mesh, **options) or model
         if when == "after":
             self.report = swap(self.model, head=model.lm_head)
+        if "compiled" in features:
+            warnings.simplefilter("ignore")
+            self.model.compile(backend="eager")
         # a part of the data for each rank of the mesh dimension "data"
         count = 2 if "accumulate" in features else 1
         self.parts = [make_part(i)[:count] for i in range(self.mesh.size(0))]
@@ -467,10 +471,13 @@ def train(
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     job = Job(wrapper, loss, features, when)
     errors = [job.compare_step(), job.compare_step(), job.compare_evaluation()]
-    results = {"error": max(errors), "report": repr(job.report), "left": [*job.report.left]}
+    results: dict[str, Any] = {"error": max(errors), "report": repr(job.report)}
     for log in job.report.heads.values():
         results["fused"] = log.fused
         results["computed"] = [reason.split(" at ")[0] for reason in log.materialized]
+    unswap(job.model)
+    types = {cls for module in job.model.modules() for cls in type(module).__mro__}
+    results["types left"] = [str(cls) for cls in types if "torch_nnmath" in cls.__module__]
     return results
 
 

@@ -1,6 +1,7 @@
 """Swapped models over several ranks against one process in float64."""
 
 import pytest
+from swapping_helpers import needs_deferral_in_compiled_models
 
 FUSED = ["ddp", "root", "head alone, kept", "head in a group"]
 FUSED += ["classes", "root x classes", "head alone x classes"]
@@ -14,6 +15,7 @@ def train(workers, *arguments):
     """Returns rank 0's results; the errors of all ranks are those of rounding."""
     results = workers.run("train", *arguments)
     assert all(result["error"] < 1e-12 for result in results), results
+    assert not results[0]["types left"]
     return results[0]
 
 
@@ -55,6 +57,11 @@ def test_accumulated_gradients_equal_one_process(workers, wrapper, feature, loss
     """
     losses = 4 if loss == "policy" else 2
     train_fused(workers, wrapper, loss, ("accumulate", feature), losses=losses)
+
+
+@needs_deferral_in_compiled_models
+def test_compiled_model_equals_one_process(workers):
+    train_fused(workers, "root x classes", "outside", ("compiled",))
 
 
 @pytest.mark.parametrize("wrapper", ["root", "tied classes"])
