@@ -23,9 +23,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from worker_tasks import gather, is_member, make_mesh
+from worker_tasks import CollectiveRecorder, gather, is_member, limit_blocks, make_mesh
 
-from torch_nnmath import swap, unswap
+from torch_nnmath import functional, swap, unswap
 from torch_nnmath.deferred import MaterializedLogits
 from torch_nnmath.parallel import VocabularyParallel, count_tokens_per_rank
 from torch_nnmath.swapping import Report
@@ -214,6 +214,30 @@ def compare_half_precision(is_autocast: bool) -> list[str]:
             if v.dtype != w.dtype or not error <= 1.05 * allowed + 1e-6 * truth.abs().max():
                 lines.append(f"{name}: result {i} is off by {error:.3g}, not {allowed:.3g}")
     return lines
+
+
+@defer_all_logits()
+def record_collectives() -> list[list[Any]]:
+    """Returns the collectives of a step of the fused head, and of one of deferred logits."""
+    mesh, steps = make_mesh((3,)), []
+    if not is_member(mesh):
+        return []
+    inputs = deferred_helpers.make_inputs(tokens=50)
+    x, y = inputs.fixed_x.flatten(0, 1), inputs.y.flatten()
+    for is_deferred in (False, True):
+        _, model, _ = deferred_helpers.make_pair(bias=False)
+        head = model.lm_head
+        parallelize_module(head, mesh, VocabularyParallel())
+        features = x.clone().requires_grad_()
+        with limit_blocks(), CollectiveRecorder() as recorder:
+            if is_deferred:
+                loss = F.cross_entropy(head(features), y)
+            else:
+                split_features = DTensor.from_local(features, mesh, [Replicate()], run_check=False)
+                loss = functional.linear_cross_entropy(split_features, head.weight, y)
+            loss.backward()
+        steps.append(recorder.events)
+    return steps
 
 
 @defer_all_logits()

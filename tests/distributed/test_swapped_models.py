@@ -145,6 +145,13 @@ def test_uses_of_split_logits_equal_one_process(workers, ranks, classes):
         assert not lines, "\n".join(lines)
 
 
+def test_deferred_logits_send_what_the_split_head_sends(workers):
+    for steps in workers.run("record_collectives")[:3]:
+        of_head, of_deferred_logits = steps
+        assert of_deferred_logits == of_head
+        assert {name for name, *_ in of_head} == {"MAX", "SUM", "wait"}
+
+
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_split_head_in_bfloat16_is_as_exact_as_in_one_process(workers, is_autocast):
     for lines in workers.run("compare_half_precision", is_autocast):
