@@ -12,6 +12,7 @@ numbers of targets; `count_tokens_per_rank` makes the loss the mean over all of 
 
     python examples/scale_out.py                                 # 4 processes, 2 x 2
     python examples/scale_out.py --devices 4 --vocabulary-ranks 4
+    python examples/scale_out.py --tie                           # one weight for head and embedding
 
 It needs `pip install ".[examples]"`. Processes use GPUs where there are enough, else the CPU.
 """
@@ -41,6 +42,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    RowwiseParallel,
     loss_parallel,
     parallelize_module,
 )
@@ -72,8 +74,9 @@ class NextTokenSum(nn.Module):
         self.head = LinearCrossEntropyLoss(
             args.width, args.vocabulary, bias=False, reduction="sum", ignore_index=ignore_index
         )
-        # a weight of its own: the head's is split over the classes, the embedding's is not
-        self.head.linear.weight = nn.Parameter(self.net.embedding.weight.detach().clone())
+        weight = self.net.embedding.weight
+        # else a weight of its own: the head's is split over the classes, the embedding's is not
+        self.head.linear.weight = weight if args.tie else nn.Parameter(weight.detach().clone())
         self.net.head = nn.Identity()
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -100,8 +103,15 @@ class ScaledModel(L.LightningModule):
             return
         self.is_split = True
         vocabulary, data = self.device_mesh["tensor_parallel"], self.device_mesh["data_parallel"]
-        parallelize_module(self.model.head, vocabulary, VocabularyParallel())
-        for module in (*self.model.net.blocks, self.model.head, self.model):
+        head, net = self.model.head, self.model.net
+        parallelize_module(head, vocabulary, VocabularyParallel())
+        modules = [*net.blocks, head, self.model]
+        if self.args.tie:  # FSDP2 must have both uses of the weight in one module, here the model
+            style = RowwiseParallel(input_layouts=Replicate())
+            parallelize_module(net.embedding, vocabulary, style)
+            head.linear.weight = net.embedding.weight
+            modules.remove(head)
+        for module in modules:
             fully_shard(module, mesh=data)
 
     def train_dataloader(self) -> DataLoader:
@@ -298,6 +308,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=parse_positive,
         default=2,
         help="processes that split the vocabulary; the others split the batch",
+    )
+    parser.add_argument(
+        "--tie", action="store_true", help="give the head the embedding's weight"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("scale_out_out"), help="output folder for the picture"

@@ -30,10 +30,10 @@ ARGUMENTS = [
 ]
 
 
-def run(folder):
+def run(folder, *arguments):
     command = folder / "command.py"
     command.write_text(COMMAND, encoding="utf-8")
-    return run_script(command, *ARGUMENTS, folder=folder, timeout=600).stdout
+    return run_script(command, *ARGUMENTS, *arguments, folder=folder, timeout=600).stdout
 
 
 def read_difference(output):
@@ -66,6 +66,13 @@ def test_command_with_four_processes_equals_one(tmp_path):
     width = image.shape[1]
     assert has_ink(image[:, : width // 2])
     assert has_ink(image[:, width // 2 :])
+
+
+def test_tied_weight_equals_one_process(tmp_path):
+    output = run(tmp_path, "--tie", "--steps", "4", "--vocabulary-ranks", "4")
+    assert read_difference(output) < 2e-5
+    last = re.findall(r"step 4 +([\d.]+)", output)[0]
+    assert float(last) < math.log(CLASSES) - 0.1
 
 
 def test_numbers_of_processes_that_do_not_fit_raise(capsys):

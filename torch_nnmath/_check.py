@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from torch_nnmath import _torch
 from torch_nnmath._precision import is_autocast
+from torch_nnmath.kernels.dispatch import has_dtensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,6 +43,25 @@ def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
 
     torch_function = getattr(torch.nn.functional, function.__name__, None)
     _torch.share_per_sample_gradient(torch_function, public_function)
+    return public_function
+
+
+def leave_dtensors_uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a public function so that a compiler ends its graph at a call with DTensors.
+
+    The ranks must issue the same collectives. Dynamo traces each rank's call by itself, and does
+    not check the size of a DTensor if the size of the rank's part is as before.
+    """
+
+    @functools.wraps(function)
+    def public_function(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() and has_dtensor(*args, *kwargs.values()):
+            from torch_nnmath._uncompiled import call_uncompiled
+
+            result: R = call_uncompiled(function, args, kwargs)
+            return result
+        return function(*args, **kwargs)
+
     return public_function
 
 

@@ -21,10 +21,18 @@ from torch_nnmath.formulas.transfer import (
     Transfer,
     copy_to_ranks,
     gather_from_ranks,
+    reduce_constant,
     scatter_to_ranks,
     sum_over_ranks,
 )
 from torch_nnmath.kernels import collectives
+
+
+class Layout(NamedTuple):
+    """Where the parts of a DTensor are."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
 
 
 class Sharding(NamedTuple):
@@ -120,7 +128,7 @@ class Sharding(NamedTuple):
         low, high = y.aminmax() if y.numel() else (y.new_zeros(()), y.new_zeros(()))
         extremes = torch.stack((-low, high))
         for i in self.row_dims:
-            extremes = collectives.all_reduce(extremes, collectives.MAX, self._get_group(i))
+            extremes = reduce_constant(extremes, collectives.MAX, self._get_group(i))
         negated_low, high = extremes
         kernels.class_indices(torch.stack((-negated_low, high)), self.classes, ignore_index)
 
@@ -135,10 +143,10 @@ class Sharding(NamedTuple):
         else:
             largest = torch.full_like(v.sum(dim), -math.inf)
             index = torch.zeros_like(largest, dtype=torch.int64)
-        of_all = collectives.all_reduce(largest, collectives.MAX, shard.group)
+        of_all = reduce_constant(largest, collectives.MAX, shard.group)
         no_class = torch.iinfo(torch.int64).max
         index = (index + shard.first_class).masked_fill(largest < of_all, no_class)
-        return collectives.all_reduce(index, collectives.MIN, shard.group)
+        return reduce_constant(index, collectives.MIN, shard.group)
 
     # Results
 
@@ -187,12 +195,18 @@ class Sharding(NamedTuple):
         each rank has a part of the result's gradient.
         """
         old: Sequence[Placement] = [Replicate()] * self.mesh.ndim
-        v = x
-        if isinstance(x, DTensor):
-            old = x.placements
-            check_mesh(name, x, self.mesh)
-            v = self._to_local(x)
-        sizes = self._list_sizes(old, x.shape)
+        v, layout = x, read_layout(name, x)
+        if layout is not None:
+            check_mesh(name, layout.mesh, self.mesh)
+            old = layout.placements
+            v = take_local(x, layout)
+        sizes, shape = self._split_shape(old, x.shape)
+        if v.shape != torch.Size(shape):  # `DTensor.from_local` accepts parts of any shape
+            raise ValueError(
+                f"{name} of shape {tuple(x.shape)} and placements {tuple(old)} has a part of shape "
+                f"{tuple(v.shape)} on this rank, expected {tuple(shape)}, as torch.chunk cuts it: "
+                "use distribute_tensor, or give DTensor.from_local the shape of the whole"
+            )
         for i in reversed(range(self.mesh.ndim)):
             is_summed = i in sums and v.is_floating_point()
             if isinstance(shard := old[i], Shard) and placements[i].is_replicate():
@@ -204,49 +218,45 @@ class Sharding(NamedTuple):
                     f"{name} has placement {old[i]} on mesh dimension {i}, but {placements[i]} "
                     "is expected: redistribute it first"
                 )
-        sizes = self._list_sizes(placements, x.shape)
+        sizes, _ = self._split_shape(placements, x.shape)
         for i in range(self.mesh.ndim):
             if old[i].is_replicate() and isinstance(shard := placements[i], Shard):
                 v = v.narrow(shard.dim, *self._find_chunk(sizes[i], i))
         return v
 
-    def _list_sizes(self, placements: Sequence[Placement], shape: Sequence[int]) -> list[int]:
-        """For each mesh dimension, the size of the axis that it splits."""
-        left, sizes = list(shape), []
+    def _split_shape(
+        self, placements: Sequence[Placement], shape: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """For each mesh dimension, the size of the axis that it splits; this rank's shape."""
+        own, sizes = list(shape), []
         for i, placement in enumerate(placements):
             sizes.append(0)
             if isinstance(placement, Shard):
-                sizes[i] = left[placement.dim]
-                _, left[placement.dim] = self._find_chunk(sizes[i], i)
-        return sizes
-
-    def _to_local(self, x: DTensor) -> Tensor:
-        from_local, to_local = _make_conversions(self.mesh, x.placements, x.shape, x.stride())
-        v: Tensor = Transfer.evaluate(x, to_local, from_local)
-        return v
+                sizes[i] = own[placement.dim]
+                _, own[placement.dim] = self._find_chunk(sizes[i], i)
+        return sizes, own
 
     def _from_local(
         self, v: Tensor, placements: Sequence[Placement], shape: Sequence[int]
     ) -> Tensor:
-        stride = torch.empty(tuple(shape), device="meta").stride()
-        x: Tensor = Transfer.evaluate(
-            v, *_make_conversions(self.mesh, placements, torch.Size(shape), stride)
-        )
-        return x
+        return make_dtensor(v, Layout(self.mesh, tuple(placements)), shape)
 
 
 def read_sharding(input: Tensor, linear_weight: Tensor) -> Sharding:
     """How the head's features (*, D) and weight (C, *, D) are split."""
-    if not isinstance(input, DTensor) or not isinstance(linear_weight, DTensor):
+    layout, weight_layout = (
+        read_layout(name, v) for name, v in (("input", input), ("linear_weight", linear_weight))
+    )
+    if layout is None or weight_layout is None:
         raise TypeError(
             "input and linear_weight must both be DTensors, or none of them: make one of the other "
             "by DTensor.from_local, with Replicate() where all ranks have the same values, or use "
             "torch_nnmath.parallel.VocabularyParallel. If FSDP2 has sharded the weight, call the "
             "module that it wraps, whose forward has the whole weight"
         )
-    mesh, rows = input.device_mesh, input.placements
-    check_mesh("linear_weight", linear_weight, mesh)
-    places = linear_weight.placements
+    mesh, rows = layout
+    check_mesh("linear_weight", weight_layout.mesh, mesh)
+    places = weight_layout.placements
     class_dims = [i for i, place in enumerate(places) if not place.is_replicate()]
     if len(class_dims) > 1 or any(places[i] != Shard(0) for i in class_dims):
         raise ValueError(
@@ -268,26 +278,72 @@ def read_sharding(input: Tensor, linear_weight: Tensor) -> Sharding:
     return Sharding(mesh, class_dim, rows, tuple(input.shape[:-1]), linear_weight.shape[0])
 
 
-def check_mesh(name: str, x: DTensor, mesh: DeviceMesh) -> None:
-    """Raises a ValueError if x is on another mesh than the features."""
-    if x.device_mesh != mesh:
-        raise ValueError(f"{name} is on {x.device_mesh}, input on {mesh}: use one mesh for both")
+def read_layout(name: str, x: Tensor) -> Layout | None:
+    """Where the parts of x are, also inside transforms; None if it is no DTensor.
+
+    Raises a ValueError if a mesh dimension splits the axis that a vmap batches.
+    """
+    if isinstance(x, DTensor):
+        return Layout(x.device_mesh, x.placements)
+    wrapped = _torch.unwrap_transformed(x)
+    layout = None if wrapped is None else read_layout(name, wrapped[0])
+    if wrapped is None or layout is None or wrapped[1] is None:
+        return layout
+    _, axis = wrapped
+    places: list[Placement] = []
+    for place in layout.placements:
+        if isinstance(place, Shard) and place.dim == axis:
+            raise ValueError(
+                f"{name} has placements {layout.placements}, which split the axis that vmap "
+                "batches: redistribute it first"
+            )
+        is_moved = type(place) is Shard and place.dim > axis
+        places.append(Shard(place.dim - 1) if is_moved else place)
+    return Layout(layout.mesh, tuple(places))
+
+
+def take_local(x: Tensor, layout: Layout) -> Tensor:
+    """This rank's part of the DTensor x."""
+    from_local, to_local = _make_conversions(layout, x.shape, x.stride())
+    v: Tensor = Transfer.evaluate(x, to_local, from_local)
+    return v
+
+
+def make_dtensor(v: Tensor, layout: Layout, shape: Sequence[int] | None = None) -> Tensor:
+    """The DTensor whose part is v on this rank; without its shape, all parts are alike."""
+    if shape is None:
+        shape = [*v.shape]
+        for i, place in enumerate(layout.placements):
+            if isinstance(place, Shard):
+                shape[place.dim] *= layout.mesh.size(i)
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    x: Tensor = Transfer.evaluate(v, *_make_conversions(layout, torch.Size(shape), stride))
+    return x
+
+
+def check_mesh(name: str, mesh: DeviceMesh, expected: DeviceMesh) -> None:
+    """Raises a ValueError if a tensor is on another mesh than the features."""
+    if mesh != expected:
+        raise ValueError(f"{name} is on {mesh}, input on {expected}: use one mesh for both")
 
 
 def _is_row_shard(place: Placement, row_axes: int) -> bool:
     return type(place) is Shard and 0 <= place.dim < row_axes
 
 
-def _make_conversions(
-    mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: tuple[int, ...]
-) -> Any:
+def _make_conversions(layout: Layout, shape: torch.Size, stride: tuple[int, ...]) -> Any:
     """`from_local` and `to_local` of a DTensor, which are adjoint."""
-    placements = tuple(placements)
+    mesh, placements = layout
 
     def from_local(v: Tensor) -> Tensor:
         return DTensor.from_local(v, mesh, placements, run_check=False, shape=shape, stride=stride)
 
-    def to_local(x: Any) -> Tensor:
+    def to_local(x: Tensor) -> Tensor:
+        if not isinstance(x, DTensor):  # only a gradient may be none
+            raise TypeError(
+                "the gradient of a DTensor must be a DTensor, too, and outside of is_grads_batched "
+                "and vectorize, which batch no DTensors: torch.func.vmap does"
+            )
         x = x if x.placements == placements else x.redistribute(mesh, placements)
         v: Tensor = _torch.wait_for_collective(x.to_local())
         return v.view_as(v)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torch_nnmath import _check as check
 from torch_nnmath import formulas
@@ -15,7 +15,7 @@ from torch_nnmath._logits import LogitOptions, LossStats, make_stats, scale_logi
 from torch_nnmath._precision import cast, cast_for_loss, multiply, weigh, widen
 from torch_nnmath._records import Target
 from torch_nnmath._reduction import choose_divisor, count_kept
-from torch_nnmath._sharding import Sharding
+from torch_nnmath._sharding import Sharding, read_layout
 from torch_nnmath._target import (
     TargetOptions,
     read_indices,
@@ -26,7 +26,7 @@ from torch_nnmath.formulas.split_softmax import compute_split_entropy, compute_s
 
 
 def compute_split_cross_entropy(
-    input: DTensor,
+    input: Tensor,
     target: Tensor,
     target_options: TargetOptions,
     logit_options: LogitOptions,
@@ -98,25 +98,28 @@ def compute_split_cross_entropy(
     return loss, LossStats(*map(sharding.give_rows, stats))
 
 
-def _read_sharding(input: DTensor) -> Sharding:
+def _read_sharding(input: Tensor) -> Sharding:
     """How logits (C), (N, C) or (N, C, d_1, ..., d_K) are split."""
+    layout = read_layout("input", input)
+    assert layout is not None
     class_axis = 0 if input.dim() == 1 else 1
     C = input.size(class_axis)  # an IndexError if there is no axis
     if not input.is_floating_point():
         raise NotImplementedError(f"cross_entropy does not support {input.dtype}: cast the logits")
     batch = [size for axis, size in enumerate(input.shape) if axis != class_axis]
-    class_dim, rows = None, list[Placement]()
-    for i, place in enumerate(input.placements):
+    class_dim: int | None = None
+    rows: list[Placement] = []
+    for i, place in enumerate(layout.placements):
         rows.append(Replicate())
         if place.is_replicate():
             continue
         if type(place) is not Shard or (place.dim == class_axis and class_dim is not None):
             raise ValueError(
-                f"input has placements {input.placements}: expected Replicate() or Shard, of the "
+                f"input has placements {layout.placements}: expected Replicate() or Shard, of the "
                 "classes on at most one mesh dimension"
             )
         if place.dim == class_axis:
             class_dim = i
         else:
             rows[i] = Shard(place.dim - (place.dim > class_axis))
-    return Sharding(input.device_mesh, class_dim, tuple(rows), tuple(batch), C, class_axis)
+    return Sharding(layout.mesh, class_dim, tuple(rows), tuple(batch), C, class_axis)

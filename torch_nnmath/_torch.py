@@ -146,6 +146,18 @@ class ResultHook(TorchDispatchMode):
         return result
 
 
+def unwrap_transformed(x: Tensor) -> tuple[Tensor, int | None] | None:
+    """The tensor in the wrapper of a `torch.func` transform, and the axis that a vmap batches.
+
+    None if x is no wrapper. No public function tells.
+    """
+    functorch = torch._C._functorch
+    if not functorch.is_functorch_wrapped_tensor(x):
+        return None
+    dim = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else None
+    return functorch.get_unwrapped(x), dim
+
+
 def is_legacy_batch(x: Tensor) -> bool:
     """Whether autograd's `is_grads_batched` or `vectorize` batches x. No public function tells."""
     return is_legacy_batchedtensor(x)

@@ -298,6 +298,7 @@ def categorical_cross_entropy(
 
 
 @check.support_torch_function
+@check.leave_dtensors_uncompiled
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -376,6 +377,7 @@ def cross_entropy(
 
 
 @check.support_torch_function
+@check.leave_dtensors_uncompiled
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -437,6 +439,7 @@ def linear_cross_entropy(
 
 
 @check.support_torch_function
+@check.leave_dtensors_uncompiled
 def linear_log_probs(
     input: Tensor,
     linear_weight: Tensor,
@@ -500,6 +503,7 @@ def linear_log_probs(
 
 
 @check.support_torch_function
+@check.leave_dtensors_uncompiled
 def linear_log_sum_exp(
     input: Tensor,
     linear_weight: Tensor,

@@ -1,4 +1,4 @@
-"""Styles for `parallelize_module`, and the divisor of a mean over ranks and micro-batches."""
+"""Styles for `parallelize_module`, forward mode of DTensors, and the divisor of a mean over ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from torch_nnmath._sharding import Sharding
+from torch_nnmath._sharding import Layout, Sharding, make_dtensor, read_layout, take_local
 from torch_nnmath.deferred import split
 from torch_nnmath.nn import LinearCrossEntropyLoss
 
-__all__ = ["VocabularyParallel", "count_tokens_per_rank"]
+__all__ = ["VocabularyParallel", "count_tokens_per_rank", "enable_forward_mode"]
 
 
 class VocabularyParallel(ParallelStyle):
@@ -109,13 +110,15 @@ class VocabularyParallel(ParallelStyle):
             module.register_forward_hook(localise_output)
 
     def _place(self, x: Any, mesh: DeviceMesh) -> Any:
-        if not isinstance(x, torch.Tensor) or isinstance(x, DTensor):
+        if not isinstance(x, torch.Tensor) or read_layout("input", x) is not None:
             return x
-        return DTensor.from_local(x, mesh, [self.input_layout], run_check=False)
+        return make_dtensor(x, Layout(mesh, (self.input_layout,)))
 
     def _localise(self, output: Any) -> Any:
-        if isinstance(output, DTensor):
-            return output.to_local().clone()  # FSDP2 warns of outputs that are views
+        if isinstance(output, torch.Tensor):
+            layout = read_layout("output", output)
+            # a copy, since FSDP2 warns of outputs that are views
+            return output if layout is None else take_local(output, layout).clone()
         if isinstance(output, tuple):  # the loss and `LossStats`
             loss, stats = output
             return self._localise(loss), type(stats)(*map(self._localise, stats))
@@ -178,6 +181,21 @@ def count_tokens_per_rank(
         return total
     dist.all_reduce(total, group=group)
     return total / dist.get_world_size(group)
+
+
+def enable_forward_mode() -> None:
+    """Enables forward mode of DTensors: `forward_ad.make_dual`, `torch.func.jvp`, `jacfwd`.
+
+    PyTorch refuses it, since DTensors lack the rule of one operator that `make_dual` calls,
+    `aten._has_same_storage_numel`. This registers the rule for all DTensors of the process, by
+    PyTorch's experimental `register_sharding`. Call it before the first dual DTensor is made.
+    """
+
+    @register_sharding(torch.ops.aten._has_same_storage_numel.default)
+    def list_placements(x: Any, _other: Any) -> Any:
+        """Each result, with the placements of both arguments: they must be alike."""
+        places = Replicate(), *map(Shard, range(x.ndim))
+        return [([place], [place, place]) for place in places]
 
 
 def _count_tokens(y: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:

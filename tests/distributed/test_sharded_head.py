@@ -105,6 +105,19 @@ def test_parallelised_module_trains_as_in_one_process(workers, layout, use_local
         assert not lines, "\n".join(lines)
 
 
+def test_ranks_with_fewer_classes_have_the_blocks_of_the_others(workers):
+    for lines in workers.run("compare_large_blocks"):
+        assert not lines, "\n".join(lines)
+
+
+def test_results_of_reductions_are_used_only_after_they_ended(workers):
+    layouts = "two equal shards", "empty shard", "data x classes, sequence parallel"
+    cases = [(layout, o) for layout in layouts for o in ({}, *OPTIONS)]
+    cases += [("two equal shards", {"function": "log_probs", "return_entropy": True})]
+    for lines in workers.run("compare_with_late_reductions", cases):
+        assert not lines, "\n".join(lines)
+
+
 # Communication
 
 
@@ -152,12 +165,29 @@ def test_a_step_sends_one_maximum_and_one_sum_for_each_block(workers, options, s
         assert backward == [("SUM", (rows, D), "float32"), ("wait",)]
 
 
-def test_what_is_sent_does_not_depend_on_the_number_of_classes(workers):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_sent_does_not_depend_on_the_number_of_classes(workers, layout):
+    """So no logits, gradients of logits or weights travel; only dW over ranks with other rows."""
+    options = {"label_smoothing": 0.1, "return_stats": True, "z_loss": 0.1}
     few, many = (
-        workers.run("record_step", "three uneven shards", {}, 2, classes) for classes in (3, 300)
+        workers.run("record_step", layout, options, 2, classes) for classes in (4, 400)
     )
-    assert few == many
+    has_row_dims = "data" in layout
+    for few_of_rank, many_of_rank in zip(few, many, strict=True):
+        for events, more_events in zip(few_of_rank, many_of_rank, strict=True):
+            assert len(events) == len(more_events)
+            for event, other in zip(events, more_events, strict=True):
+                is_dW = len(event) > 1 and event[1][-1:] == (D,) and event != other
+                assert event == other or (has_row_dims and is_dW and other[1][-1] == D), other
     assert few[0][0]
+
+
+def test_dtensor_itself_sends_nothing(workers):
+    """The messages that other tests count are all."""
+    options = {"label_smoothing": 0.1, "z_loss": 0.1, "weight": "sharded", "bias": True}
+    cases = [(layout, o) for layout in LAYOUTS for o in ({}, options)]
+    for lines in workers.run("record_dtensor_messages", cases):
+        assert not lines, "\n".join(lines)
 
 
 def test_second_order_sends_one_more_sum_for_each_block(workers):
@@ -194,8 +224,9 @@ def test_class_index_out_of_range_raises_on_every_rank(workers, index):
             assert "[0, 7)" in message
 
 
-def test_every_rank_raises_if_one_fails(workers):
-    results = workers.run("fail_on_one_rank")
+@pytest.mark.parametrize("place", ["before the call", "second block", "backward"])
+def test_every_rank_raises_if_one_fails(workers, place):
+    results = workers.run("fail_on_one_rank", place)
     messages, seconds = zip(*results, strict=True)
     assert messages[1] == "ValueError: rank 1 failed"
     for rank in (0, 2, 3):

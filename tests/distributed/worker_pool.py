@@ -25,7 +25,7 @@ COLLECTIVE_SECONDS = 120  # after which a rank that waits for others raises
 TESTS = Path(__file__).parents[1]
 PARTS = TESTS / "distributed", TESTS / "deferred", TESTS, TESTS.parent
 FOLDERS = [*map(str, PARTS)]
-MODULES = ["worker_tasks", "swapped_tasks"]
+MODULES = ["worker_tasks", "transform_tasks", "swapped_tasks"]
 
 
 class WorkerPool:
@@ -114,17 +114,24 @@ def serve(connection: Any, rank: int, size: int, store_file: str) -> None:
     """
     try:
         import torch.distributed as dist
+        from torch.distributed import distributed_c10d
 
+        limit = timedelta(seconds=COLLECTIVE_SECONDS)
+        distributed_c10d.default_pg_timeout = limit  # of the groups of a mesh's dimensions
         functions = {k: v for name in MODULES for k, v in vars(import_module(name)).items()}
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(store_file, size),
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+            timeout=limit,
         )
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "`torch.jit.script`")  # as in pyproject.toml
+        for pattern in (
+            *("`torch.jit.script", ".*Function'> should not be instantiated"),  # as elsewhere
+            "The .grad attribute of a Tensor that is not a leaf",  # Dynamo reads it of DTensors
+        ):
+            warnings.filterwarnings("ignore", pattern)
         while (message := connection.recv()) is not None:
             function, arguments, seconds = message
             faulthandler.dump_traceback_later(0.9 * seconds, exit=False)  # shows where it hangs

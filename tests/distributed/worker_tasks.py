@@ -28,6 +28,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_nnmath import _records, nn
 from torch_nnmath import functional as F
@@ -223,15 +224,40 @@ def gather(v: Tensor) -> Tensor:
     return (v.full_tensor() if isinstance(v, DTensor) else v).detach()
 
 
-def compare_head(cases: list[tuple[str, dict[str, Any]]], order: int = 2) -> list[str]:
-    """Returns a line for each result that is not one process's, and the number of results."""
+class LateReduction(collectives.Reduction):
+    """Has its result only from `wait` on; before, nobody may read or write the buffer."""
+
+    def __init__(self, x: Tensor, operation: str, group: str):
+        self.arguments = x.clone(), operation, group
+        x = x.contiguous()
+        self.x, self.filler = x, float("nan") if x.is_floating_point() else -12345
+        x.fill_(self.filler)
+
+    def wait(self) -> Tensor:
+        is_filler = self.x.isnan() if self.x.is_floating_point() else self.x == self.filler
+        assert is_filler.all(), "the buffer was written before the reduction had ended"
+        return self.x.copy_(REDUCTION(*self.arguments).wait())
+
+
+REDUCTION = collectives.Reduction
+
+
+def compare_with_late_reductions(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    with mock.patch.object(collectives, "Reduction", LateReduction):
+        return compare_head(cases)
+
+
+def compare_head(
+    cases: list[tuple[str, dict[str, Any]]], order: int = 2, limits: Any = None
+) -> list[str]:
+    """Returns a line for each result that is not one process's; `limits` as `limit_blocks`."""
     lines = []
     for seed, (layout, options) in enumerate(cases):
         case = HeadCase(layout, options, seed)
         mesh = make_mesh(case.layout.mesh_shape)
         if not is_member(mesh):
             continue
-        with limit_blocks():
+        with limits or limit_blocks():
             expected = case.compute(None, order)
             try:
                 results = case.compute(mesh, order)
@@ -276,6 +302,13 @@ def compare_bfloat16(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
                     f"{layout}, {options}: {name} is off by {error:.3g}, not {allowed:.3g}"
                 )
     return lines
+
+
+def compare_large_blocks() -> list[str]:
+    """As `compare_head`, in blocks of 64 rows for three classes, and of 256 for one."""
+    LAYOUTS["many rows"] = LAYOUTS["three uneven shards"]._replace(row_count=200)
+    cases: Any = [("many rows", o) for o in ({}, {"return_stats": True})]
+    return compare_head(cases, limits=mock.patch.object(_block, "BLOCK_BYTES", (1, 1024)))
 
 
 class CollectiveRecorder:
@@ -345,6 +378,41 @@ def record_step(
     return [step.events for step in steps]
 
 
+class DTensorMessages(TorchDispatchMode):
+    """Records the collectives that DTensor itself calls, such as those of `redistribute`."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # the mode then sees what DTensor calls
+        if "c10d_functional" in func.namespace:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def record_dtensor_messages(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Returns a line for each collective of a step, up to second order, that is DTensor's own."""
+    lines = []
+    for layout, options in cases:
+        case = HeadCase(layout, options)
+        mesh = make_mesh(case.layout.mesh_shape)
+        if not is_member(mesh):
+            continue
+        tensors = {n: case.distribute(mesh, n, v) for n, v in case.tensors.items()}
+        leaves = [tensors[name].requires_grad_() for name in case.names]
+        with limit_blocks(), DTensorMessages() as messages:
+            outputs = case.call(tensors)
+            loss = outputs[0] if isinstance(outputs, tuple) else outputs
+            gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+            directions = [g.detach() for g in gradients]
+            torch.autograd.grad(gradients, leaves, directions)
+        lines += [f"{layout}, {options}: {name}" for name in messages.names]
+    return lines
+
+
 def raise_index_error(layout: str, index: int) -> str:
     """Returns the message of the IndexError that a class index of the last row raises."""
     case = HeadCase(layout, {"target": "ignored"})
@@ -358,17 +426,35 @@ def raise_index_error(layout: str, index: int) -> str:
     return "no error"
 
 
-def fail_on_one_rank() -> tuple[str, float]:
-    """Rank 1 raises before its first collective; returns the error of each rank and the seconds."""
+def fail_on_one_rank(place: str) -> tuple[str, float]:
+    """Rank 1 raises; returns the error of each rank and the seconds.
+
+    It raises before the call, at the sums of its second block, or in the backward.
+    """
     group = dist.new_group([0, 1, 2, 3], timeout=timedelta(seconds=2))
     mesh = DeviceMesh.from_group(group, "cpu")
-    case = HeadCase("empty shard", {})
+    case = HeadCase("two equal shards", {})
     tensors = {n: case.distribute(mesh, n, v) for n, v in case.tensors.items()}
-    start = time.monotonic()
-    try:
+    start, start_sums, count = time.monotonic(), _block.Block.start_sums_, [0]
+
+    def fail() -> None:
         if dist.get_rank() == 1:
             raise ValueError("rank 1 failed")
-        case.call(tensors)
+
+    def start_second_sums(block: Any, *args: Any) -> None:
+        count[0] += 1
+        if count[0] == 2 and place == "second block":
+            fail()
+        start_sums(block, *args)
+
+    try:
+        if place == "before the call":
+            fail()
+        with limit_blocks(), mock.patch.object(_block.Block, "start_sums_", start_second_sums):
+            loss = case.call({n: v.requires_grad_(n in case.names) for n, v in tensors.items()})
+        if place == "backward":
+            fail()
+        loss.backward()
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.monotonic() - start
     return "no error", 0.0

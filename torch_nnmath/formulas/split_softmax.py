@@ -10,12 +10,12 @@ from torch import Tensor
 
 from torch_nnmath._precision import zero_safe_product
 from torch_nnmath._records import Shard, Target
-from torch_nnmath.formulas._formula import Formula, mask_ignored, save
+from torch_nnmath.formulas._formula import KernelFormula, mask_ignored, save
 from torch_nnmath.formulas.transfer import copy_to_ranks, sum_over_ranks
 from torch_nnmath.kernels import collectives
 
 
-class SplitLogSumExp(Formula):
+class SplitLogSumExp(KernelFormula):
     r"""F24: m = max_r max z_r,  k = ln Σ_r Σ e^{z_r - m},  lse = m + k;
     dlse/dz_r = e^{z_r - m - k}, where z_r are the classes of rank r.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch_nnmath._precision import wide_type
@@ -59,6 +60,16 @@ def sum_over_ranks(v: Tensor, group: str | None) -> Tensor:
     result: Tensor = Transfer.evaluate(
         v, lambda v: collectives.all_reduce(v, collectives.SUM, group), lambda g: g.view_as(g)
     )
+    return result
+
+
+def reduce_constant(v: Tensor, operation: str, group: str) -> Tensor:
+    """v, which needs no derivative, reduced over the ranks, which all of them have."""
+
+    def reduce(v: Tensor) -> Tensor:
+        return collectives.all_reduce(v, operation, group)
+
+    result: Tensor = Transfer.evaluate(v, reduce, torch.zeros_like)
     return result
 
 

@@ -26,10 +26,21 @@ NO_TRITON = "Triton is not installed"
 
 
 def has_dtensor(*tensors: Any) -> bool:
-    """Whether one of them is a DTensor. Its module takes half as long to import as PyTorch."""
+    """Whether one of them is a DTensor, or a transform of `torch.func` wraps one.
+
+    The module of DTensors takes half as long to import as PyTorch.
+    """
+    if _torch.is_transformed() and not torch.compiler.is_compiling():
+        tensors = tuple(map(_unwrap, tensors))
     subclasses = [type(x) for x in tensors if type(x) not in PLAIN_TYPES]
     module = sys.modules.get("torch.distributed.tensor") if subclasses else None
     return module is not None and any(issubclass(cls, module.DTensor) for cls in subclasses)
+
+
+def _unwrap(x: Any) -> Any:
+    """x without the wrappers of transforms."""
+    inner = _torch.unwrap_transformed(x) if isinstance(x, Tensor) else None
+    return x if inner is None else _unwrap(inner[0])
 
 
 class LossKernel:
