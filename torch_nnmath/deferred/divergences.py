@@ -35,8 +35,10 @@ class Part(NamedTuple):
     has_sum: bool = False
 
 
-def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) -> Any:
-    """Returns the sum of a combination over these axes, which are kept with size 1.
+def sum_terms(
+    input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype, divisor: int = 1
+) -> Any:
+    """Returns the sum of a combination over these axes, which are kept with size 1, by a divisor.
 
     Returns NotImplemented, after materialising the terms, if they are not those of divergences.
     """
@@ -49,19 +51,14 @@ def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) ->
     expansion = Expansion(input)
     dtypes = layout.dtype, dtype
     heads = Heads(layout._replace(dtype=torch.promote_types(*dtypes)), expansion.eps)
-    groups: list[tuple[tuple[Tensor, ...], list[Term]]] = []
-    for term in expansion.terms:
-        for factors, terms in groups:
-            if [*map(id, factors)] == [*map(id, term.factors)]:
-                terms.append(term)
-                break
-        else:
-            groups.append((term.factors, [term]))
-    parts = [(factors, part) for factors, terms in groups for part in heads.list_parts(terms)]
+    parts = [
+        (terms[0].factors, part)
+        for terms in expansion.group_terms()
+        for part in heads.list_parts(terms)
+    ]
     obstacle = expansion.obstacle or heads.obstacle
     if obstacle or not parts:
-        obstacle = obstacle or "terms that cancel"
-        call.materialize(obstacle)
+        call.materialize(obstacle or "terms that cancel")
         return NotImplemented
     is_total = len(axes) == layout.dim() and all(
         part.has_sum and not any(f.dim() for f in factors) for factors, part in parts
@@ -76,7 +73,7 @@ def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) ->
         result = total.unsqueeze(form.axis)
         others = [d for d in axes if d != form.axis]
         result = result.sum(others, keepdim=True) if others else result
-    return result.to(dtype)
+    return (result / divisor).to(dtype)
 
 
 class Heads:
