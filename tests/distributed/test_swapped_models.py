@@ -169,7 +169,7 @@ def test_split_linear_equals_one_process(workers, axis):
 
 def test_logits_whose_weight_was_freed_or_changed_raise(workers):
     freed = "parameters' memory has since been freed, as FSDP does"
-    changed = "its features, weight or bias, or a scale or row applied to the logits, were changed"
+    changed = "its features, weight or bias, or a scale, row or tensor applied to the logits, were"
     expected = {
         "loss outside": freed,
         "read after backward": freed,

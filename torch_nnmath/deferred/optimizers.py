@@ -17,8 +17,8 @@ from torch.optim.optimizer import (
 
 from torch_nnmath.kernels.dispatch import has_dtensor
 
-HeadCall: TypeAlias = Any  # of `logits`, which imports this module
-LIVE_CALLS: weakref.WeakSet[HeadCall] = weakref.WeakSet()
+Call: TypeAlias = Any  # of `recipes`, which imports this module
+LIVE_CALLS: weakref.WeakSet[Call] = weakref.WeakSet()
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def track_optimizers() -> None:
 
 
 def compute_logits_before_update(
-    optimizer: Optimizer, reason: str, is_kept: Callable[[HeadCall], bool]
+    optimizer: Optimizer, reason: str, is_kept: Callable[[Call], bool]
 ) -> None:
     """Computes the logits of those live calls whose operands the optimizer will change.
 
@@ -44,7 +44,7 @@ def compute_logits_before_update(
             call.materialize(reason)
 
 
-def _find_calls(optimizer: Optimizer) -> Iterator[tuple[HeadCall, list[Any]]]:
+def _find_calls(optimizer: Optimizer) -> Iterator[tuple[Call, list[Any]]]:
     """Yields each live call, with those of its operands that the optimizer changes.
 
     An optimizer has FSDP2's sharded parameters, and a call the parameters that were gathered from

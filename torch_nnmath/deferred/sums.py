@@ -18,9 +18,8 @@ from torch_nnmath.deferred.logits import (
     get_grad_fn,
     register_override,
 )
-from torch_nnmath.deferred.losses import HeadRows, make_rows
 from torch_nnmath.deferred.operands import Operands, are_operands_of_head, set_inference_mode
-from torch_nnmath.kernels.dispatch import has_dtensor
+from torch_nnmath.deferred.rows import HeadRows, make_rows
 
 
 @register_override(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
@@ -32,9 +31,6 @@ def add(func: Any, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
     is_any_capped = any(z.recipe.form.is_capped for z in terms)
     if is_any_capped or input.recipe.call is other.recipe.call or input.shape != other.shape:
         return NotImplemented
-    calls = [z.recipe.call for z in terms]
-    if any(has_dtensor(c.operands.weight) for c in calls if not c.is_materialized):
-        return NotImplemented
     is_inference = torch.is_inference_mode_enabled()
     with (
         disable_autocast(input),
@@ -44,12 +40,13 @@ def add(func: Any, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
         rows = []
         for z in terms:
             rows.append(make_rows(z, is_log=False, axis=-1))
-            if rows[-1] is NotImplemented:
+            if rows[-1] is NotImplemented or rows[-1].sharding is not None:
                 return NotImplemented
         operands = _concatenate(rows, torch.promote_types(input.dtype, other.dtype))
     if not are_operands_of_head(operands):
         return NotImplemented
     logits = DeferredAffine.evaluate(*operands)
+    calls = [z.recipe.call for z in terms]
     call = logits.recipe.call
     widest = max(calls, key=lambda c: c.operands.features.shape[-1])
     call.log, call.grad_fn = widest.log, get_grad_fn(logits)
