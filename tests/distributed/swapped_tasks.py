@@ -368,11 +368,26 @@ def compute_two_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return shifted_loss(logits, labels) + 0.1 * logits.logsumexp(-1).square().mean()
 
 
+@functools.cache
+def make_teacher() -> Any:
+    """A swapped model that all ranks have in full."""
+    teacher = make_lm(hidden=16)
+    swap(teacher, head="lm_head")
+    return teacher.requires_grad_(False)
+
+
+def compute_divergence(logits: Tensor, ids: Tensor) -> Tensor:
+    """The divergence from a teacher's head."""
+    log_probs = (z.log_softmax(-1) for z in (logits, make_teacher()(ids)))
+    return F.kl_div(*log_probs, reduction="batchmean", log_target=True)
+
+
 LOSS_OF = {
     "outside": lambda model, ids, labels: shifted_loss(model(ids), labels),
     "inside": lambda model, ids, labels: model(ids, labels)[0],
     "policy": lambda model, ids, labels: compute_policy_loss(model(ids), labels),
     "two losses": lambda model, ids, labels: compute_two_losses(model(ids), labels),
+    "divergence": lambda model, ids, labels: compute_divergence(model(ids), ids),
     "read": lambda model, ids, labels: model(ids).sin().mean(),
     "sum": lambda model, ids, labels: F.cross_entropy(
         model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"

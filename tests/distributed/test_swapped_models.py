@@ -59,6 +59,13 @@ def test_accumulated_gradients_equal_one_process(workers, wrapper, feature, loss
     train_fused(workers, wrapper, loss, ("accumulate", feature), losses=losses)
 
 
+@pytest.mark.parametrize("feature", ["losses first", "frozen body"])
+@pytest.mark.parametrize("wrapper", ["root", "head alone, kept"])
+def test_distillation_equals_one_process(workers, wrapper, feature):
+    features = ("accumulate", feature) if feature == "losses first" else (feature,)
+    train_fused(workers, wrapper, "divergence", features, losses=len(features))
+
+
 @needs_deferral_in_compiled_models
 def test_compiled_model_equals_one_process(workers):
     train_fused(workers, "root x classes", "outside", ("compiled",))
