@@ -80,13 +80,15 @@ class VocabularyParallel(ParallelStyle):
             raise ValueError("VocabularyParallel gives the logits of a Linear as a plain tensor")
         _split_parameters(linear, mesh)
 
-        def gather_features(_module: Any, inputs: tuple[Any, ...]) -> Any:
-            input, *others = inputs
-            x = self._place(input, mesh)
-            sharding = Sharding(mesh, 0, (Replicate(),), x.shape[:-1], linear.out_features)
-            return sharding.give_rows(sharding.take_rows("input", x)), *others
+        def gather_features(_module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            def gather(input: Tensor) -> Tensor:
+                x = self._place(input, mesh)
+                sharding = Sharding(mesh, 0, (Replicate(),), x.shape[:-1], linear.out_features)
+                return sharding.give_rows(sharding.take_rows("input", x))
 
-        linear.register_forward_pre_hook(gather_features)
+            return tuple(map(gather, inputs)), {name: gather(x) for name, x in options.items()}
+
+        linear.register_forward_pre_hook(gather_features, with_kwargs=True)
         linear.register_forward_hook(split.give_plain_logits)
 
     def _split_loss(self, module: LinearCrossEntropyLoss, mesh: DeviceMesh) -> None:

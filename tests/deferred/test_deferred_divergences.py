@@ -188,6 +188,9 @@ FUSED: dict[str, Any] = {
     "terms, mean of all": lambda a, b, o: torch.mean(
         F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="none", log_target=True)
     ),
+    "terms, sum by axis": lambda a, b, o: F.kl_div(
+        a.log_softmax(-1), b.softmax(-1), reduction="none"
+    ).sum(axis=-1),
     "terms, sum of axes": lambda a, b, o: F.kl_div(
         a.log_softmax(-1), b.softmax(-1), reduction="none"
     ).sum((1, 2)),

@@ -1,6 +1,7 @@
 """Swapped models over several ranks against one process in float64."""
 
 import pytest
+from swapping_helpers import needs_deferral_in_compiled_models
 
 FUSED = ["ddp", "root", "head alone, kept", "head in a group"]
 FUSED += ["classes", "root x classes", "head alone x classes"]
@@ -14,6 +15,7 @@ def train(workers, *arguments):
     """Returns rank 0's results; the errors of all ranks are those of rounding."""
     results = workers.run("train", *arguments)
     assert all(result["error"] < 1e-12 for result in results), results
+    assert not results[0]["types left"]
     return results[0]
 
 
@@ -55,6 +57,18 @@ def test_accumulated_gradients_equal_one_process(workers, wrapper, feature, loss
     """
     losses = 4 if loss == "policy" else 2
     train_fused(workers, wrapper, loss, ("accumulate", feature), losses=losses)
+
+
+@pytest.mark.parametrize("feature", ["losses first", "frozen body"])
+@pytest.mark.parametrize("wrapper", ["root", "head alone, kept"])
+def test_distillation_equals_one_process(workers, wrapper, feature):
+    features = ("accumulate", feature) if feature == "losses first" else (feature,)
+    train_fused(workers, wrapper, "divergence", features, losses=len(features))
+
+
+@needs_deferral_in_compiled_models
+def test_compiled_model_equals_one_process(workers):
+    train_fused(workers, "root x classes", "outside", ("compiled",))
 
 
 @pytest.mark.parametrize("wrapper", ["root", "tied classes"])
@@ -138,6 +152,13 @@ def test_uses_of_split_logits_equal_one_process(workers, ranks, classes):
         assert not lines, "\n".join(lines)
 
 
+def test_deferred_logits_send_what_the_split_head_sends(workers):
+    for steps in workers.run("record_collectives")[:3]:
+        of_head, of_deferred_logits = steps
+        assert of_deferred_logits == of_head
+        assert {name for name, *_ in of_head} == {"MAX", "SUM", "wait"}
+
+
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_split_head_in_bfloat16_is_as_exact_as_in_one_process(workers, is_autocast):
     for lines in workers.run("compare_half_precision", is_autocast):
@@ -155,7 +176,7 @@ def test_split_linear_equals_one_process(workers, axis):
 
 def test_logits_whose_weight_was_freed_or_changed_raise(workers):
     freed = "parameters' memory has since been freed, as FSDP does"
-    changed = "its features, weight or bias, or a scale or row applied to the logits, were changed"
+    changed = "its features, weight or bias, or a scale, row or tensor applied to the logits, were"
     expected = {
         "loss outside": freed,
         "read after backward": freed,

@@ -13,6 +13,8 @@ affine map's Function (F1), whose backward (F8) runs only if the logits are mate
 - `observers`: the functions that observe the gradient of logits or read their memory.
 - `reductions`: the operations, such as `argmax`, that are computed from blocks of logits.
 - `operands`: what the product takes: features, weight and bias, cast as under autocast.
+- `wrappers`: what FSDP2 does to the weight, and its hooks, which go to the loss.
+- `split`: a head whose classes the ranks of a device mesh share.
 - `optimizers`: hooks of optimizers, whose steps change the operands of deferred logits.
 - `recipes`: a call of a head, and how its logits and the steps on them are computed.
 - `logits`: the tensor. Any other operation materialises the logits, once for every tensor that

@@ -35,8 +35,10 @@ class Part(NamedTuple):
     has_sum: bool = False
 
 
-def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) -> Any:
-    """Returns the sum of a combination over these axes, which are kept with size 1.
+def sum_terms(
+    input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype, divisor: int = 1
+) -> Any:
+    """Returns the sum of a combination over these axes, which are kept with size 1, by a divisor.
 
     Returns NotImplemented, after materialising the terms, if they are not those of divergences.
     """
@@ -49,19 +51,14 @@ def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) ->
     expansion = Expansion(input)
     dtypes = layout.dtype, dtype
     heads = Heads(layout._replace(dtype=torch.promote_types(*dtypes)), expansion.eps)
-    groups: list[tuple[tuple[Tensor, ...], list[Term]]] = []
-    for term in expansion.terms:
-        for factors, terms in groups:
-            if [*map(id, factors)] == [*map(id, term.factors)]:
-                terms.append(term)
-                break
-        else:
-            groups.append((term.factors, [term]))
-    parts = [(factors, part) for factors, terms in groups for part in heads.list_parts(terms)]
+    parts = [
+        (terms[0].factors, part)
+        for terms in expansion.group_terms()
+        for part in heads.list_parts(terms)
+    ]
     obstacle = expansion.obstacle or heads.obstacle
     if obstacle or not parts:
-        obstacle = obstacle or "terms that cancel"
-        call.materialize(obstacle)
+        call.materialize(obstacle or "terms that cancel")
         return NotImplemented
     is_total = len(axes) == layout.dim() and all(
         part.has_sum and not any(f.dim() for f in factors) for factors, part in parts
@@ -76,7 +73,7 @@ def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) ->
         result = total.unsqueeze(form.axis)
         others = [d for d in axes if d != form.axis]
         result = result.sum(others, keepdim=True) if others else result
-    return result.to(dtype)
+    return (result / divisor).to(dtype)
 
 
 class Heads:
@@ -126,7 +123,7 @@ class Heads:
             elif i is not None and log is None and len(tensors) == 1:
                 products[i, i] += number
                 parts.append(Part(number, partial(self._compute_excess, i, tensors[0])))
-                self._check_head(i)
+                self._check_divergence(i)
             elif i is None and isinstance(log, Side) and len(tensors) < 2:
                 j = self.find(log)
                 parts.append(Part(number, partial(self._compute_log_probs, j, tensors)))
@@ -181,8 +178,8 @@ class Heads:
 
     def _make_divergence(self, number: float, loss: Any, student: int, teacher: int) -> Part:
         """Returns a number times a loss of two sides."""
-        self._check_head(student)
-        self._check_head(teacher)
+        self._check_divergence(student)
+        self._check_divergence(teacher)
 
         def compute(reduction: str) -> Tensor:
             options = make_pair(self.rows[student], self.rows[teacher])
@@ -191,12 +188,12 @@ class Heads:
 
         return Part(number, compute, has_sum=True)
 
-    def _check_head(self, i: int) -> None:
-        """Refuses a head that the fused divergences do not take."""
+    def _check_divergence(self, i: int) -> None:
+        """Refuses what the divergences of two heads cannot compute."""
         if not self.obstacle and self.rows[i].softcap is not None:
             self.refuse("a divergence of capped logits")
         if not self.obstacle and self.rows[i].sharding is not None:
-            self.refuse("a divergence of a head whose classes are split over ranks")
+            self.refuse("a divergence of a head whose classes are split")
 
     def _compute_excess(self, i: int, z: Tensor, _: str) -> Tensor:
         """Σ p_i z - E_i, where z is ln softmax(z) plus its log-sum-exp."""

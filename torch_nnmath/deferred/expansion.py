@@ -98,6 +98,13 @@ class Expansion:
         if any(isinstance(term.log, Mixture) for term in self.terms):
             self.terms = [term.read_numbers() for term in self.terms]
 
+    def group_terms(self) -> list[list[Term]]:
+        """Returns the terms in lists of those that have the same factors."""
+        groups: dict[tuple[int, ...], list[Term]] = {}
+        for term in self.terms:
+            groups.setdefault(tuple(map(id, term.factors)), []).append(term)
+        return [*groups.values()]
+
     def refuse(self, obstacle: str) -> list[Term]:
         """Records the first obstacle."""
         self.obstacle = self.obstacle or obstacle

@@ -53,7 +53,7 @@ def register_loss(*functions: Any) -> Callable[..., Any]:
                     log.fused += 1
                 for call in calls:
                     call.has_fused_loss |= torch.is_grad_enabled() and input.requires_grad
-                    move_hooks(call.wrapper_hooks, result)
+                move_hooks([hook for call in calls for hook in call.wrapper_hooks], result)
             return result
 
         return loss
@@ -148,12 +148,10 @@ def _compute_cross_entropy_of_two_heads(
     terms = input.log_softmax(axis) * target
     if not is_deferred(terms):
         return NotImplemented
-    dims = axis if reduction == "none" else None
-    total = _sum_divergences(torch.sum, terms, dims, False, terms.dtype)
-    if total is NotImplemented:
-        return NotImplemented
-    rows = math.prod(input.recipe.form.rows_shape)
-    return -total / rows if reduction == "mean" else -total
+    axes = [terms.recipe.form.axis] if reduction == "none" else [*range(terms.dim())]
+    rows = math.prod(input.recipe.form.rows_shape) if reduction == "mean" else 1
+    total = sum_terms(terms, axes, terms.dtype, -rows)
+    return total if total is NotImplemented else total.squeeze(tuple(axes))
 
 
 @register_loss(torch.gather, Tensor.gather)
@@ -209,6 +207,8 @@ def sum_over_classes(
     is the negated entropy (F21), or for terms of logits the log-sum-exp minus the entropy. Terms of
     divergences (F25 to F27) may also be summed over all axes.
     """
+    if "axis" in kwargs:
+        dim = kwargs.pop("axis")
     if input.recipe.form.kinds and not kwargs:
         return _sum_divergences(func, input, dim, keepdim, dtype or input.dtype)
     form, axis, dtype = input.recipe.form, _get_only_axis(dim), dtype or input.dtype
@@ -241,11 +241,9 @@ def _sum_divergences(
     axes = {d % n for d in dims}
     if len(axes) != len(dims) or not all(-n <= d < n for d in dims):
         return NotImplemented  # PyTorch raises the error
-    result = sum_terms(input, [*axes], dtype)
-    if result is NotImplemented:
-        return NotImplemented
-    result = result if keepdim else result.squeeze(tuple(axes))
-    return result / math.prod(input.shape[d] for d in axes) if func in MEANS else result
+    count = math.prod(input.shape[d] for d in axes) if func in MEANS else 1
+    result = sum_terms(input, [*axes], dtype, count)
+    return result if keepdim or result is NotImplemented else result.squeeze(tuple(axes))
 
 
 @register_override(torch.nn.functional.kl_div)

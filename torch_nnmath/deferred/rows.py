@@ -144,7 +144,8 @@ def build_rows(recipe: Recipe, steps: Sequence[Recipe], layout: Layout, requires
     """Returns the `HeadRows` of a result of a head after these steps, or NotImplemented.
 
     The layout is that after the last step; the form of the values is the recipe's. Without
-    `requires_grad` no gradient reaches what the logits were computed from.
+    `requires_grad` no gradient reaches what the logits were computed from. In inference mode none
+    can, and DTensors cannot be detached.
     """
     call, form, axis = recipe.call, recipe.form, (steps[-1] if steps else recipe).form.axis
     call.check_operands()
@@ -152,7 +153,6 @@ def build_rows(recipe: Recipe, steps: Sequence[Recipe], layout: Layout, requires
     def detach_unless(has_gradient: bool, value: Any) -> Any:
         return value if has_gradient or not isinstance(value, Tensor) else value.detach()
 
-    # In inference mode no gradient can reach anything, and DTensors cannot be detached.
     is_inference = torch.is_inference_mode_enabled()
     detach = functools.partial(detach_unless, is_inference or requires_grad)
     has_head_gradient = requires_grad and call.grad_fn is not None

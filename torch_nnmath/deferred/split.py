@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from torch_nnmath import _torch
 from torch_nnmath._precision import widen
-from torch_nnmath._sharding import Sharding
+from torch_nnmath._sharding import Sharding, read_layout
 from torch_nnmath.formulas.affine import compute_affine_gradients
 from torch_nnmath.formulas.transfer import copy_to_ranks, gather_from_ranks, sum_over_ranks
 
@@ -40,10 +40,11 @@ def take_features(input: Tensor, weight: Any, bias: Any, module: Module) -> Tens
 def give_plain_logits(module: Module, inputs: Any, logits: Tensor) -> Tensor:
     """A forward hook: gathers logits that are a DTensor. Deferred logits are plain already."""
     del module, inputs
-    if not isinstance(logits, DTensor):
+    layout = read_layout("logits", logits)
+    if layout is None:
         return logits
     *batch, classes = logits.shape
-    sharding = Sharding(logits.device_mesh, 0, (Replicate(),), (*batch,), classes, len(batch))
+    sharding = Sharding(layout.mesh, 0, (Replicate(),), (*batch,), classes, len(batch))
     return _gather_classes(sharding, sharding.take_logits("logits", logits))
 
 

@@ -31,7 +31,6 @@ def add(func: Any, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
     is_any_capped = any(z.recipe.form.is_capped for z in terms)
     if is_any_capped or input.recipe.call is other.recipe.call or input.shape != other.shape:
         return NotImplemented
-    calls = [z.recipe.call for z in terms]
     is_inference = torch.is_inference_mode_enabled()
     with (
         disable_autocast(input),
@@ -47,6 +46,7 @@ def add(func: Any, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
     if not are_operands_of_head(operands):
         return NotImplemented
     logits = DeferredAffine.evaluate(*operands)
+    calls = [z.recipe.call for z in terms]
     call = logits.recipe.call
     widest = max(calls, key=lambda c: c.operands.features.shape[-1])
     call.log, call.grad_fn = widest.log, get_grad_fn(logits)

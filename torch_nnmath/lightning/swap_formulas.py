@@ -30,11 +30,9 @@ class SwapFormulas(Callback):
     optimizer changes the weights. With manual optimization only detached logits are. Logits that
     `predict_step` returns are computed.
 
-    Modules that `configure_model` builds are swapped too. A Linear that it wraps directly is not,
-    such as by `fully_shard(self.head)` of FSDP2, which changes its class: call `swap` before
-    wrapping it. The page Swap
-    (docs/swapping.md) describes how to compute the loss under sharding. A strategy
-    that spawns processes does not return the report to the main process.
+    Modules that `configure_model` builds or wraps are swapped too. The page Scale (docs/scale.md)
+    says which wrappers keep the head fused. A strategy that spawns processes does not return the
+    report to the main process.
 
     Args:
         include: modules to swap: a pattern for names ("encoder.*"), a class, a predicate
