@@ -604,6 +604,12 @@ COMPUTED: dict[str, tuple[str, Any]] = {
         "sum|neg|mul",
         lambda a, b, o: F.cross_entropy(a.mT, b.mT.softmax(1), label_smoothing=0.1),
     ),
+    "probabilities as targets, learnt scale": (
+        "slice|sum|neg|mul",
+        lambda a, b, o: functional.cross_entropy(
+            a.mT, b.mT.softmax(1), logit_scale=o.s / o.s.detach()
+        ),
+    ),
     "probabilities as targets, class weights": (
         "sum|neg|mul",
         lambda a, b, o: F.cross_entropy(a.mT, b.mT.softmax(1), o.weight),
