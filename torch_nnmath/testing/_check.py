@@ -29,7 +29,9 @@ from torch_nnmath.testing._report import Finding, Report, Row, Verdict, describe
 from torch_nnmath.testing._transforms import REGISTRY, Transform
 
 TRANSFORMS: tuple[str, ...] = tuple(REGISTRY)
+"""The names of all transforms, in the order of a report."""
 QUICK: tuple[str, ...] = tuple(name for name, entry in REGISTRY.items() if entry.is_quick)
+"""The names of the essential transforms, which take seconds."""
 
 
 def check(
