@@ -104,6 +104,12 @@ def test_table_of_transforms_has_what_each_check_says_in_the_order_of_the_report
     ]
 
 
+def test_table_of_verdicts_has_each_member():
+    page = (DOCS / "checking.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w[\w ]*) \| `(\w+)` \| (yes)? ?\|", page, re.MULTILINE)
+    assert rows == [(v.value, v.name, "yes" if v.is_fault else "") for v in testing.Verdict]
+
+
 def test_pages_that_messages_name_exist_under_these_titles():
     settings = (ROOT / "tools" / "website" / "mkdocs.yml").read_text(encoding="utf-8")
     titles = dict(re.findall(r"- ([^\n:]+): (\w+\.md)$", settings, re.MULTILINE))

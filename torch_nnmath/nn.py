@@ -139,10 +139,11 @@ class _CrossEntropyOptions:
 
 
 class CrossEntropyLoss(_CrossEntropyOptions, torch.nn.CrossEntropyLoss):
-    """`torch.nn.CrossEntropyLoss` by F13, with the options of `functional.cross_entropy`.
+    """`torch.nn.CrossEntropyLoss` by F13: softmax and cross entropy on logits.
 
-    A call takes a weight for each row, `row_weight`. Keyword-only in the constructor, as PyTorch's
-    module lacks them: base, logit_scale, softcap, temperature, z_loss, return_stats, output_dtype.
+    The constructor also takes, by keyword, the options of `functional.cross_entropy` that PyTorch's
+    lacks: base, logit_scale, softcap, temperature, z_loss, return_stats, output_dtype. A
+    `logit_scale` that is a Parameter is learnt. A call takes `(input, target, row_weight=None)`.
     """
 
     def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Any:
@@ -206,10 +207,11 @@ else:
 
 
 class LinearCrossEntropyLoss(_CrossEntropyOptions, _LinearCrossEntropyLoss):
-    """`torch.nn.LinearCrossEntropyLoss`, the head (F15), with the options of
-    `functional.linear_cross_entropy`, keyword-only.
+    """`torch.nn.LinearCrossEntropyLoss`, the head (F15): linear layer, softmax and cross entropy.
 
-    A call takes a weight for each row, `row_weight`.
+    The constructor also takes, by keyword, the options of `functional.linear_cross_entropy` that
+    PyTorch's lacks: base, logit_scale, softcap, temperature, z_loss, return_stats, output_dtype. A
+    `logit_scale` that is a Parameter is learnt. A call takes `(input, target, row_weight=None)`.
     To tie the weight, set `loss.linear.weight = embedding.weight`.
     """
 
@@ -267,8 +269,9 @@ class _DivergenceLoss(torch.nn.Module):
 class LinearKLDivLoss(_DivergenceLoss):
     """KL(p||q) of a teacher's head from a student's (F25), or KL(q||p) with `reverse` (F26).
 
-    It has no parameters: features, weights and biases are those of `functional.linear_kl_div`,
-    labels its `labels`; options are its options, keyword-only.
+    It has no parameters. The constructor takes the options of `functional.linear_kl_div` by
+    keyword: reverse, temperature, temperature_factor, alpha, ignore_index, remainder, base,
+    reduction, output_dtype. A call takes the function's tensors.
     """
 
     def __init__(self, *, reverse: bool = False, **options: Any):
@@ -304,7 +307,9 @@ class LinearKLDivLoss(_DivergenceLoss):
 class LinearJSDLoss(_DivergenceLoss):
     """The generalised Jensen-Shannon divergence of two heads (F27), with the weight `beta`.
 
-    Inputs and options are those of `functional.linear_jsd`; it has no parameters.
+    It has no parameters. The constructor takes the options of `functional.linear_jsd` by keyword:
+    beta, temperature, temperature_factor, alpha, ignore_index, remainder, base, reduction,
+    output_dtype. A call takes the function's tensors.
     """
 
     def __init__(self, *, beta: float = 0.5, **options: Any):
@@ -361,7 +366,7 @@ class SigmoidSquaredErrorLoss(SquaredErrorLoss):
 class CategoricalCrossEntropyLoss(torch.nn.Module):
     """-Σ target log_base input over the axis `dim` (F5), on probabilities.
 
-    A call takes a weight for each example, `row_weight`.
+    A call takes `(input, target, row_weight=None)`, with a weight for each example.
     """
 
     def __init__(self, *, base: float = math.e, reduction: str = "mean", dim: int = -1):

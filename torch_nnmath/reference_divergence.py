@@ -32,47 +32,62 @@ from torch_nnmath.reference import (
 
 # The value, and the partial derivatives with respect to l and to lt
 Partials = tuple[Any, list[Any], list[Any]]
-Divergence = Callable[[list[Any], list[Any], Elementary], Partials]
+Scores = tuple[Array | None, Array | None]
 
 
-def kl_div(l: list[Any], lt: list[Any], fn: Elementary) -> Partials:
+def kl_div(l: list[Any], lt: list[Any], mix: Any, fn: Elementary) -> Partials:
     """F25: c = Σ_j p_j (lt_j - l_j),  dc/dl_j = -p_j, dc/dlt_j = p_j (lt_j - l_j + 1)."""
     J, p = range(len(l)), [fn.exp(v) for v in lt]
     c = sum(p[j] * (lt[j] - l[j]) for j in J)
     return c, [-p[j] for j in J], [p[j] * (lt[j] - l[j] + 1) for j in J]
 
 
-def reverse_kl_div(l: list[Any], lt: list[Any], fn: Elementary) -> Partials:
+def kl_div_scores(q: Array, l: Array, p: Array, lt: Array, mix: Any, fn: Elementary) -> Scores:
+    """F25: c = pᵀ st, st = lt - l;  dz = (q - p)/τ, dzt = p ∘ (st - pᵀ st)/τ."""
+    return None, lt - l
+
+
+def reverse_kl_div(l: list[Any], lt: list[Any], mix: Any, fn: Elementary) -> Partials:
     """F26: c = Σ_j q_j (l_j - lt_j): F25 with the roles exchanged."""
-    c, ft, f = kl_div(lt, l, fn)
+    c, ft, f = kl_div(lt, l, mix, fn)
     return c, f, ft
 
 
-def jsd(mix: Any) -> Divergence:
+def reverse_kl_div_scores(
+    q: Array, l: Array, p: Array, lt: Array, mix: Any, fn: Elementary
+) -> Scores:
+    """F26: c = qᵀ s, s = l - lt;  dz = q ∘ (s - qᵀ s)/τ, dzt = (p - q)/τ."""
+    return l - lt, None
+
+
+def jsd(l: list[Any], lt: list[Any], mix: Any, fn: Elementary) -> Partials:
     """F27: c = Σ_j (1-μ) q_j (l_j - ln m_j) + μ p_j (lt_j - ln m_j), m_j = μ p_j + (1-μ) q_j.
 
     dc/dl_j = (1-μ) q_j (l_j - ln m_j), dc/dlt_j = μ p_j (lt_j - ln m_j): the derivative of ln m_j
     cancels, as does that of l_j itself.
     """
-
-    def divergence(l: list[Any], lt: list[Any], fn: Elementary) -> Partials:
-        J, q, p = range(len(l)), [fn.exp(v) for v in l], [fn.exp(v) for v in lt]
-        lm = [fn.log(mix * p[j] + (1 - mix) * q[j]) for j in J]
-        f = [(1 - mix) * q[j] * (l[j] - lm[j]) for j in J]
-        ft = [mix * p[j] * (lt[j] - lm[j]) for j in J]
-        return sum(f[j] + ft[j] for j in J), f, ft
-
-    return divergence
+    J, q, p = range(len(l)), [fn.exp(v) for v in l], [fn.exp(v) for v in lt]
+    lm = [fn.log(mix * p[j] + (1 - mix) * q[j]) for j in J]
+    f = [(1 - mix) * q[j] * (l[j] - lm[j]) for j in J]
+    ft = [mix * p[j] * (lt[j] - lm[j]) for j in J]
+    return sum(f[j] + ft[j] for j in J), f, ft
 
 
-def _choose(kind: str, mix: Any) -> Divergence:
-    return {"kl_div": kl_div, "reverse_kl_div": reverse_kl_div}.get(kind) or jsd(mix)
+def jsd_scores(q: Array, l: Array, p: Array, lt: Array, mix: Any, fn: Elementary) -> Scores:
+    """F27: c = qᵀ s + pᵀ st, s = (1-μ)(l - ln m), st = μ (lt - ln m), m = μ p + (1-μ) q;
+
+    dz = q ∘ (s - qᵀ s)/τ, dzt = p ∘ (st - pᵀ st)/τ.
+    """
+    lm = fn.log(mix * p + (1 - mix) * q)
+    return (1 - mix) * (l - lm), mix * (lt - lm)
 
 
-def divergence_element(z: Array, zt: Array, kind: str, tau: Any, mix: Any, fn: Elementary) -> VJP:
-    """Σ of F25, F26 or F27;  dc/dz_k = (1/τ) Σ_j dc/dl_j (δ_jk - q_k), and so for the teacher."""
+def divergence_element(
+    z: Array, zt: Array, partials: Callable[..., Partials], tau: Any, mix: Any, fn: Elementary
+) -> VJP:
+    """c of l and lt;  dc/dz_k = (1/τ) Σ_j dc/dl_j (δ_jk - q_k), and so for the teacher."""
     (q, l, _), (p, lt, _) = (log_softmax_element(v / tau, fn) for v in (z, zt))
-    c, f, ft = _choose(kind, mix)(l, lt, fn)
+    c, f, ft = partials(l, lt, mix, fn)
     J = range(len(l))
 
     def pullback(g: Any) -> Gradients:
@@ -84,20 +99,15 @@ def divergence_element(z: Array, zt: Array, kind: str, tau: Any, mix: Any, fn: E
     return c, pullback
 
 
-def divergence_matrix(z: Array, zt: Array, kind: str, tau: Any, mix: Any, fn: Elementary) -> VJP:
-    """F25: c = pᵀ st, st = lt - l;  dz = (q - p)/τ, dzt = p ∘ (st - pᵀ st)/τ.
+def divergence_matrix(
+    z: Array, zt: Array, scores: Callable[..., Scores], tau: Any, mix: Any, fn: Elementary
+) -> VJP:
+    """c = qᵀ s + pᵀ st of the scores s and st;  dz = q ∘ (s - qᵀ s)/τ, and so for the teacher.
 
-    F26: c = qᵀ s, s = l - lt;  dz = q ∘ (s - qᵀ s)/τ, dzt = (p - q)/τ.
-    F27: c = qᵀ s + pᵀ st, s = (1-μ)(l - ln m), st = μ (lt - ln m);  dz as F26, dzt as F25.
+    A side without a score has dz = (q - p)/τ or dzt = (p - q)/τ.
     """
     (q, l, _), (p, lt, _) = (log_softmax_matrix(v / tau, fn) for v in (z, zt))
-    if kind == "kl_div":
-        s, st = None, lt - l
-    elif kind == "reverse_kl_div":
-        s, st = l - lt, None
-    else:
-        lm = fn.log(mix * p + (1 - mix) * q)
-        s, st = (1 - mix) * (l - lm), mix * (lt - lm)
+    s, st = scores(q, l, p, lt, mix, fn)
 
     def differentiate(a: Array, s: Any, other: Array) -> Array:
         return (a - other if s is None else a * (s - (a.T @ s).item())) / tau
@@ -106,10 +116,10 @@ def divergence_matrix(z: Array, zt: Array, kind: str, tau: Any, mix: Any, fn: El
     return c, lambda g: (g * differentiate(q, s, p), g * differentiate(p, st, q))
 
 
-def _make_heads(form: str, kind: str) -> Callable[..., VJP]:
+def _make_heads(form: str, kind: Callable[..., Any]) -> Callable[..., VJP]:
     """Returns F25, F26 or F27 of two heads in one of the forms, to the base β."""
     affine = {"element": affine_element, "matrix": affine_matrix}[form]
-    divergence = {"element": divergence_element, "matrix": divergence_matrix}[form]
+    divergence: Any = {"element": divergence_element, "matrix": divergence_matrix}[form]
 
     def rule(
         *inputs: Array, beta: Any = math.e, tau: Any = 1, mix: Any = None, fn: Elementary = NUMPY
@@ -128,10 +138,10 @@ def _make_heads(form: str, kind: str) -> Callable[..., VJP]:
     return rule
 
 
-def _make_distillation(form: str) -> Callable[..., VJP]:
+def _make_distillation(form: str, kind: Callable[..., Any]) -> Callable[..., VJP]:
     """Returns F29 in one of the forms: α F14 with the label y, plus (1-α) τ² F25."""
     affine = {"element": affine_element, "matrix": affine_matrix}[form]
-    divergence = {"element": divergence_element, "matrix": divergence_matrix}[form]
+    divergence: Any = {"element": divergence_element, "matrix": divergence_matrix}[form]
     cross_entropy = {"element": cross_entropy_element, "matrix": cross_entropy_matrix}[form]
 
     def rule(
@@ -139,7 +149,7 @@ def _make_distillation(form: str) -> Callable[..., VJP]:
     ) -> VJP:
         x, W, b, xt, Wt, bt = inputs
         (z, pullback_z), (zt, pullback_zt) = affine(x, W, b, fn=fn), affine(xt, Wt, bt, fn=fn)
-        d, divergence_pullback = divergence(z, zt, "kl_div", tau, None, fn)
+        d, divergence_pullback = divergence(z, zt, kind, tau, None, fn)
         e_y = column(kronecker(j, y) for j in range(len(z)))
         c, cross_entropy_pullback = cross_entropy(z, e_y, beta=beta, fn=fn)
         factor = (1 - alpha) * tau**2 / fn.log(beta)
@@ -177,7 +187,7 @@ def top_k_element(
     p, ln = [fn.exp(v) for v in lt[:, 0]], fn.log(beta)
     q_r, p_r = sum(q[j] for j in others), 1 - sum(p)
     l_k, lt_k = [*(l[i] for i in indices), fn.log(q_r)], [*lt[:, 0], fn.log(p_r)]
-    c, (*f, f_r), (*ft, ft_r) = kl_div(l_k, lt_k, fn)
+    c, (*f, f_r), (*ft, ft_r) = kl_div(l_k, lt_k, None, fn)
 
     def differentiate(k: int) -> Any:
         of_k = sum(f_i * (kronecker(i, k) - q[k]) for i, f_i in zip(indices, f, strict=True))
@@ -221,12 +231,16 @@ def top_k_matrix(
     return ((p.T @ st).item() + p_r * st_r) / ln, pullback
 
 
-def _make_forms(make: Callable[..., Callable[..., VJP]], *options: Any) -> Forms:
-    return Forms(Form(make("element", *options)), Form(make("matrix", *options)))
+def _make_forms(
+    make: Callable[..., Callable[..., VJP]],
+    partials: Callable[..., Partials],
+    scores: Callable[..., Scores],
+) -> Forms:
+    return Forms(Form(make("element", partials)), Form(make("matrix", scores)))
 
 
-LINEAR_KL_DIV = _make_forms(_make_heads, "kl_div")
-LINEAR_REVERSE_KL_DIV = _make_forms(_make_heads, "reverse_kl_div")
-LINEAR_JSD = _make_forms(_make_heads, "jsd")
+LINEAR_KL_DIV = _make_forms(_make_heads, kl_div, kl_div_scores)
+LINEAR_REVERSE_KL_DIV = _make_forms(_make_heads, reverse_kl_div, reverse_kl_div_scores)
+LINEAR_JSD = _make_forms(_make_heads, jsd, jsd_scores)
 TOP_K_KL_DIV = Forms(Form(top_k_element), Form(top_k_matrix))
-DISTILLATION = _make_forms(_make_distillation)
+DISTILLATION = _make_forms(_make_distillation, kl_div, kl_div_scores)

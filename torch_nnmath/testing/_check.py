@@ -29,7 +29,9 @@ from torch_nnmath.testing._report import Finding, Report, Row, Verdict, describe
 from torch_nnmath.testing._transforms import REGISTRY, Transform
 
 TRANSFORMS: tuple[str, ...] = tuple(REGISTRY)
+"""The names of all transforms, in the order of a report."""
 QUICK: tuple[str, ...] = tuple(name for name, entry in REGISTRY.items() if entry.is_quick)
+"""The names of the essential transforms, which take seconds."""
 
 
 def check(
@@ -51,8 +53,8 @@ def check(
     The function must accept float64, or a reference must.
 
     Args:
-        function: a function, an instance of a module, or a subclass of `torch.autograd.Function`
-            (its `apply` is checked). It returns tensors, nested in tuples, lists, dicts or
+        function: a function, an instance of a module, or a subclass of `torch.autograd.Function`,
+            whose `apply` is checked. It returns tensors, nested in tuples, lists, dicts or
             dataclasses.
         inputs: the positional arguments: tensors, other values, or nested tuples, lists and dicts
             of them. The tensors that require gradients are differentiated; if none does, all
@@ -101,7 +103,10 @@ def assert_right(
     transforms: Iterable[str] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Calls `check` and raises AssertionError with the first fault that it finds."""
+    """Calls `check` and raises AssertionError with the first fault that it finds.
+
+    A row whose truth is unknown is an error, too, if there is no fault.
+    """
     check(
         function,
         inputs,
