@@ -307,7 +307,7 @@ def read_layout(name: str, x: Tensor) -> Layout | None:
 
 def take_local(x: Tensor, layout: Layout) -> Tensor:
     """This rank's part of the DTensor x."""
-    from_local, to_local = _make_conversions(layout, x.shape, x.stride())
+    from_local, to_local = _make_conversions(layout, x.shape)
     v: Tensor = Transfer.evaluate(x, to_local, from_local)
     return v
 
@@ -319,8 +319,7 @@ def make_dtensor(v: Tensor, layout: Layout, shape: Sequence[int] | None = None) 
         for i, place in enumerate(layout.placements):
             if isinstance(place, Shard):
                 shape[place.dim] *= layout.mesh.size(i)
-    stride = torch.empty(tuple(shape), device="meta").stride()
-    x: Tensor = Transfer.evaluate(v, *_make_conversions(layout, torch.Size(shape), stride))
+    x: Tensor = Transfer.evaluate(v, *_make_conversions(layout, torch.Size(shape)))
     return x
 
 
@@ -334,11 +333,13 @@ def _is_row_shard(place: Placement, row_axes: int) -> bool:
     return type(place) is Shard and 0 <= place.dim < row_axes
 
 
-def _make_conversions(layout: Layout, shape: torch.Size, stride: tuple[int, ...]) -> Any:
+def _make_conversions(layout: Layout, shape: torch.Size) -> Any:
     """`from_local` and `to_local` of a DTensor, which are adjoint."""
     mesh, placements = layout
+    stride = torch.empty(shape, device="meta").stride()
 
     def from_local(v: Tensor) -> Tensor:
+        v = v.contiguous()  # as the stride says
         return DTensor.from_local(v, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def to_local(x: Tensor) -> Tensor:
