@@ -94,6 +94,9 @@ def softmax(
         dim: the axis that sums to 1; None selects PyTorch's deprecated default, with a warning.
         dtype: if given, the input is cast to it first.
 
+    Returns:
+        The shape of the input.
+
     Raises:
         IndexError: if `dim` is out of range.
         NotImplementedError: if the input, after the cast, is of integer type.
@@ -123,7 +126,7 @@ def softmax_jacobian(input: Tensor, dim: int) -> Tensor:
         input: (*, n, *), the n at `dim`.
 
     Returns:
-        (*, *, n, n): the matrix of each vector, da_j/dz_k in row j, column k.
+        The matrix of each vector, (*, *, n, n), with da_j/dz_k in row j, column k.
 
     Raises:
         IndexError: if `dim` is out of range, or input has no axis.

@@ -75,6 +75,9 @@ def mse_loss(
         reduction: "none", "sum", or "mean" over the elements.
         weight: one factor for each element, in input's shape; "mean" divides by their sum.
 
+    Returns:
+        (), or the broadcast shape for `reduction="none"`.
+
     Raises:
         ValueError: for an unknown reduction, or a weight of another shape.
         RuntimeError: if input and target do not broadcast.
@@ -113,6 +116,9 @@ def squared_error(
         reduction: "none" (a loss for each example), "sum", or "mean" over the examples.
         dim: the axis or axes of one example.
 
+    Returns:
+        (), or the shape of input without the axes `dim` for `reduction="none"`.
+
     Raises:
         ValueError: if the shapes differ, or for an unknown reduction or a repeated axis.
         IndexError: if an axis is out of range.
@@ -136,6 +142,9 @@ def sigmoid_squared_error(
         input, target: pre-activations and targets of the same shape; they are not broadcast.
         reduction: "none" (a loss for each example), "sum", or "mean" over the examples.
         dim: the axis or axes of one example.
+
+    Returns:
+        (), or the shape of input without the axes `dim` for `reduction="none"`.
 
     Raises:
         ValueError: if the shapes differ, or for an unknown reduction or a repeated axis.
@@ -171,6 +180,9 @@ def categorical_cross_entropy(
             negative and may require a gradient. "mean" divides by the sum of the weights.
 
     0 log 0 is 0. If the target class has probability 0, the loss is inf.
+
+    Returns:
+        (), or (*, *), the shape of class indices, for `reduction="none"`.
 
     Raises:
         ValueError: for an unknown reduction, a bad base, or a target or weight of another shape.
@@ -238,6 +250,10 @@ def cross_entropy(
             indices and is not weighted.
         output_dtype: the dtype of the loss; None is that of the input. float32 keeps a loss of
             half-precision input as it was computed, unrounded.
+
+    Returns:
+        The loss, (), or the shape of class indices for `reduction="none"`; with `return_stats` the
+        tuple `(loss, LossStats)`.
 
     Raises:
         ValueError: for an unknown reduction, an invalid base, scale, cap, temperature or z-loss
@@ -322,7 +338,8 @@ def linear_cross_entropy(
         output_dtype: the dtype of the loss; None is that of the input.
 
     Returns:
-        (), or the shape of class indices for `reduction="none"`; with `return_stats` a tuple.
+        The loss, (), or the shape of class indices for `reduction="none"`; with `return_stats` the
+        tuple `(loss, LossStats)`.
 
     Raises:
         ValueError: for an unknown reduction, an invalid base, scale, cap, temperature or z-loss

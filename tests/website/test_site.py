@@ -221,6 +221,14 @@ def test_every_formula_has_a_page(site):
     assert {name.replace("&#39;", "'") for name in found} == {row.name for row in CATALOG}
 
 
+def test_each_function_says_what_it_returns(site):
+    text = (site / "api" / "functional.html").read_text(encoding="utf-8")
+    returns = re.findall(r"Returns:.*?<code>(.*?)</code>", text, re.DOTALL)
+    types = {re.sub("<[^>]*>", "", each) for each in returns}
+    assert len(returns) == text.count("Returns:</span>")
+    assert types == {"Tensor", "Tensor | tuple"}
+
+
 def test_links_between_pages_lead_to_a_place(site, pages):
     count = 0
     for path, page in pages.items():

@@ -19,6 +19,8 @@ class GoogleStyle(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = rewrite(obj.docstring.value)
+        if isinstance(obj, griffe.Function) and str(obj.returns) == "Any":
+            obj.returns = "Tensor | tuple"  # a tuple if an option asks for more results
 
 
 def rewrite(text: str) -> str:
