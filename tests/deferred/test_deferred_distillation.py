@@ -31,6 +31,7 @@ from deferred_helpers import (
     make_teachers,
 )
 from tolerance import compute_distance, get_rounding_tolerance
+from torch.utils.checkpoint import checkpoint
 
 from torch_nnmath import kernels
 
@@ -173,6 +174,30 @@ def test_error_of_divergence_is_at_most_a_rounding_more_than_the_plain_model(nam
     assert_fused(log, 1)
 
 
+def test_teacher_of_a_narrower_dtype_agrees():
+    """Its probabilities are not rounded: the loss is closer to the truth than the plain one."""
+    plain, swapped, log = make_pair(dtype=torch.float32)
+    plain_teacher, teacher, teacher_log = make_teachers(BF16)
+    exact = [copy.deepcopy(model).double() for model in (plain, plain_teacher)]
+
+    def run(student, other, dtypes):
+        x = make_inputs(torch.float32).fixed_x
+        with torch.no_grad():
+            b = other(x.to(BF16).to(dtypes[1]))
+        loss = make_terms_of_jsd(student(x.to(dtypes[0])), b).sum()
+        return [loss, *torch.autograd.grad(loss, [*student.parameters()])]
+
+    results = run(swapped, teacher, (torch.float32, BF16))
+    plain_results = run(plain, plain_teacher, (torch.float32, BF16))
+    truth = run(*exact, (F64, F64))
+    for result, plain_result, expected in zip(results, plain_results, truth, strict=True):
+        assert (result.dtype, result.shape) == (plain_result.dtype, plain_result.shape)
+        allowed = compute_distance(plain_result, expected)
+        assert compute_distance(result, expected) <= allowed + 2**-9 * compute_distance(expected, 0)
+    assert_fused(log, 1)
+    assert_fused(teacher_log, 1)
+
+
 def test_mean_in_float16_has_no_intermediate_sum():
     """The sum exceeds the largest number of float16."""
     plain, swapped, log = make_pair(dtype=torch.float16)
@@ -284,6 +309,30 @@ def test_terms_are_freed_without_garbage_collection():
             assert [r() for r in make_references(reads)] == [None] * 6
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("is_whole", [False, True], ids=["loss", "models and loss"])
+def test_checkpoint_of_a_divergence_is_fused(is_whole):
+    """The checkpoint detaches what each operation saves, also the stack of log-probabilities."""
+    (plain, swapped, log), (plain_teacher, teacher, _) = make_pair(), make_teachers()
+
+    def compute(student, other, x):
+        return make_terms_of_jsd(student(x), other(x)).sum(-1)
+
+    results = []
+    for student, other in ((swapped, teacher), (plain, plain_teacher)):
+        x = make_inputs().x
+        if is_whole:
+            out = checkpoint(compute, student, other, x, use_reentrant=False)
+        else:
+            logits = student(x), other(x)
+            out = checkpoint(
+                lambda a, b: make_terms_of_jsd(a, b).sum(-1), *logits, use_reentrant=False
+            )
+        leaves = [*student.parameters(), *other.parameters(), x]
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert_agree(*results)
+    assert_fused(log)
 
 
 def test_terms_are_computed_once_if_they_are_read():
