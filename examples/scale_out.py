@@ -309,9 +309,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=2,
         help="processes that split the vocabulary; the others split the batch",
     )
-    parser.add_argument(
-        "--tie", action="store_true", help="give the head the embedding's weight"
-    )
+    parser.add_argument("--tie", action="store_true", help="give the head the embedding's weight")
     parser.add_argument(
         "--out", type=Path, default=Path("scale_out_out"), help="output folder for the picture"
     )

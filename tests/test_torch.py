@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -198,6 +199,23 @@ def test_has_dispatch_mode():
         assert _torch.has_dispatch_mode()
 
 
+def test_unwrap_transformed():
+    answers = []
+
+    def f(x):
+        answers.append(_torch.unwrap_transformed(x))
+        return x.sum()
+
+    batch = torch.arange(6.0).view(2, 3)
+    torch.func.vmap(torch.func.grad(f), in_dims=1)(batch)
+    (wrapped, axis), inner = answers[0], _torch.unwrap_transformed(answers[0][0])
+    assert axis is None  # of `grad`, the inner transform
+    assert wrapped.shape == (2,)
+    assert inner[0] is batch
+    assert inner[1] == 1
+    assert _torch.unwrap_transformed(batch) is None
+
+
 def test_is_legacy_batch():
     answers = []
 
@@ -353,6 +371,19 @@ def test_wait_for_collective():
     assert type(waited) is Tensor
     assert waited.tolist() == [1, 1]
     assert _torch.wait_for_collective(x) is x
+
+
+def test_support_dual_dtensors():
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        v = distribute_tensor(torch.arange(3.0), DeviceMesh("cpu", [0]), [Shard(0)])
+        _torch.support_dual_dtensors()
+        _, tangent = torch.func.jvp(torch.sin, (v,), (v,))
+        assert torch.equal(tangent.full_tensor(), torch.arange(3.0) * torch.arange(3.0).cos())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_list_forward_hooks():

@@ -30,7 +30,19 @@ def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
     This includes arguments inside a list or a tuple. `call_for_per_sample_grads` works as with
     PyTorch's function of the same name.
     """
+    return _make_public(function, is_uncompiled_with_dtensors=False)
 
+
+def leave_dtensors_uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """As `support_torch_function`; a compiler also ends its graph at a call with DTensors.
+
+    The ranks must issue the same collectives. Dynamo traces each rank's call by itself, and does
+    not check the size of a DTensor if the size of the rank's part is as before.
+    """
+    return _make_public(function, is_uncompiled_with_dtensors=True)
+
+
+def _make_public(function: Callable[P, R], is_uncompiled_with_dtensors: bool) -> Callable[P, R]:
     @functools.wraps(function)
     def public_function(*args: P.args, **kwargs: P.kwargs) -> R:
         flat: tuple[Any, ...] = (*args, *kwargs.values())
@@ -39,29 +51,15 @@ def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
                 flat += (*arg,)
         if has_torch_function(flat):
             return handle_torch_function(public_function, flat, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    torch_function = getattr(torch.nn.functional, function.__name__, None)
-    _torch.share_per_sample_gradient(torch_function, public_function)
-    return public_function
-
-
-def leave_dtensors_uncompiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a public function so that a compiler ends its graph at a call with DTensors.
-
-    The ranks must issue the same collectives. Dynamo traces each rank's call by itself, and does
-    not check the size of a DTensor if the size of the rank's part is as before.
-    """
-
-    @functools.wraps(function)
-    def public_function(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() and has_dtensor(*args, *kwargs.values()):
+        if torch.compiler.is_compiling() and is_uncompiled_with_dtensors and has_dtensor(*flat):
             from torch_nnmath._uncompiled import call_uncompiled
 
             result: R = call_uncompiled(function, args, kwargs)
             return result
         return function(*args, **kwargs)
 
+    torch_function = getattr(torch.nn.functional, function.__name__, None)
+    _torch.share_per_sample_gradient(torch_function, public_function)
     return public_function
 
 

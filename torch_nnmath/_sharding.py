@@ -286,19 +286,22 @@ def read_layout(name: str, x: Tensor) -> Layout | None:
     if isinstance(x, DTensor):
         return Layout(x.device_mesh, x.placements)
     wrapped = _torch.unwrap_transformed(x)
-    layout = None if wrapped is None else read_layout(name, wrapped[0])
-    if wrapped is None or layout is None or wrapped[1] is None:
+    if wrapped is None:
+        return None
+    inner, batch_axis = wrapped
+    layout = read_layout(name, inner)
+    if layout is None or batch_axis is None:
         return layout
-    _, axis = wrapped
     places: list[Placement] = []
     for place in layout.placements:
-        if isinstance(place, Shard) and place.dim == axis:
+        dim = place.dim if isinstance(place, Shard) else -1
+        if dim == batch_axis:
             raise ValueError(
                 f"{name} has placements {layout.placements}, which split the axis that vmap "
                 "batches: redistribute it first"
             )
-        is_moved = type(place) is Shard and place.dim > axis
-        places.append(Shard(place.dim - 1) if is_moved else place)
+        is_moved = type(place) is Shard and dim > batch_axis
+        places.append(Shard(dim - 1) if is_moved else place)
     return Layout(layout.mesh, tuple(places))
 
 

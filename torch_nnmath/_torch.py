@@ -239,6 +239,22 @@ def wait_for_collective(x: Tensor) -> Tensor:
     return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
 
 
+def support_dual_dtensors() -> None:
+    """Registers DTensor's rule for the private operator that `forward_ad.make_dual` calls.
+
+    It tells whether two tensors have memory of the same size. PyTorch has no such rule.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def list_placements(x: Any, _other: Any) -> Any:
+        """Placements of a result and of the two arguments, which must be alike."""
+        places = Replicate(), *map(Shard, range(x.ndim))
+        return [([place], [place, place]) for place in places]
+
+    register_sharding(torch.ops.aten._has_same_storage_numel.default)(list_placements)
+
+
 def list_forward_hooks(module: torch.nn.Module) -> list[Any]:
     """The forward hooks that are registered with a module. No public function lists them."""
     return [*module._forward_hooks.values()]

@@ -297,7 +297,6 @@ def categorical_cross_entropy(
     return compute_categorical_cross_entropy(probs, target, base, reduction, dim, row_weight)
 
 
-@check.support_torch_function
 @check.leave_dtensors_uncompiled
 def cross_entropy(
     input: Tensor,
@@ -376,7 +375,6 @@ def cross_entropy(
     )
 
 
-@check.support_torch_function
 @check.leave_dtensors_uncompiled
 def linear_cross_entropy(
     input: Tensor,
@@ -438,7 +436,6 @@ def linear_cross_entropy(
     return head.compute_loss(check.resolve_reduction(reduction), z_loss, return_stats)
 
 
-@check.support_torch_function
 @check.leave_dtensors_uncompiled
 def linear_log_probs(
     input: Tensor,
@@ -502,7 +499,6 @@ def linear_log_probs(
     return head.compute_log_probs(return_entropy)
 
 
-@check.support_torch_function
 @check.leave_dtensors_uncompiled
 def linear_log_sum_exp(
     input: Tensor,

@@ -1,4 +1,4 @@
-"""Styles for `parallelize_module`, forward mode of DTensors, and the divisor of a mean over ranks."""
+"""Styles for `parallelize_module`, forward mode of DTensors, the divisor of a mean over ranks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from torch_nnmath import _torch
 from torch_nnmath._sharding import Layout, Sharding, make_dtensor, read_layout, take_local
 from torch_nnmath.deferred import split
 from torch_nnmath.nn import LinearCrossEntropyLoss
@@ -186,16 +186,11 @@ def count_tokens_per_rank(
 def enable_forward_mode() -> None:
     """Enables forward mode of DTensors: `forward_ad.make_dual`, `torch.func.jvp`, `jacfwd`.
 
-    PyTorch refuses it, since DTensors lack the rule of one operator that `make_dual` calls,
-    `aten._has_same_storage_numel`. This registers the rule for all DTensors of the process, by
-    PyTorch's experimental `register_sharding`. Call it before the first dual DTensor is made.
+    Without it PyTorch raises a NotImplementedError, since DTensors lack the rule of one operator
+    that `make_dual` calls. This registers the rule for all DTensors of the process, by PyTorch's
+    experimental `register_sharding`. Call it before the first dual DTensor is made.
     """
-
-    @register_sharding(torch.ops.aten._has_same_storage_numel.default)
-    def list_placements(x: Any, _other: Any) -> Any:
-        """Each result, with the placements of both arguments: they must be alike."""
-        places = Replicate(), *map(Shard, range(x.ndim))
-        return [([place], [place, place]) for place in places]
+    _torch.support_dual_dtensors()
 
 
 def _count_tokens(y: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:

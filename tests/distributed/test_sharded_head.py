@@ -55,6 +55,12 @@ def test_other_functions_equal_one_process(workers, function):
     check(workers, [(layout, {"function": function} | o) for layout in LAYOUTS for o in options])
 
 
+def test_several_outputs_equal_one_process(workers):
+    turns = itertools.cycle([{}, *OPTIONS])
+    cases = [(layout, {"positions": (2,)} | next(turns)) for layout in [*LAYOUTS] * 2]
+    check(workers, cases)
+
+
 @pytest.mark.parametrize("positions", [(), (2,)])
 def test_cross_entropy_on_split_logits_equals_one_process(workers, positions):
     """Each option in each layout, and pairs in turns; logits have no axis that both dims split."""
@@ -169,9 +175,7 @@ def test_a_step_sends_one_maximum_and_one_sum_for_each_block(workers, options, s
 def test_what_is_sent_does_not_depend_on_the_number_of_classes(workers, layout):
     """So no logits, gradients of logits or weights travel; only dW over ranks with other rows."""
     options = {"label_smoothing": 0.1, "return_stats": True, "z_loss": 0.1}
-    few, many = (
-        workers.run("record_step", layout, options, 2, classes) for classes in (4, 400)
-    )
+    few, many = (workers.run("record_step", layout, options, 2, classes) for classes in (4, 400))
     has_row_dims = "data" in layout
     for few_of_rank, many_of_rank in zip(few, many, strict=True):
         for events, more_events in zip(few_of_rank, many_of_rank, strict=True):

@@ -114,17 +114,16 @@ class HeadCase:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, dtype=F64, generator=generator)
 
+        positions = options.pop("positions", ())
         if self.function == "cross_entropy":
-            positions = options.pop("positions", ())
             self.tensors = {"input": normal(N, C, *positions)}
             self.placements = {"input": layout.place_probabilities()}
         else:
-            positions = ()
-            self.tensors = {"input": normal(N, D), "linear_weight": normal(C, D)}
+            self.tensors = {"input": normal(N, D), "linear_weight": normal(C, *positions, D)}
             self.placements = {"input": layout.rows, "linear_weight": layout.weight}
         replicated = [Replicate()] * len(layout.mesh_shape)
         if options.pop("bias", False):
-            self.tensors["linear_bias"] = normal(C)
+            self.tensors["linear_bias"] = normal(C, *positions)
             self.placements["linear_bias"] = layout.weight
         if weight := options.pop("weight", None):
             self.tensors["weight"] = normal(C).abs() + 0.1
@@ -198,14 +197,17 @@ class HeadCase:
                 expected = self.layout.rows if v.dim() else [Replicate()] * mesh.ndim
                 assert isinstance(v, DTensor), name
                 assert list(v.placements) == list(expected), (name, v.placements)
-        upstream = [self.make_upstream(mesh, v) for v in outputs]
+        upstream = [self.make_upstream(mesh, v).requires_grad_(order > 1) for v in outputs]
         gradients = torch.autograd.grad(
             outputs, leaves, upstream, create_graph=order > 1, materialize_grads=True
         )
         results |= {f"gradient of {n}": g for n, g in zip(self.names, gradients, strict=True)}
         if order > 1:
-            second = torch.autograd.grad(gradients, leaves, directions, materialize_grads=True)
-            results |= {f"second order of {n}": g for n, g in zip(self.names, second, strict=True)}
+            names = [*self.names, *(f"upstream {i}" for i, _ in enumerate(upstream))]
+            second = torch.autograd.grad(
+                gradients, [*leaves, *upstream], directions, materialize_grads=True
+            )
+            results |= {f"second order of {n}": g for n, g in zip(names, second, strict=True)}
         for name, v in results.items():
             leaf = name.rpartition(" of ")[2]
             if mesh is not None and leaf in self.names:
@@ -213,9 +215,9 @@ class HeadCase:
         return {name: gather(v) for name, v in results.items()}
 
     def make_upstream(self, mesh: DeviceMesh | None, v: Tensor) -> Tensor:
-        upstream = (self.upstream if v.dim() else self.upstream.flatten()[0].clone()).to(v.dtype)
+        upstream = (self.upstream if v.dim() else self.upstream.flatten()[0]).to(v.dtype)
         if mesh is None:
-            return upstream
+            return upstream.clone()
         placements = self.layout.rows if v.dim() else [Replicate()] * mesh.ndim
         return distribute_tensor(upstream, mesh, placements, src_data_rank=None)
 
