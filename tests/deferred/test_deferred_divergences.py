@@ -480,6 +480,13 @@ def use_half_of_jsd(a, b, o):
     return F.kl_div((0.5 * (p + q)).log(), p, reduction="sum")
 
 
+def double_terms(a, b, o):
+    terms = F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none")
+    for _ in range(8):
+        terms = terms + terms
+    return terms.sum(-1)
+
+
 def cap(z):
     return 3 * torch.tanh(z / 3)
 
@@ -574,6 +581,7 @@ COMPUTED: dict[str, tuple[str, Any]] = {
         "terms that cancel",
         lambda a, b, o: (lambda p, l: (p * l - p * l).sum(-1))(b.softmax(-1), a.log_softmax(-1)),
     ),
+    "many terms": ("many terms", double_terms),
     "infinite factor": (
         "terms times a number that is not finite",
         lambda a, b, o: (
@@ -603,6 +611,12 @@ COMPUTED: dict[str, tuple[str, Any]] = {
     "probabilities as targets, smoothed": (
         "sum|neg|mul",
         lambda a, b, o: F.cross_entropy(a.mT, b.mT.softmax(1), label_smoothing=0.1),
+    ),
+    "probabilities as targets, learnt scale": (
+        "slice|sum|neg|mul",
+        lambda a, b, o: functional.cross_entropy(
+            a.mT, b.mT.softmax(1), logit_scale=o.s / o.s.detach()
+        ),
     ),
     "probabilities as targets, class weights": (
         "sum|neg|mul",

@@ -34,6 +34,7 @@ from torch_nnmath.deferred.steps import (
     Rule,
     StepResult,
     aten,
+    copy,
     is_same_value,
     make_packed_layout,
     multiply,
@@ -317,7 +318,7 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
     call, form, layout = recipe.call, recipe.form, recipe.layout
     if call.is_materialized or is_traced():
         return None
-    if form.kinds and (rule not in STEPS_OF_COMBINATIONS or STACK in form.kinds):
+    if form.kinds and rule not in ((copy,) if STACK in form.kinds else STEPS_OF_COMBINATIONS):
         return None
     class_count = layout.shape[form.axis]
     row_count = math.prod(layout.shape) // class_count

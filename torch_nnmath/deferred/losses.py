@@ -140,7 +140,9 @@ def _compute_cross_entropy_of_two_heads(
     rest = replace(arguments, target=None, size_average=None, reduce=None, reduction="mean")
     if find_kinds(target.recipe.form) != frozenset({PROBABILITY}) or is_half:
         return NotImplemented
-    if not input.recipe.form.is_logits or rest != CrossEntropyArguments(None):
+    # a learnt scale of 1 is equal to the default
+    is_default = not isinstance(rest.logit_scale, Tensor) and rest == CrossEntropyArguments(None)
+    if not input.recipe.form.is_logits or not is_default:
         return NotImplemented
     reduction = check.resolve_reduction(
         arguments.reduction, arguments.size_average, arguments.reduce
