@@ -55,6 +55,12 @@ def test_other_functions_equal_one_process(workers, function):
     check(workers, [(layout, {"function": function} | o) for layout in LAYOUTS for o in options])
 
 
+def test_several_outputs_equal_one_process(workers):
+    turns = itertools.cycle([{}, *OPTIONS])
+    cases = [(layout, {"positions": (2,)} | next(turns)) for layout in [*LAYOUTS] * 2]
+    check(workers, cases)
+
+
 @pytest.mark.parametrize("positions", [(), (2,)])
 def test_cross_entropy_on_split_logits_equals_one_process(workers, positions):
     """Each option in each layout, and pairs in turns; logits have no axis that both dims split."""

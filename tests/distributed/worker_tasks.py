@@ -114,17 +114,16 @@ class HeadCase:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, dtype=F64, generator=generator)
 
+        positions = options.pop("positions", ())
         if self.function == "cross_entropy":
-            positions = options.pop("positions", ())
             self.tensors = {"input": normal(N, C, *positions)}
             self.placements = {"input": layout.place_probabilities()}
         else:
-            positions = ()
-            self.tensors = {"input": normal(N, D), "linear_weight": normal(C, D)}
+            self.tensors = {"input": normal(N, D), "linear_weight": normal(C, *positions, D)}
             self.placements = {"input": layout.rows, "linear_weight": layout.weight}
         replicated = [Replicate()] * len(layout.mesh_shape)
         if options.pop("bias", False):
-            self.tensors["linear_bias"] = normal(C)
+            self.tensors["linear_bias"] = normal(C, *positions)
             self.placements["linear_bias"] = layout.weight
         if weight := options.pop("weight", None):
             self.tensors["weight"] = normal(C).abs() + 0.1
