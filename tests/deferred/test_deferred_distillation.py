@@ -198,6 +198,28 @@ def test_teacher_of_a_narrower_dtype_agrees():
     assert_fused(teacher_log, 1)
 
 
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_rounded_weights_of_a_mixture_are_those_of_its_divergence(dtype, alpha):
+    """TRL rounds the weight in the mixture to the type, but not that of the interpolation."""
+    (plain, swapped, log), (plain_teacher, teacher, _) = make_pair(), make_teachers()
+    rounded = torch.tensor(alpha, dtype=dtype)
+    values = []
+    for student, other in ((plain, plain_teacher), (swapped.to(dtype), teacher.to(dtype))):
+        x = make_inputs().fixed_x.to(dtype).to(student.lm_head.weight.dtype)
+        with torch.no_grad():
+            l, lt = student(x).log_softmax(-1), other(x).log_softmax(-1)
+            weight = rounded if student is swapped else torch.tensor(alpha, dtype=F64)
+            mixture = torch.stack([l + torch.log(1 - weight), lt + torch.log(weight)])
+            terms = [
+                F.kl_div(mixture.logsumexp(0), v, reduction="none", log_target=True)
+                for v in (l, lt)
+            ]
+            values.append(torch.lerp(*terms, alpha).sum().double())
+    torch.testing.assert_close(values[1], values[0], rtol=torch.finfo(dtype).eps * 8, atol=0)
+    assert_fused(log, 1)
+
+
 def test_mean_in_float16_has_no_intermediate_sum():
     """The sum exceeds the largest number of float16."""
     plain, swapped, log = make_pair(dtype=torch.float16)

@@ -266,6 +266,7 @@ FUSED: dict[str, Any] = {
     "sum over classes": lambda z, o: z.log_softmax(-1).sum(-1),
     "negated sum": lambda z, o: (-torch.log_softmax(z, 2)).sum(dim=2, keepdim=True),
     "mean over classes": lambda z, o: torch.mean(F.log_softmax(z.mT, 1), dim=[1]),
+    "sum by axis": lambda z, o: z.log_softmax(-1).sum(axis=-1),
     "sum, type": lambda z, o: torch.sum(z.log_softmax(-1), -1, dtype=F64),
     # logits of one class, and log-sum-exp
     "gather of logits": lambda z, o: z.gather(-1, o.all_y[..., None]).square(),

@@ -168,8 +168,9 @@ class Heads:
             return self.refuse("a mixture in other terms than those of a Jensen-Shannon divergence")
         shares = {i: number / total for i, number in numbers.items()}
         for i, share in shares.items():
-            distance = math.log(weights[i] / share) if share > 0 else math.inf
-            if abs(distance) > 2 * self.eps * (1 + abs(math.log(weights[i]))):
+            w = weights[i]
+            rounding = self.eps * (2 * w * (1 + abs(math.log(w))) + 0.5)  # of ln w, and of 1 - w
+            if share <= 0 or abs(w - share) > rounding:
                 return self.refuse("a mixture whose weights are not those of the divergence")
             products[i, i] += numbers[i]
         student, teacher = sorted(shares)
