@@ -25,6 +25,7 @@ OPTIONS = {
     "alpha": ((0.3, 1), (1.5, -0.5, math.inf, math.nan)),
     "base": ((2.5, 10), (1.0, 0.0, math.inf, math.nan)),
     "beta": ((0.3, 0.8), (1.5, -0.5, math.inf, math.nan)),
+    "divisor": ((2.5, 7), (-1.0, math.inf, math.nan)),
     "label_smoothing": ((0.2, 1), (1.5, -0.5, math.inf, math.nan)),
     "logit_scale": ((0.7, -2), (math.inf, -math.inf, math.nan)),
     "softcap": ((1.5, 3), (0.0, -1.0, math.inf, math.nan)),

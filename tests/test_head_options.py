@@ -73,6 +73,8 @@ class DrawnHead:
             "temperature": draw(1.0, 0.6, 3),
             "z_loss": draw(0.0, 0.3, z_loss),
         }
+        if self.options["reduction"] == "mean":
+            self.options["divisor"] = draw(None, None, 2.5, 40, "tensor")
         self.seed = data.draw(st.integers(0, 2**31))
         self.draw_tensors(self.seed)
 
@@ -102,6 +104,8 @@ class DrawnHead:
             self.tensors["row_weight"] = row_weight.abs() + 0.1 if is_mean else row_weight
         if self.scale == "tensor":
             self.tensors["logit_scale"] = normal()
+        if self.options.get("divisor") == "tensor":
+            self.tensors["divisor"] = normal().abs() + 1
         upstream = torch.randn(N, *positions, dtype=F64, generator=generator)
         self.upstream = upstream.bfloat16().double()  # exact at every precision
 
@@ -127,7 +131,7 @@ class DrawnHead:
         return 2.0**-22 * max(scale, 1.0) * max(v.abs().max().item() for v in floats)
 
     def collect_options(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        names = "weight", "row_weight", "logit_scale"
+        names = "weight", "row_weight", "divisor", "logit_scale"
         tensor_options = {k: v for k, v in tensors.items() if k in names}
         return {"logit_scale": self.scale, **self.options, **tensor_options}
 

@@ -107,6 +107,18 @@ def row_weight_cases(make):
     }
 
 
+def divisor_cases(make):
+    return {
+        "divisor_negative": (ValueError, call(make, divisor=-1.0), "divisor", "-1"),
+        "divisor_inf": (ValueError, call(make, divisor=math.inf), "divisor", "inf"),
+        "divisor_shape": (ValueError, call(make, divisor=lambda: floats(2)), "divisor", "(2,)"),
+        "divisor_complex": (TypeError, call(make, divisor=lambda: complexes()), "divisor"),
+        "divisor_text": (TypeError, call(make, divisor="2"), "divisor", "str"),
+        "divisor_of_sum": (ValueError, call(make, divisor=2, reduction="sum"), "divisor", "'sum'"),
+        "divisor_of_none": (ValueError, call(make, divisor=2, reduction="none"), "'none'"),
+    }
+
+
 def reduction_cases(make):
     return {
         f"reduction_{word}": (
@@ -325,6 +337,7 @@ INVALID_CALLS = [
         **scale_and_cap_cases(make_logits),
         **z_loss_cases(make_logits),
         **row_weight_cases(make_logits),
+        **divisor_cases(make_logits),
     ),
     *cases(
         "linear_cross_entropy",
@@ -447,18 +460,8 @@ INVALID_CALLS = [
             "complex64",
         ),
         list_input=(TypeError, call(lambda: ([1.0], floats(C, D), classes(0))), "input", "list"),
-        list_weight=(
-            TypeError,
-            call(lambda: (floats(2, D), [1.0], classes(0))),
-            "linear_weight",
-            "list",
-        ),
-        list_target=(
-            TypeError,
-            call(lambda: (floats(2, D), floats(C, D), [0, 1])),
-            "target",
-            "list",
-        ),
+        list_weight=(TypeError, call(lambda: (floats(2, D), [1.0], classes(0))), "linear_weight"),
+        list_target=(TypeError, call(lambda: (floats(2, D), floats(C, D), [0, 1])), "target"),
         list_bias=(TypeError, call(make_head, linear_bias=[0.0] * C), "linear_bias", "list"),
         base_word=(TypeError, call(make_head, base="e"), "str"),
         **reduction_cases(make_head),
@@ -466,6 +469,7 @@ INVALID_CALLS = [
         **base_cases(make_head),
         **scale_and_cap_cases(make_head),
         **row_weight_cases(make_head),
+        **divisor_cases(make_head),
         **z_loss_cases(make_head),
     ),
     *cases(

@@ -56,6 +56,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     row_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
     base: float = math.e,
     logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -87,6 +88,8 @@ def cross_entropy(
         # the true class is gathered, so that a logit of -inf elsewhere is not multiplied by 0
         c = -(1 - s) * w[y] * l.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         c = c - s / C * (w * l).sum(-1) if s else c
+    if divisor is not None:
+        n = n_rows = divisor
     c = c if row_weight is None else row_weight * c
     loss = reduce_losses(c.masked_fill(~keep, 0), reduction, n) / math.log(base)
     if not z_loss:

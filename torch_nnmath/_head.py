@@ -24,7 +24,7 @@ from torch_nnmath._precision import (
     widen,
 )
 from torch_nnmath._records import HeadInputs, Requests, RowResults, Target
-from torch_nnmath._reduction import choose_divisor, count_kept
+from torch_nnmath._reduction import choose_divisor, count_kept, read_divisor
 from torch_nnmath._target import (
     TargetOptions,
     read_indices,
@@ -76,6 +76,13 @@ class Head(NamedTuple):
         """The head with results of this type; None leaves theirs."""
         check.output_dtype(dtype)
         return self if dtype is None else self._replace(output_dtype=dtype)
+
+    def with_divisor(self, divisor: Any, reduction: str) -> Head:
+        """The head whose means divide by this number; None leaves theirs."""
+        if self.sharding is not None and isinstance(divisor, Tensor):
+            divisor = self.sharding.take_replicated("divisor", divisor, is_of_classes=False)
+        n = read_divisor(divisor, reduction, self.labels.new_empty((), dtype=self.compute_dtype))
+        return self if n is None else self._replace(total_weight=n, kept_rows=n)
 
     def compute_loss(self, reduction: str, z_loss_coefficient: float, return_stats: bool) -> Any:
         """The loss; with `return_stats` also `LossStats`."""

@@ -20,7 +20,13 @@ from torch_nnmath._precision import (
     widen,
 )
 from torch_nnmath._records import Target
-from torch_nnmath._reduction import choose_divisor, count_examples, count_kept, reduce_formula
+from torch_nnmath._reduction import (
+    choose_divisor,
+    count_examples,
+    count_kept,
+    read_divisor,
+    reduce_formula,
+)
 from torch_nnmath._target import (
     TargetOptions,
     read_indices,
@@ -181,8 +187,9 @@ def compute_cross_entropy(
     check.output_dtype(output_dtype)
     check.smoothing(target_options.label_smoothing)
     base, logit_scale, softcap = logit_options
-    weight, ignore_index, label_smoothing, row_weight, _ = target_options
-    is_any_given = any(v is not None for v in (weight, row_weight, softcap, output_dtype))
+    weight, ignore_index, label_smoothing, row_weight, _, divisor = target_options
+    given = weight, row_weight, divisor, softcap, output_dtype
+    is_any_given = any(v is not None for v in given)
     has_options = is_any_given or label_smoothing or z_loss or return_stats
     if not (has_options or is_scaled(logit_scale)):
         cost = compute_plain_cost(input, target, ignore_index, reduction, base)
@@ -217,6 +224,8 @@ def compute_cross_entropy(
         y, p = label.unsqueeze(dim), indices.p.unsqueeze(dim) if indices.p.dim() else indices.p
         read_target = indices.make_target(y, p, dim, input.dim())
         keep = None if indices.keep is None else indices.keep.unsqueeze(dim)
+    divisor = read_divisor(divisor, reduction, input)
+    total_weight = total_weight if divisor is None else divisor
     if softcap is not None or z_loss or is_scaled(logit_scale):
         input = scale_logits(formulas.mask_ignored(keep, input), logit_scale)
         input = input if softcap is None else formulas.SoftCap.evaluate(input, softcap)
@@ -229,9 +238,11 @@ def compute_cross_entropy(
         if reduction == "none":
             loss = loss + multiply(weigh(r, z_losses), z_loss)
         else:
-            kept_count = count_kept(keep, count_examples(input, dim), r) if C else 0
-            divisor = choose_divisor(reduction, kept_count, input)
-            loss = loss + multiply(formulas.Cost.evaluate(z_losses, divisor, r), z_loss)
+            kept_rows: Any = divisor
+            if divisor is None:
+                kept_rows = count_kept(keep, count_examples(input, dim), r) if C else 0
+            n = choose_divisor(reduction, kept_rows, input)
+            loss = loss + multiply(formulas.Cost.evaluate(z_losses, n, r), z_loss)
     loss = cast(loss, output_dtype or dtype)
     if not return_stats:
         return loss

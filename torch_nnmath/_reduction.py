@@ -108,6 +108,23 @@ def choose_divisor(reduction: str, n: Tensor | int, x: Tensor) -> Tensor | int:
     return torch.full((), n, dtype=wide_type(x.dtype), device=x.device)
 
 
+def read_divisor(divisor: Any, reduction: str, x: Tensor) -> Tensor | None:
+    """Checks what a mean divides by; returns it in the type in which x is computed."""
+    if divisor is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f'a divisor needs reduction="mean", got {reduction!r}')
+    dtype = wide_type(x.dtype)
+    if not isinstance(divisor, Tensor):
+        check.finite("divisor", divisor)
+        if divisor < 0:
+            raise ValueError(f"divisor must not be negative, got {divisor}")
+        return torch.full((), divisor, dtype=dtype, device=x.device)
+    check.real(divisor=divisor)
+    check.shape("divisor", divisor, ())
+    return divisor.to(x.device, dtype)
+
+
 def count_examples(x: Tensor, *axes: int) -> int:
     """The number of examples in x, where `axes` are the axes within one example."""
     inner_axes = {axis % max(x.dim(), 1) for axis in axes}

@@ -14,7 +14,7 @@ from torch_nnmath import formulas
 from torch_nnmath._logits import LogitOptions, LossStats, make_stats, scale_logits
 from torch_nnmath._precision import cast, cast_for_loss, multiply, weigh, widen
 from torch_nnmath._records import Target
-from torch_nnmath._reduction import choose_divisor, count_kept
+from torch_nnmath._reduction import choose_divisor, count_kept, read_divisor
 from torch_nnmath._sharding import Sharding, read_layout
 from torch_nnmath._target import (
     TargetOptions,
@@ -79,8 +79,15 @@ def compute_split_cross_entropy(
         loss = sharding.give_rows(cast(weigh(r, c), output_dtype or dtype))
     else:
         zero = z.new_zeros(())
-        counts = total_weight, count_kept(keep, rows, r)
-        n, kept = (choose_divisor(reduction, sharding.sum_over_rows(v, zero), z) for v in counts)
+        divisor = options.divisor
+        if isinstance(divisor, Tensor):
+            divisor = sharding.take_replicated("divisor", divisor, is_of_classes=False)
+        divisor = read_divisor(divisor, reduction, z)
+        counts: Any = divisor, divisor
+        if divisor is None:
+            counts = total_weight, count_kept(keep, rows, r)
+            counts = [sharding.sum_over_rows(v, zero) for v in counts]
+        n, kept = (choose_divisor(reduction, v, z) for v in counts)
         loss = formulas.Cost.evaluate(c, n, r)
         if z_loss:
             loss = loss + multiply(formulas.Cost.evaluate(q, kept, r), z_loss)

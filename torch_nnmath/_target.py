@@ -26,6 +26,7 @@ class TargetOptions(NamedTuple):
     label_smoothing: float = 0.0
     row_weight: Tensor | None = None  # in the shape of class indices
     sharding: Sharding | None = None  # where ranks share the classes; the weight has all of them
+    divisor: Any = None  # of a mean, a number or a tensor of shape (); None is the total weight
 
 
 class IndexTarget(NamedTuple):
@@ -48,7 +49,7 @@ class IndexTarget(NamedTuple):
 
 def read_indices(target: Tensor, C: int, options: TargetOptions, dtype: torch.dtype) -> IndexTarget:
     """Checks and converts class indices for logits of `dtype`: the target is p e_y + smoothing."""
-    weight, ignore_index, label_smoothing, _, sharding = options
+    weight, ignore_index, label_smoothing, _, sharding, _ = options
     check.class_weight(weight, C)
     weight_dtypes = (dtype, wide_type(dtype))
     if weight is not None and weight.dtype not in weight_dtypes and not is_autocast(target):
@@ -95,7 +96,7 @@ def read_probabilities(
     target: Tensor, options: TargetOptions, dim: int, C: int, dtype: torch.dtype
 ) -> tuple[Tensor, torch.dtype]:
     """Returns probabilities, smoothed and weighted, and the loss's dtype. Classes are at `dim`."""
-    weight, _, label_smoothing, _, sharding = options
+    weight, _, label_smoothing, _, sharding, _ = options
     check.class_weight(weight, C)
     dtype = torch.promote_types(dtype, target.dtype)
     t = widen(target)

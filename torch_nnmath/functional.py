@@ -212,6 +212,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     row_weight: Tensor | None = None,
+    divisor: Tensor | float | None = None,
     base: float = math.e,
     logit_scale: Tensor | float = 1.0,
     softcap: float | None = None,
@@ -237,6 +238,9 @@ def cross_entropy(
             indices, of a real type that is not wider than the loss's arithmetic; may be negative,
             and may require a gradient. "mean" divides by the sum of the weights, each times that
             of its target class. The weight of an ignored row does not matter.
+        divisor: what "mean" divides by, z-loss included, in place of the total weight: a number, or
+            a tensor of shape (), such as the count of all ranks' and micro-batches' tokens
+            (`parallel.count_tokens_per_rank`).
         base: base of the logarithm; positive, not 1.
         logit_scale: a factor of the logits (F18): any finite number, or a tensor of shape (),
             whose value is not checked, so it may be a parameter.
@@ -257,7 +261,8 @@ def cross_entropy(
 
     Raises:
         ValueError: for an unknown reduction, an invalid base, scale, cap, temperature or z-loss
-            coefficient, another batch size in target, or another shape of row_weight.
+            coefficient, another batch size in target, another shape of row_weight, or a divisor
+            that is negative, has another shape, or comes without `reduction="mean"`.
         RuntimeError: for other shapes or dtypes that do not fit, or a `label_smoothing` outside
             [0, 1].
         IndexError: if a class index is outside [0, C) and is not `ignore_index`.
@@ -271,7 +276,7 @@ def cross_entropy(
     if weight is not None:
         check.real(weight=weight)
     reduction = check.resolve_reduction(reduction, size_average, reduce)
-    options = TargetOptions(weight, ignore_index, label_smoothing, row_weight)
+    options = TargetOptions(weight, ignore_index, label_smoothing, row_weight, divisor=divisor)
     logit_options = read_logit_options(base, logit_scale, softcap, temperature)
     compute: Any = compute_cross_entropy
     if has_dtensor(input):
@@ -295,6 +300,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     row_weight: Tensor | None = None,
+    divisor: Tensor | float | None = None,
     base: float = math.e,
     logit_scale: Tensor | float = 1.0,
     softcap: float | None = None,
@@ -326,6 +332,9 @@ def linear_cross_entropy(
         row_weight: a factor for each row's loss, z-loss included (F30), in the shape of class
             indices; may be negative and may require a gradient. "mean" divides by the sum of the
             weights, each times that of its target class.
+        divisor: what "mean" divides by, z-loss included, in place of the total weight: a number, or
+            a tensor of shape (), such as the count of all ranks' and micro-batches' tokens
+            (`parallel.count_tokens_per_rank`).
         base: base of the logarithm; positive, not 1.
         logit_scale: a factor of the logits, bias included (F18): a finite number, or a tensor of
             shape (), which may be a parameter.
@@ -343,7 +352,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: for an unknown reduction, an invalid base, scale, cap, temperature or z-loss
-            coefficient, or another shape of row_weight.
+            coefficient, another shape of row_weight, or a divisor that is negative, has another
+            shape, or comes without `reduction="mean"`.
         RuntimeError: for shapes or dtypes that do not fit, or a `label_smoothing` outside [0, 1].
         IndexError: if a class index is outside [0, C) and is not `ignore_index`.
         TypeError: if an argument is complex or not a tensor.
@@ -362,8 +372,9 @@ def linear_cross_entropy(
     target_options = TargetOptions(weight, ignore_index, label_smoothing, row_weight)
     logit_options = read_logit_options(base, logit_scale, softcap, temperature)
     head = prepare_head(input, linear_weight, target, linear_bias, target_options, logit_options)
-    head = head.with_output_dtype(output_dtype)
-    return head.compute_loss(check.resolve_reduction(reduction), z_loss, return_stats)
+    reduction = check.resolve_reduction(reduction)
+    head = head.with_output_dtype(output_dtype).with_divisor(divisor, reduction)
+    return head.compute_loss(reduction, z_loss, return_stats)
 
 
 @check.leave_dtensors_uncompiled

@@ -143,14 +143,22 @@ class CrossEntropyLoss(_CrossEntropyOptions, torch.nn.CrossEntropyLoss):
 
     The constructor also takes, by keyword, the options of `functional.cross_entropy` that PyTorch's
     lacks: base, logit_scale, softcap, temperature, z_loss, return_stats, output_dtype. A
-    `logit_scale` that is a Parameter is learnt. A call takes `(input, target, row_weight=None)`.
+    `logit_scale` that is a Parameter is learnt. A call takes
+    `(input, target, row_weight=None, divisor=None)`.
     """
 
-    def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        row_weight: Tensor | None = None,
+        divisor: Tensor | float | None = None,
+    ) -> Any:
         return F.cross_entropy(
             input,
             target,
             row_weight=row_weight,
+            divisor=divisor,
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
@@ -211,11 +219,18 @@ class LinearCrossEntropyLoss(_CrossEntropyOptions, _LinearCrossEntropyLoss):
 
     The constructor also takes, by keyword, the options of `functional.linear_cross_entropy` that
     PyTorch's lacks: base, logit_scale, softcap, temperature, z_loss, return_stats, output_dtype. A
-    `logit_scale` that is a Parameter is learnt. A call takes `(input, target, row_weight=None)`.
+    `logit_scale` that is a Parameter is learnt. A call takes
+    `(input, target, row_weight=None, divisor=None)`.
     To tie the weight, set `loss.linear.weight = embedding.weight`.
     """
 
-    def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        row_weight: Tensor | None = None,
+        divisor: Tensor | float | None = None,
+    ) -> Any:
         weight: Any = self.linear.weight
         bias: Any = self.linear.bias
         if self.out_features:
@@ -233,6 +248,7 @@ class LinearCrossEntropyLoss(_CrossEntropyOptions, _LinearCrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             options=self.options,
             row_weight=row_weight,
+            divisor=divisor,
             **self.get_own_options(),
         )
 

@@ -112,7 +112,8 @@ class VocabularyParallel(ParallelStyle):
     def _place(self, x: Any, mesh: DeviceMesh) -> Any:
         if not isinstance(x, torch.Tensor) or read_layout("input", x) is not None:
             return x
-        return make_dtensor(x, Layout(mesh, (self.input_layout,)))
+        layout = self.input_layout if x.dim() else Replicate()
+        return make_dtensor(x, Layout(mesh, (layout,)))
 
     def _localise(self, output: Any) -> Any:
         if isinstance(output, torch.Tensor):
@@ -150,7 +151,7 @@ def count_tokens_per_rank(
         group: the ranks with different tokens, over which gradients are averaged; all by default.
             With DDP or FSDP on a mesh of several dimensions, `mesh.get_group("data")`.
 
-    Divide the loss of each micro-batch, with `reduction="sum"`, by it. DDP and FSDP2 average the
+    Give it to the loss of each micro-batch as `divisor`, or divide its sum by it. DDP and FSDP2 average the
     gradients over `group`, so the divisor is the number of all tokens over the number of ranks: a
     scalar in float64. Every rank of `group` must call it. It is 0 if no token counts.
 

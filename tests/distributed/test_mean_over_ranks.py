@@ -24,10 +24,9 @@ def test_mean_of_means_is_not_the_mean_over_all_tokens(workers, wrapper, micro_b
 
 @WRAPPERS
 @MICRO_BATCHES
-def test_counted_mean_equals_one_process(workers, wrapper, micro_batches):
-    for loss_error, gradient_error in workers.run(
-        "compare_mean", wrapper, micro_batches, "counted"
-    ):
+@pytest.mark.parametrize("mean", ["sum, divided", "mean"])
+def test_counted_mean_equals_one_process(workers, wrapper, micro_batches, mean):
+    for loss_error, gradient_error in workers.run("compare_mean", wrapper, micro_batches, mean):
         assert loss_error < 1e-12
         assert gradient_error < 1e-12
 

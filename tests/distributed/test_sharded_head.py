@@ -15,6 +15,8 @@ OPTIONS = (
     {"weight": "sharded"},
     {"row_weight": "replicated"},
     {"row_weight": "sharded"},
+    {"divisor": 7.5},
+    {"divisor": "replicated"},
     {"label_smoothing": 0.2},
     {"bias": True},
     {"logit_scale": -0.7},
@@ -26,7 +28,12 @@ OPTIONS = (
     {"reduction": "sum"},
     {"reduction": "none"},
 )
-PAIRS = [a | b for a, b in itertools.combinations(OPTIONS, 2) if not a.keys() & b.keys()]
+PAIRS = [
+    a | b
+    for a, b in itertools.combinations(OPTIONS, 2)
+    if not a.keys() & b.keys()
+    and (a | b).keys() & {"divisor", "reduction"} != {"divisor", "reduction"}
+]
 
 
 def check(workers, cases):

@@ -133,6 +133,10 @@ class HeadCase:
             self.tensors["row_weight"] = normal(N, *positions).abs() + 0.1
             is_sharded = row_weight == "sharded"
             self.placements["row_weight"] = layout.rows if is_sharded else replicated
+        if options.get("divisor") == "replicated":
+            self.tensors["divisor"] = normal().abs() + 3
+            self.placements["divisor"] = replicated
+            del options["divisor"]
         if options.get("logit_scale") == "learnt":
             del options["logit_scale"]
             self.tensors["logit_scale"] = normal()
@@ -555,15 +559,16 @@ class TokenModel(torch.nn.Module):
         self.body = torch.nn.Linear(D, D, dtype=F64)
         self.head = nn.LinearCrossEntropyLoss(D, 7, reduction=reduction, dtype=F64)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.head(self.body(x).tanh(), y)
+    def forward(self, x: Tensor, y: Tensor, divisor: Any = None) -> Tensor:
+        return self.head(self.body(x).tanh(), y, divisor=divisor)
 
 
 def compare_mean(wrapper: str, micro_batches: int, mean: str) -> tuple[float, float]:
     """Relative errors of loss and gradients of the mean over all tokens, against one process's.
 
-    `mean` is "of means", or "counted" by `count_tokens_per_rank`. Each rank has `micro_batches`,
-    every one with another number of tokens that are not ignored.
+    `mean` is "of means", or counted by `count_tokens_per_rank`: a "sum, divided", or a "mean" with
+    this divisor. Each rank has `micro_batches`, every one with another number of tokens that are
+    not ignored.
     """
     generator = torch.Generator().manual_seed(5)
     world, rank, rows, group = dist.get_world_size(), dist.get_rank(), 24, None
@@ -574,7 +579,7 @@ def compare_mean(wrapper: str, micro_batches: int, mean: str) -> tuple[float, fl
     torch.manual_seed(3)
     model = TokenModel("mean")
     wrapped: Any = copy.deepcopy(model)
-    wrapped.head.reduction = "mean" if mean == "of means" else "sum"
+    wrapped.head.reduction = "sum" if mean == "sum, divided" else "mean"
     if wrapper == "ddp":
         wrapped = DistributedDataParallel(wrapped)
     else:
@@ -589,9 +594,12 @@ def compare_mean(wrapper: str, micro_batches: int, mean: str) -> tuple[float, fl
     x, y = x[: world * micro_batches], y[: world * micro_batches]
     own = slice(rank * micro_batches, (rank + 1) * micro_batches)
     inputs, targets = x[own], list(y[own])
+    option: Any = None
     divisor: Any = micro_batches
-    if mean == "counted":
+    if mean != "of means":
         divisor = count_tokens_per_rank(targets, group=group)
+    if mean == "mean":
+        divisor, option = 1, divisor
     total = torch.zeros((), dtype=F64)
     for i in range(micro_batches):
         is_last = i == micro_batches - 1
@@ -600,7 +608,7 @@ def compare_mean(wrapper: str, micro_batches: int, mean: str) -> tuple[float, fl
                 stack.enter_context(wrapped.no_sync())
             elif wrapper != "ddp":
                 wrapped.set_requires_gradient_sync(is_last)
-            loss = wrapped(inputs[i], targets[i]) / divisor
+            loss = wrapped(inputs[i], targets[i], option) / divisor
             loss.backward()
         total += loss.detach()
     dist.all_reduce(total, group=group)

@@ -77,6 +77,7 @@ class CrossEntropyArguments:
     label_smoothing: float = 0.0
     _: KW_ONLY
     row_weight: Tensor | None = None
+    divisor: Any = None
     base: float = torch.e
     logit_scale: Any = 1.0
     softcap: float | None = None
@@ -129,6 +130,7 @@ def cross_entropy(
     reduction = check.resolve_reduction(
         arguments.reduction, arguments.size_average, arguments.reduce
     )
+    head = head.with_divisor(arguments.divisor, reduction)
     return head.compute_loss(reduction, arguments.z_loss, arguments.return_stats)
 
 
