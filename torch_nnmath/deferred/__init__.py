@@ -5,6 +5,7 @@ logits' shape, strides, dtype and place in the graph, but without memory. It is 
 affine map's Function (F1), whose backward (F8) runs only if the logits are materialised.
 
 - `steps`: the operations after which logits stay deferred, such as views and scales.
+- `rows`: deferred logits as arguments of the fused head.
 - `losses`: the losses that apply these steps to the features and call the fused head (F14, F15).
   They do so only if the graph between head and loss consists of exactly these steps. Otherwise
   they materialise the logits, so that a hook, a checkpoint or a Function in the graph still runs.
@@ -13,6 +14,7 @@ affine map's Function (F1), whose backward (F8) runs only if the logits are mate
 - `reductions`: the operations, such as `argmax`, that are computed from blocks of logits.
 - `operands`: what the product takes: features, weight and bias, cast as under autocast.
 - `optimizers`: hooks of optimizers, whose steps change the operands of deferred logits.
+- `recipes`: a call of a head, and how its logits and the steps on them are computed.
 - `logits`: the tensor. Any other operation materialises the logits, once for every tensor that
   came from the same call of the head; from then on they behave as plain tensors.
 """

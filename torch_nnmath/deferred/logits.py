@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,20 +13,21 @@ from torch.nn import Module
 from torch_nnmath import _torch, formulas
 from torch_nnmath import functional as F
 from torch_nnmath._precision import disable_autocast
-from torch_nnmath.deferred.log import SPLIT_WEIGHT, HeadLog, find_user_frame
+from torch_nnmath.deferred.combinations import COMBINATIONS, combine
+from torch_nnmath.deferred.log import SPLIT_WEIGHT
 from torch_nnmath.deferred.mark import get_head_log
 from torch_nnmath.deferred.operands import (
     Operands,
     are_operands_of_head,
-    is_freed,
     make_operands,
     set_inference_mode,
 )
-from torch_nnmath.deferred.optimizers import LIVE_CALLS, track_optimizers
-from torch_nnmath.deferred.reductions import REDUCTIONS, SELECTIONS, LogitBlocks
+from torch_nnmath.deferred.recipes import HeadCall, Recipe, capture_operand
+from torch_nnmath.deferred.reductions import REDUCTIONS, SELECTIONS
 from torch_nnmath.deferred.steps import (
-    INDEXING,
+    STACK,
     STEPS,
+    STEPS_OF_COMBINATIONS,
     Form,
     Operation,
     Rule,
@@ -155,178 +155,6 @@ class DeferredAffine(formulas.Affine):
         return dx, dW if dW is None else dW.to(ctx.W_dtype), db, None
 
 
-class HeadCall:
-    """One call of a head: its operands, and the recipes of its logits and of all steps on them.
-
-    The operands' versions tell whether the logits can still be computed: each must be unchanged.
-    """
-
-    log: HeadLog
-    grad_fn: Any  # the node of the logits in the graph; None if they do not require grad
-    is_training = False
-    term_dtypes: Collection[torch.dtype] = ()  # of the terms, if the logits are a sum
-
-    def __init__(self, operands: Operands):
-        self.operands: Any = operands
-        self.versions: list[tuple[Tensor, int, torch.Size]] = []
-        self.recipes: list[weakref.ref[Recipe]] = []
-        self.is_materialized = False
-        self.observer: str | None = None  # what first observed the logits' gradient
-        self.has_fused_loss = False  # whether a loss bypassed the logits, which get no gradient
-        for operand in operands:
-            if isinstance(operand, Tensor):
-                self.record_version(operand)
-        track_optimizers()
-        LIVE_CALLS.add(self)
-
-    def record_version(self, operand: Tensor) -> None:
-        self.versions.append((operand, _torch.get_version(operand), operand.shape))
-
-    def check_operands(self) -> None:
-        """Raises RuntimeError if an operand was freed or changed since the call."""
-        if any(is_freed(x, shape) for x, _, shape in self.versions):
-            raise RuntimeError(
-                f"the logits of head {self.log.name!r} are needed, but its parameters' memory has "
-                "since been freed, as FSDP does after the forward, and ZeRO-3: compute the loss "
-                "inside the wrapped model, keep the head's parameters "
-                "(reshard_after_forward=False), read logits before backward, or "
-                "swap(model, head=None)"
-            )
-        if any(_torch.get_version(x) != version for x, version, _ in self.versions):
-            raise RuntimeError(
-                f"the logits of head {self.log.name!r} are needed, but its features, weight or "
-                "bias, or a scale or row applied to the logits, were changed in place since, as by "
-                "an optimizer's step: read logits before that, or swap(model, head=None)"
-            )
-
-    def has_left_graph(self) -> bool:
-        """Whether logits that left the graph are alive."""
-        recipes = [reference() for reference in self.recipes]
-        return any(recipe is not None and recipe.has_left_graph for recipe in recipes)
-
-    def materialize(self, operation: str) -> None:
-        """Computes the logits and the results of all steps on them that are still alive."""
-        if self.is_materialized:
-            return
-        self.check_operands()
-        reason = f"{self.observer or operation} at {find_user_frame()[1]}"
-        is_training = self.is_training and self.grad_fn is not None
-        self.log.count_materialization(reason, is_training=is_training)
-        operands = self.operands
-        with torch.no_grad(), disable_autocast(operands.features):
-            recipes = [r for reference in self.recipes if (r := reference()) is not None]
-            selected = [(r, r.make_blocks()) for r in recipes if r.has_selection]
-            for recipe in recipes:
-                with torch.inference_mode(recipe.is_inference):
-                    recipe.materialize(operands)
-            for recipe, blocks in selected:
-                with torch.inference_mode(recipe.is_inference):
-                    recipe.overwrite_by(blocks)
-            for recipe in recipes:
-                with torch.inference_mode(recipe.is_inference):
-                    recipe.write_gathered()
-        self.is_materialized = True
-        self.operands, self.recipes, self.versions = (), [], []
-
-
-class Recipe:
-    """How to compute one deferred tensor: by the head's affine map, or by a step on its parent.
-
-    After `materialize`, `tensor` has the values, and the parent is released. It is an inference
-    tensor if the deferred tensor is one. `factor` is the second factor of a product.
-    """
-
-    is_inference = False
-    has_selection = False  # whether a reduction returned some of these logits
-    has_left_graph = False  # by `detach`: its user may read it after the weights have changed
-
-    def __init__(
-        self,
-        call: HeadCall,
-        result: StepResult,
-        parent: Recipe | None = None,
-        operation: Operation | None = None,
-        factor: Recipe | None = None,
-    ):
-        self.factor = factor
-        self.call, self.result, self.parent, self.operation = call, result, parent, operation
-        self.form, self.layout = result.form, result.layout
-        self.tensor: Tensor | None = None
-        self.gathered: list[tuple[Tensor, Tensor]] = []  # classes, and logits that users have
-        call.recipes.append(weakref.ref(self))
-
-    def materialize(self, operands: Operands) -> None:
-        if self.parent is None or self.operation is None:
-            weight = operands.round_weight()
-            self.tensor = torch.nn.functional.linear(operands.features, weight, operands.bias)
-            return
-        assert self.parent.tensor is not None
-        operation = self.operation
-        if self.factor is not None:
-            operation = operation._replace(args=(None, self.factor.tensor))
-        tensor = operation.apply(self.parent.tensor)
-        self.tensor = tensor.contiguous() if operation.func in INDEXING else tensor
-        self.parent = self.operation = self.factor = None
-
-    def make_blocks(self) -> LogitBlocks | None:
-        """Returns these logits as blocks; None if a step treats rows differently."""
-        steps = [step.result for step in self.list_steps()]
-        if any(step.apply_to_rows is None and step.apply_to_values is None for step in steps):
-            return None
-        operands = self.call.operands
-        features, weight = operands.features, operands.round_weight()
-        for step in steps:
-            features = features if step.apply_to_rows is None else step.apply_to_rows(features)
-        features = features.movedim(self.form.axis, -1).reshape(-1, weight.shape[1])
-        value_steps = [step.apply_to_values for step in steps if step.apply_to_values is not None]
-        return LogitBlocks(features, weight, operands.bias, value_steps)
-
-    def overwrite_by(self, blocks: LogitBlocks | None) -> None:
-        """Overwrites the logits by those of the blocks, of which a reduction returned some.
-
-        A product of other rows may be rounded differently.
-        """
-        assert self.tensor is not None
-        assert blocks is not None
-        logits = self.tensor.movedim(self.form.axis, -1)
-        logits.copy_(torch.cat(blocks.map(lambda _, values: values)).view(logits.shape))
-
-    def write_gathered(self) -> None:
-        """Overwrites those logits that a fused head returned, for the reason of `overwrite_by`."""
-        assert self.tensor is not None
-        for index, values in self.gathered:
-            self.tensor.scatter_(self.form.axis, index, values)
-        self.gathered = []
-
-    def find_original(self) -> Recipe:
-        """Returns the recipe that this one is an alias of; it may live longer."""
-        recipe = self
-        while recipe.parent is not None and recipe.operation is not None:
-            if recipe.operation.func not in (aten.alias.default, aten.detach.default):
-                break
-            recipe = recipe.parent
-        return recipe
-
-    def list_changes_of_logits(self) -> list[Recipe]:
-        """Returns the steps without softmax and what changes its values, a sign or logarithm."""
-        return [
-            step
-            for step in self.list_steps()
-            if step.parent is None
-            or step.form.is_logits
-            or (step.form.log_sign, step.form.softmax_sign)
-            == (step.parent.form.log_sign, step.parent.form.softmax_sign)
-        ]
-
-    def list_steps(self) -> list[Recipe]:
-        """Returns the recipes from the first one after the head to this one."""
-        recipes, recipe = [], self
-        while recipe.parent is not None:
-            recipes.append(recipe)
-            recipe = recipe.parent
-        return recipes[::-1]
-
-
 # The tensor
 
 
@@ -437,6 +265,10 @@ def _call_operation(func: Any, args: Any, kwargs: Any) -> Any:
         result = _defer(func, rule, args, kwargs)
         if result is not None:
             return result
+    if func in COMBINATIONS:
+        result = _combine(func, args, kwargs)
+        if result is not None:
+            return result
     if func in REDUCTIONS:
         result = _reduce(func, args, kwargs)
         if result is not None:
@@ -488,6 +320,8 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
     call, form, layout = recipe.call, recipe.form, recipe.layout
     if call.is_materialized or is_traced():
         return None
+    if form.kinds and (rule not in STEPS_OF_COMBINATIONS or STACK in form.kinds):
+        return None
     class_count = layout.shape[form.axis]
     row_count = math.prod(layout.shape) // class_count
     operands = [v for v in _torch.tree_leaves(args) if isinstance(v, Tensor)]
@@ -495,7 +329,7 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
         if operand is not args[position] and operand.numel() > max(class_count, row_count):
             return None  # larger than a row or a column: too large to be copied
     captured_args = [
-        None if i == position else _capture_operand(v, call) for i, v in enumerate(args)
+        None if i == position else capture_operand(v, call) for i, v in enumerate(args)
     ]
     operation = Operation(func, tuple(captured_args), kwargs, position)
     try:
@@ -537,6 +371,23 @@ def _defer_product(input: DeferredLogits, other: DeferredLogits) -> Any:
     return result and DeferredLogits(Recipe(call, result, first, operation, second))
 
 
+def _combine(func: Any, args: Any, kwargs: Any) -> Any:
+    """Returns an elementwise operation on terms of divergences as deferred logits, or None."""
+    leaves = _torch.tree_leaves((args, kwargs))
+    calls = [v.recipe.call for v in leaves if isinstance(v, DeferredLogits)]
+    if is_traced() or any(call.is_materialized for call in calls):
+        return None
+
+    def get_recipe(argument: Any) -> Any:
+        return argument.recipe if isinstance(argument, DeferredLogits) else argument
+
+    recipe = combine(func, *_torch.tree_map(get_recipe, (args, kwargs)))
+    if recipe is None:
+        return None
+    with set_inference_mode(torch.is_inference_mode_enabled()):
+        return DeferredLogits(recipe)
+
+
 def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     """Computes a reduction block by block; None if the logits must be materialised."""
     logits, *others = args
@@ -564,23 +415,6 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     call.log.reduced += 1
     recipe.find_original().has_selection |= func in SELECTIONS
     return result
-
-
-def _capture_operand(operand: Any, call: HeadCall) -> Any:
-    """Returns an operand for later use.
-
-    A tensor is copied. If a gradient may reach it, it is returned itself and its version is
-    recorded.
-    """
-    if isinstance(operand, list | tuple):
-        return [_capture_operand(v, call) for v in operand]
-    if not isinstance(operand, Tensor):
-        return operand
-    if not operand.requires_grad or operand.is_inference():
-        with torch.no_grad(), set_inference_mode(False):
-            return operand.clone()
-    call.record_version(operand)
-    return operand
 
 
 def _operation_name(func: Any) -> str:

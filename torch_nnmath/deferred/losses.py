@@ -3,187 +3,22 @@
 from __future__ import annotations
 
 import functools
-import re
+import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
 from torch_nnmath import _check as check
 from torch_nnmath import functional as F
-from torch_nnmath._head import Head, LogitChanges, make_any_class, prepare_head
 from torch_nnmath._logits import LogitOptions, is_scaled, read_logit_options
 from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, widen
 from torch_nnmath._target import TargetOptions
-from torch_nnmath.deferred.logits import (
-    DeferredLogits,
-    Recipe,
-    get_grad_fn,
-    is_traced,
-    register_override,
-)
-
-DEFAULT_TARGET_OPTIONS, DEFAULT_LOGIT_OPTIONS = TargetOptions(), LogitOptions()
-
-# The fused head
-
-
-class HeadRows(NamedTuple):
-    """The arguments of the fused head that take the place of deferred logits."""
-
-    features: Tensor  # (*, in_features), in the order of the logits' axes without the classes
-    weight: Tensor
-    bias: Tensor | None
-    scale: Any
-    softcap: float | None
-    dtype: torch.dtype  # of the logits
-    row: Tensor | None  # added to each row of logits
-    row_scale: Tensor | None  # (*, 1), a scale for each row
-    weight_dtype: torch.dtype | None  # to which autocast rounded the weight
-
-    def prepare_head(
-        self,
-        target: Tensor,
-        target_options: TargetOptions = DEFAULT_TARGET_OPTIONS,
-        logit_options: LogitOptions = DEFAULT_LOGIT_OPTIONS,
-    ) -> Head:
-        """Returns the fused head for a target, with the options of the loss."""
-        base, scale, softcap = logit_options
-        return prepare_head(
-            self.features,
-            self.weight,
-            target,
-            self.bias,
-            target_options,
-            LogitOptions(base, self.scale * scale, self.softcap if softcap is None else softcap),
-            LogitChanges(self.dtype, self.row, self.row_scale, self.weight_dtype),
-        )
-
-    def prepare_head_of_any_class(
-        self, target_options: TargetOptions = DEFAULT_TARGET_OPTIONS
-    ) -> Head:
-        """Returns the fused head for a value that does not depend on the target."""
-        target = make_any_class(self.features, self.weight)
-        return self.prepare_head(target, target_options)
-
-
-# Arguments of the fused head, from deferred logits
-
-
-def find_obstacle(logits: DeferredLogits) -> str | None:
-    """Returns the reason why a loss may not bypass the graph between it and the head, if any.
-
-    The graph must consist of exactly the recorded steps: the loss would skip a Function or a
-    checkpoint between them.
-    """
-    call = logits.recipe.call
-    if call.observer or not (torch.is_grad_enabled() and logits.requires_grad):
-        return call.observer
-    if logits.is_leaf:
-        return "requires_grad_ of logits"
-    return _find_foreign_node(logits.recipe, get_grad_fn(logits))
-
-
-def _find_foreign_node(recipe: Recipe, node: Any) -> str | None:
-    """Names the first node of the graph, from this one to the head, that is of no step."""
-    while recipe.parent is not None:
-        operation = recipe.operation
-        assert operation is not None
-        if not _is_node_of(node, operation.func):
-            node_name = "nothing" if node is None else node.name()
-            return f"{node_name} stands between head and loss, where {operation.func} was expected"
-        if recipe.factor is not None:
-            obstacle = _find_foreign_node(recipe.factor, node.next_functions[1][0])
-            if obstacle is not None:
-                return obstacle
-        node = node.next_functions[operation.position][0]
-        recipe = recipe.parent
-    if node is not recipe.call.grad_fn:
-        return f"{'nothing' if node is None else node.name()} stands between head and loss"
-    return None
-
-
-def _is_node_of(node: Any, func: Any) -> bool:
-    """Whether a node of the graph is the one that PyTorch makes for an operation."""
-    if node is None or isinstance(node, BackwardCFunction):
-        return False
-    name = func.overloadpacket.__name__.replace("_", "")
-    return bool(re.sub(r"Backward\d+$", "", node.name()).lower() == name)
-
-
-def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int, is_product: bool = False) -> Any:
-    """Returns the `HeadRows` of a loss over the classes at `axis`, of logits or log-probabilities.
-
-    With `is_product`, of their product with the probabilities. Returns NotImplemented if the
-    classes are at another axis, or for values of another form; also, after materialising the
-    logits, if the graph has an obstacle between head and loss.
-    """
-    recipe, form = logits.recipe, logits.recipe.form
-    call = recipe.call
-    is_form_of_loss = bool(form.log_sign) == is_log and form.axis == axis % logits.dim()
-    is_form_of_loss &= bool(form.softmax_sign) == form.is_product == is_product
-    if call.is_materialized or is_traced() or not is_form_of_loss:
-        return NotImplemented
-    obstacle = find_obstacle(logits)
-    if obstacle is not None:
-        call.materialize(obstacle)
-        return NotImplemented
-    call.check_operands()
-
-    def detach_unless(has_gradient: bool, value: Any) -> Any:
-        return value if has_gradient or not isinstance(value, Tensor) else value.detach()
-
-    # If the logits do not require grad, no gradient may reach what they were computed from.
-    detach = functools.partial(detach_unless, logits.requires_grad)
-    has_head_gradient = logits.requires_grad and call.grad_fn is not None
-    detach_operand = functools.partial(detach_unless, has_head_gradient)
-    features, weight, bias, weight_dtype = map(detach_operand, call.operands)
-    if logits.dtype == torch.float64 and features.dtype != torch.float64:
-        weight = weight if weight_dtype is None else weight.to(weight_dtype)
-        features, weight, weight_dtype = features.double(), weight.double(), None
-        bias = None if bias is None else bias.double()
-    rows, row_scale = _apply_steps(logits, features, detach)
-    for x, width in ((rows, features.shape[-1]), (row_scale, 1)):
-        shape = [width if d == form.axis else size for d, size in enumerate(logits.shape)]
-        if x is not None and [*x.shape] != shape:
-            return NotImplemented  # a step had another effect on the features than on the logits
-    scale, softcap = detach(form.scale.evaluate(logits.dtype)), None
-    if form.inner_scale is not None:  # t tanh(s z) = |t| tanh((s t) z / |t|)
-        softcap = abs(scale)
-        inner_scale = form.inner_scale.multiply(form.scale.numerator, form.scale.denominator)
-        scale = detach(inner_scale.evaluate(logits.dtype))
-    row = [detach(r).flatten().to(wide_type(weight.dtype)) for r in form.row]
-    return HeadRows(
-        rows.movedim(form.axis, -1),
-        weight,
-        bias,
-        scale,
-        softcap,
-        logits.dtype,
-        sum(row) if row else None,
-        None if row_scale is None else row_scale.movedim(form.axis, -1),
-        weight_dtype,
-    )
-
-
-def _apply_steps(
-    logits: DeferredLogits, features: Tensor, detach: Callable[[Any], Any]
-) -> tuple[Tensor, Tensor | None]:
-    """Applies the recorded steps to the features, and to the scales of their rows."""
-    rows, row_scale = features, None
-    for recipe in logits.recipe.list_steps():
-        apply = recipe.result.apply_to_rows
-        if apply is not None:
-            rows = apply(rows)
-            row_scale = None if row_scale is None else apply(row_scale)
-        if recipe.result.compute_row_scale is not None:
-            factor = detach(recipe.result.compute_row_scale())
-            row_scale = factor if row_scale is None else row_scale * factor
-    return rows, row_scale
-
+from torch_nnmath.deferred.divergences import sum_terms
+from torch_nnmath.deferred.logits import DeferredLogits, register_override
+from torch_nnmath.deferred.rows import make_rows
 
 # The losses
 
@@ -206,9 +41,11 @@ def register_loss(*functions: Any) -> Callable[..., Any]:
             with disable_autocast(input):
                 result = rule(func, input, is_loss_autocast, *args, **kwargs)
             if result is not NotImplemented:
-                call = input.recipe.call
-                call.log.fused += 1
-                call.has_fused_loss |= torch.is_grad_enabled() and input.requires_grad
+                calls = input.recipe.call.list_calls()
+                for log in {id(call.log): call.log for call in calls}.values():
+                    log.fused += 1
+                for call in calls:
+                    call.has_fused_loss |= torch.is_grad_enabled() and input.requires_grad
             return result
 
         return loss
@@ -336,8 +173,11 @@ def sum_over_classes(
     """The sum or mean over the classes of log-probabilities, or of their expectation's terms.
 
     The former is a cross entropy whose target has the same probability for every class. The latter
-    is the negated entropy (F21), or for terms of logits the log-sum-exp minus the entropy.
+    is the negated entropy (F21), or for terms of logits the log-sum-exp minus the entropy. Terms of
+    divergences (F25 to F27) may also be summed over all axes.
     """
+    if input.recipe.form.kinds and not kwargs:
+        return _sum_divergences(func, input, dim, keepdim, dtype or input.dtype)
     form, axis, dtype = input.recipe.form, _get_only_axis(dim), dtype or input.dtype
     if kwargs or axis is None or torch.promote_types(dtype, input.dtype) != dtype:
         return NotImplemented
@@ -355,6 +195,62 @@ def sum_over_classes(
         factor = -form.log_sign * (1 if func in MEANS else class_count)
         result = factor * head.compute_loss("none", 0.0, False).to(dtype)
     return result.unsqueeze(form.axis) if keepdim else result
+
+
+def _sum_divergences(
+    func: Any, input: DeferredLogits, dim: Any, keepdim: bool, dtype: torch.dtype
+) -> Any:
+    """The sum or mean over these axes of the terms of divergences."""
+    if torch.promote_types(dtype, input.dtype) != dtype:
+        return NotImplemented
+    n = input.dim()
+    dims = [*range(n)] if dim is None or dim == () else [dim] if isinstance(dim, int) else [*dim]
+    axes = {d % n for d in dims}
+    if len(axes) != len(dims) or not all(-n <= d < n for d in dims):
+        return NotImplemented  # PyTorch raises the error
+    result = sum_terms(input, [*axes], dtype)
+    if result is NotImplemented:
+        return NotImplemented
+    result = result if keepdim else result.squeeze(tuple(axes))
+    return result / math.prod(input.shape[d] for d in axes) if func in MEANS else result
+
+
+@register_override(torch.nn.functional.kl_div)
+def kl_div(
+    func: Any,
+    input: Any,
+    target: Any,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    """The sum or mean of the terms of a divergence (F25). PyTorch's function computes the terms."""
+    options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
+    nothing = torch.empty(0)
+    func(nothing, nothing, **options)  # its warnings, and errors of these arguments
+    is_batchmean = reduction == "batchmean"
+    name = check.resolve_reduction("sum" if is_batchmean else reduction, size_average, reduce)
+    if name == "none":
+        return NotImplemented
+    total = compute_kl_div(torch.kl_div, input, target, REDUCTIONS.index(name), log_target)
+    return total / input.size(0) if is_batchmean else total
+
+
+REDUCTIONS = ("none", "mean", "sum")  # in the order of their numbers in PyTorch
+
+
+@register_override(torch.kl_div)
+def compute_kl_div(
+    func: Any, input: Any, target: Any, reduction: int = 1, log_target: bool = False
+) -> Any:
+    """As `kl_div`, of the number of a reduction."""
+    terms = func(input, target, 0, log_target=log_target)
+    if reduction == 0:
+        return terms
+    reduce = torch.mean if reduction == 1 else torch.sum
+    total = sum_over_classes(reduce, terms)
+    return reduce(terms) if total is NotImplemented else total
 
 
 @register_loss(torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp)

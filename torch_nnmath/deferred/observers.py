@@ -88,7 +88,7 @@ def leave_graph(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
     """Detaches logits. If they are alive at an optimizer's step, they are computed before it."""
     result = func(logits, *args, **kwargs)
     if isinstance(result, DeferredLogits):
-        result.recipe.has_left_graph = True
+        result.recipe.leave_graph()
     return result
 
 

@@ -14,8 +14,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-HeadCall: TypeAlias = Any  # of `logits`, which imports this module
-LIVE_CALLS: weakref.WeakSet[HeadCall] = weakref.WeakSet()
+Call: TypeAlias = Any  # of `recipes`, which imports this module
+LIVE_CALLS: weakref.WeakSet[Call] = weakref.WeakSet()
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def track_optimizers() -> None:
 
 
 def compute_logits_before_update(
-    optimizer: Optimizer, reason: str, is_kept: Callable[[HeadCall], bool]
+    optimizer: Optimizer, reason: str, is_kept: Callable[[Call], bool]
 ) -> None:
     """Computes the logits of those live calls whose operands the optimizer will change."""
     for call, parameters in _find_calls(optimizer):
@@ -38,7 +38,7 @@ def compute_logits_before_update(
             call.materialize(reason)
 
 
-def _find_calls(optimizer: Optimizer) -> Iterator[tuple[HeadCall, list[Any]]]:
+def _find_calls(optimizer: Optimizer) -> Iterator[tuple[Call, list[Any]]]:
     """Yields each live call, with those of its operands that the optimizer changes."""
     if not LIVE_CALLS:
         return

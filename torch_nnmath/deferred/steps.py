@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -69,7 +70,8 @@ class Form(NamedTuple):
     """The value of deferred logits as a formula of the head's logits z and a row r.
 
     The value is z', or ±l with l = log softmax z', or ±a with a = softmax z', or the product ±a z'
-    or ±a l, where z' = s (z + r), or z' = t tanh(s (z + r)) if capped.
+    or ±a l, where z' = s (z + r), or z' = t tanh(s (z + r)) if capped. With `kinds` it is instead a
+    sum of terms of these kinds, which `combinations` names.
     """
 
     axis: int  # of the classes
@@ -82,6 +84,7 @@ class Form(NamedTuple):
     softmax_sign: int = 0  # 1: probabilities, -1: negated probabilities, 0: neither
     is_product: bool = False  # of the probabilities and what `log_sign` says
     has_row_scales: bool = False  # whether each row is also multiplied by its own number
+    kinds: frozenset[str] = frozenset()  # of the terms of a combination
 
     @property
     def is_capped(self) -> bool:
@@ -89,7 +92,7 @@ class Form(NamedTuple):
 
     @property
     def is_logits(self) -> bool:
-        return not self.log_sign and not self.softmax_sign
+        return not (self.log_sign or self.softmax_sign or self.kinds)
 
     @property
     def rows_shape(self) -> torch.Size:
@@ -136,13 +139,20 @@ class Operation(NamedTuple):
 
     def infer_layout(self, layout: Layout) -> Any:
         """Returns the result's layout by PyTorch's own rules, in a list if there are several."""
-        args = self._args_with(layout)
-        kwargs = tuple((name, v) for name, v in self.kwargs.items() if name != "device")
-        types = tuple(map(type, args))  # 2 and 2 + 0j are equal, but their results differ in dtype
-        return _infer_layout(self.func, _make_key(args), kwargs, self.position, types)
+        return infer_layout(self.func, self._args_with(layout), self.kwargs, self.position)
 
     def _args_with(self, logits: Any) -> list[Any]:
         return [*self.args[: self.position], logits, *self.args[self.position + 1 :]]
+
+
+def infer_layout(func: Any, args: Any, kwargs: Any, position: int | None = None) -> Any:
+    """Returns the layout of an operation's result, with layouts in place of deferred tensors.
+
+    `position` is that of the tensor of which the result may be a view.
+    """
+    kwargs = tuple((name, v) for name, v in kwargs.items() if name != "device")
+    types = tuple(map(type, args))  # 2 and 2 + 0j are equal, but their results differ in dtype
+    return _infer_layout(func, _make_key(args), kwargs, position, types)
 
 
 def _make_key(argument: Any) -> Any:
@@ -153,7 +163,7 @@ def _make_key(argument: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _infer_layout(func: Any, key: Any, kwargs: Any, position: int, types: Any) -> Any:
+def _infer_layout(func: Any, key: Any, kwargs: Any, position: int | None, types: Any) -> Any:
     """Runs the operation on the meta device and returns the layout of its result."""
 
     def make_argument(key: Any) -> Any:
@@ -164,12 +174,12 @@ def _infer_layout(func: Any, key: Any, kwargs: Any, position: int, types: Any) -
     def read_layout(out: Any) -> Any:
         if not isinstance(out, Tensor):
             return [*map(read_layout, out)]
-        is_view = _torch.get_storage_id(out) == storage_id
+        is_view = position is not None and _torch.get_storage_id(out) == storage_id
         offset = out.storage_offset() + key[position].offset if is_view else 0
         return Layout(out.shape, out.stride(), out.dtype, offset)
 
     args = make_argument(key)
-    storage_id = _torch.get_storage_id(args[position])
+    storage_id = None if position is None else _torch.get_storage_id(args[position])
     return read_layout(func(*args, **dict(kwargs)))
 
 
@@ -178,6 +188,7 @@ def _infer_layout(func: Any, key: Any, kwargs: Any, position: int, types: Any) -
 
 Rule: TypeAlias = Callable[[Form, Layout, Operation], "StepResult | list[StepResult] | None"]
 STEPS: dict[Any, Rule] = {}
+STACK = "stack"  # the kind of a tensor with an axis of terms, of which only a log-sum-exp is taken
 INDEXING = (aten.index.Tensor, aten.index_select.default)
 
 
@@ -409,14 +420,36 @@ def multiply(p: Form, v: Form, layout: Layout, other_layout: Layout) -> StepResu
     return StepResult(p._replace(log_sign=v.log_sign, is_product=True), out)
 
 
+STEPS_OF_COMBINATIONS = (copy, select_rows_or_move_axes, reshape)
+
+
 def is_same_value(operation: Any, other: Any) -> bool:
-    """Whether two operations do the same. A tensor is the same only if it is the same object."""
+    """Whether two operations do the same. Tensors must be the same object, or copies of one."""
     if (operation.func, operation.position) != (other.func, other.position):
         return False
     leaves, other_leaves = (
         _torch.tree_leaves((o.args, o.kwargs, o.output)) for o in (operation, other)
     )
     return len(leaves) == len(other_leaves) and all(
-        v is w or (not isinstance(v, Tensor) and type(v) is type(w) and bool(v == w))
+        _is_same_tensor(v, w)
+        if isinstance(v, Tensor)
+        else v is w or (type(v) is type(w) and bool(v == w))
         for v, w in zip(leaves, other_leaves, strict=True)
     )
+
+
+_SOURCE = "_nnmath_source"
+
+
+def set_source(copy: Tensor, original: Tensor) -> None:
+    """Records of which tensor, and of which version of it, another one is a copy."""
+    setattr(copy, _SOURCE, (weakref.ref(original), _torch.get_version(original)))
+
+
+def _is_same_tensor(v: Tensor, w: Any) -> bool:
+    """Whether both are the same object, or copies of the same version of one."""
+    if v is w:
+        return True
+    source, version = getattr(v, _SOURCE, (None, 0))
+    other_source, other_version = getattr(w, _SOURCE, (None, 0))
+    return source is not None and source is other_source and version == other_version

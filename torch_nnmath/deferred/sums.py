@@ -18,8 +18,8 @@ from torch_nnmath.deferred.logits import (
     get_grad_fn,
     register_override,
 )
-from torch_nnmath.deferred.losses import HeadRows, make_rows
 from torch_nnmath.deferred.operands import Operands, are_operands_of_head, set_inference_mode
+from torch_nnmath.deferred.rows import HeadRows, make_rows
 
 
 @register_override(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
