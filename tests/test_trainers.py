@@ -1,6 +1,7 @@
 """tools/trainers.py on some rows, with every outcome that it distinguishes."""
 
 import json
+import re
 from importlib.util import find_spec
 
 import pytest
@@ -180,10 +181,34 @@ def test_command_prints_and_writes_table(tmp_path):
     assert "2 fused, 0 blocks, 0 logits, 0 plain, 0 WRONG" in done.stdout
 
 
+PAGE = (DOCS / "tuning.md").read_text(encoding="utf-8")
+
+
+@needs_trl
+def test_recipe_of_page_replaces_functions_of_trl(trl_head):
+    calls = []
+
+    class Trainer:
+        """A trainer that looks up TRL's Functions when it trains."""
+
+        @staticmethod
+        def train():
+            from trl.trainer import distillation_trainer, utils
+
+            calls.append(utils._ChunkedLogProbFunction.apply)
+            calls.append(distillation_trainer.ChunkedDivergenceFunction.apply)
+
+    (code,) = re.findall(r"```python\n(from trl_head.*?)```", PAGE, re.DOTALL)
+    exec(code, {"trainer": Trainer})
+    assert calls == [trl_head.compute_log_probs, trl_head.compute_divergence]
+    Trainer.train()
+    assert not {*calls[2:]} & {*calls[:2]}
+
+
 def test_table_of_page_is_that_of_results(trainers):
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
     outcomes = [trainers.Outcome(**row) for row in rows]
-    assert trainers.format_table(outcomes) in (DOCS / "tuning.md").read_text(encoding="utf-8")
+    assert trainers.format_table(outcomes) in PAGE
     assert not [outcome for outcome in outcomes if outcome.kind == "WRONG"]
     cases = [(case.trainer, case.path) for case in trainers.CASES]
     assert [(outcome.trainer, outcome.path) for outcome in outcomes] == cases
