@@ -14,7 +14,7 @@ once by `linear_kl_div`, which holds neither the student's nor the teacher's log
 - a picture: the coinciding curves, the validation losses, and the memory of a step.
 
     python examples/distil.py
-    python examples/distil.py --temperature 1 --alpha 0     # the divergence alone
+    python examples/distil.py --alpha 0 --temperature 2     # the divergence alone, of softer models
     python examples/distil.py --size large                  # for a GPU, in bfloat16
 
 It needs `pip install ".[examples]"`, and takes under three minutes on two cores.
@@ -53,8 +53,8 @@ from torch_nnmath.functional import linear_cross_entropy, linear_kl_div
 SIZES = {  # defaults by --size; those of the teacher have the prefix teacher_
     "small": {
         "vocabulary": 8192, "width": 96, "layers": 2, "heads": 4, "context": 128,
-        "batch_size": 8, "steps": 200, "lr": 3e-3, "every": 40,
-        "teacher_width": 192, "teacher_layers": 4, "teacher_steps": 300,
+        "batch_size": 8, "steps": 150, "lr": 3e-3, "every": 50,
+        "teacher_width": 192, "teacher_layers": 3, "teacher_steps": 240,
     },
     "large": {
         "vocabulary": 32768, "width": 256, "layers": 4, "heads": 4, "context": 512,
@@ -249,7 +249,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher-steps", type=parse_positive, help="training steps")
     parser.add_argument("--every", type=parse_positive, help="steps between validations")
     parser.add_argument("--alpha", type=float, default=0.3, help="weight of the labels, 0 to 1")
-    parser.add_argument("--temperature", type=float, default=2.0, help="of both models, above 0")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of both models, above 0")
     parser.add_argument(
         "--out", type=Path, default=Path("distil_out"), help="output folder for the picture"
     )
