@@ -134,12 +134,12 @@ def test_wrong_function_for_trl_is_wrong(trainers, trl_head, models, monkeypatch
         {"temperature": 0.7, "softcap": 3.0, "scale": 0.5},
     ],
 )
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_log_probs_for_trl_equal_those_of_logits(trainers, trl_head, options, has_bias):
+@pytest.mark.parametrize(("rows", "has_bias"), [(300, False), (300, True), (0, True)])
+def test_log_probs_for_trl_equal_those_of_logits(trainers, trl_head, options, rows, has_bias):
     torch.manual_seed(0)
-    x, W = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (300, 11))
+    x, W = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (rows, 11))
     b = torch.randn(11, dtype=torch.float64, requires_grad=True) if has_bias else None
-    y, inputs = torch.randint(11, (300,)), [v for v in (x, W, b) if v is not None]
+    y, inputs = torch.randint(11, (rows,)), [v for v in (x, W, b) if v is not None]
     for outputs in (
         ("log_probs",),
         ("log_probs", "entropy"),
@@ -161,6 +161,27 @@ def test_log_probs_for_trl_equal_those_of_logits(trainers, trl_head, options, ha
             for v in (results, expected)
         ]
         torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_divergence_for_trl_equals_that_of_logits(trainers, trl_head, beta, has_bias):
+    torch.manual_seed(0)
+    shapes = (30, 5), (11, 5), (11,), (30, 4), (11, 4), (11,)
+    heads: list = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    inputs = heads[:3] if has_bias else heads[:2]
+    if not has_bias:
+        heads[2] = heads[5] = None
+    arguments = (*heads, beta, 0.7, 0.5, None, 1.5, None)
+    results, expected = (
+        compute(*arguments)
+        for compute in (trl_head.compute_divergence, trainers.compute_plain_divergence)
+    )
+    torch.testing.assert_close(results, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(v[0].sin().sum(), inputs) for v in (results, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+    with pytest.raises(NotImplementedError, match="capped"):
+        trl_head.compute_divergence(*heads, beta, 0.7, 0.5, 3.0)
 
 
 # The command, and the table of the page
