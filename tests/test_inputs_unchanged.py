@@ -97,6 +97,36 @@ VALID_CALLS = {
     ),
     "head sequence": (F.linear_cross_entropy, [(2, 3, D), (C, D)], [ints(2, 3)], REDUCTIONS),
     "head K": (F.linear_cross_entropy, [(3, D), (C, 2, D)], [ints(3, 2)], REDUCTIONS),
+    "kl_div": (
+        lambda x, W, b, xt, Wt, bt, y, **o: F.linear_kl_div(
+            *(x, W, xt, Wt), student_bias=b, teacher_bias=bt, labels=y, **o
+        ),
+        [(3, D), (C, D), (C,), (3, 5), (C, 5), (C,)],
+        [classes(0, -100, 3)],
+        combine(reduction=["none", "sum", "mean"], reverse=[False, True], alpha=[0.0, 0.3]),
+    ),
+    "kl_div of logits": (
+        F.linear_kl_div,
+        [(3, D), (C, D), (3, C)],
+        [],
+        combine(reduction=["none", "mean"], temperature=[1.0, 2.0], temperature_factor=[True]),
+    ),
+    "kl_div of log-probabilities": (
+        lambda x, W, z, i, **o: F.linear_kl_div(
+            x, W, z.log_softmax(-1).gather(1, i), teacher_indices=i, **o
+        ),
+        [(3, D), (C, D), (3, C)],
+        [torch.tensor([[0, 2], [3, 1], [1, 0]])],
+        combine(reduction=["none", "sum"], remainder=["class", "drop"], reverse=[False, True]),
+    ),
+    "jsd": (
+        lambda x, W, b, xt, Wt, bt, y, **o: F.linear_jsd(
+            *(x, W, xt, Wt), student_bias=b, teacher_bias=bt, labels=y, **o
+        ),
+        [(3, D), (C, D), (C,), (3, 5), (C, 5), (C,)],
+        [classes(0, -100, 3)],
+        combine(reduction=["none", "mean"], beta=[0.0, 0.3, 1.0], alpha=[0.0, 0.3]),
+    ),
     "feedforward": (
         lambda x, W, V, b, c, **o: F.feedforward(x, [W, V], [b, c], **o),
         [(2, D), (5, D), (2, 5), (5,), (2,)],
@@ -159,7 +189,17 @@ def test_valid_call_changes_no_tensor(f, shapes, constants, options, dtype):
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "head", "cross_entropy", "feedforward", "mse_loss", "squared_error"]
+    "name",
+    [
+        "linear",
+        "head",
+        "kl_div",
+        "jsd",
+        "cross_entropy",
+        "feedforward",
+        "mse_loss",
+        "squared_error",
+    ],
 )
 def test_valid_call_under_autocast_changes_no_tensor(name):
     f, shapes, constants, rows = VALID_CALLS[name]

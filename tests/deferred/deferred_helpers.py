@@ -116,6 +116,35 @@ def compute_results(model, loss, o=None, backward=False):
     return [out.detach(), *torch.autograd.grad(total, leaves, allow_unused=True)]
 
 
+def make_teachers(dtype=F64, bias=True):
+    """Returns a plain teacher, its swapped copy and the log of its head."""
+    seed(3)
+    plain, swapped = (Model(bias).to(dtype) for _ in range(2))
+    nn.init.normal_(plain.lm_head.weight, std=3)
+    swapped.load_state_dict(plain.state_dict())
+    return plain, swapped, swap(swapped).heads["lm_head"]
+
+
+def differentiate(out, leaves):
+    """Returns a result, and the gradients of a weighted sum of it."""
+    factors = torch.linspace(1, 2, out.numel()).to(out.dtype).view(out.shape)
+    gradients = [None] * len(leaves)
+    if out.requires_grad:
+        gradients = torch.autograd.grad((out * factors).sum(), leaves, allow_unused=True)
+    return [out.detach(), *gradients]
+
+
+def compute_divergence(student, teacher, loss, o, is_learnt=False):
+    """Returns the loss of both models' logits, and the gradients of all tensors.
+
+    The teacher's logits are made without gradient unless it is learnt.
+    """
+    with torch.set_grad_enabled(is_learnt):
+        b = teacher(o.x.flip(1))
+    leaves = [*student.parameters(), *teacher.parameters(), *(getattr(o, n) for n in o.learnt)]
+    return differentiate(loss(student(o.x), b, o), leaves)
+
+
 def assert_agree(results, truth, **tolerance):
     for result, expected in zip(results, truth, strict=True):
         assert (result is None) == (expected is None)

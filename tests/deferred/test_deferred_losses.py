@@ -90,6 +90,19 @@ def compute_constant_entropy(z, o):
     return entropy + ce(z, o.y)
 
 
+def compute_cross_term(z, o):
+    """The probabilities are constants: the gradient is not that of an entropy."""
+    with torch.no_grad():
+        p = z.softmax(-1)
+    return -(p * z.log_softmax(-1)).sum(-1)
+
+
+def compute_cross_term_in_other_order(z, o):
+    with torch.no_grad():
+        p = z.softmax(-1)
+    return -(z.log_softmax(-1) * p).sum(-1)
+
+
 def apply_to(function):
     """Returns a function of what one more operation on the logits gives."""
     return lambda change: lambda z, o: function(change(z, o))
@@ -289,6 +302,28 @@ FUSED: dict[str, Any] = {
     "entropy of chunks": compute_entropy_of_chunks,
     "entropy without gradient": compute_constant_entropy,
     "entropy from logits": lambda z, o: z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1),
+    # divergences of one head's distributions; those of two heads have tests of their own
+    "cross entropy at another temperature": lambda z, o: (
+        -(z.softmax(-1) * (z / 2).log_softmax(-1)).sum(-1)
+    ),
+    "cross entropy of other rows": lambda z, o: (
+        -(z[:, 1:].softmax(-1) * z[:, :-1].log_softmax(-1)).sum(-1)
+    ),
+    "cross entropy at two learnt temperatures": lambda z, o: (
+        -((z * o.s).softmax(-1) * (z * o.narrow_s).log_softmax(-1)).sum(-1)
+    ),
+    "cross entropy of detached probabilities": lambda z, o: (
+        -(z.softmax(-1).detach() * z.log_softmax(-1)).sum(-1)
+    ),
+    "its own probabilities as targets": lambda z, o: F.cross_entropy(z.mT, z.mT.softmax(1)),
+    "cross entropy of constant probabilities": compute_cross_term,
+    "cross entropy of constants, in other order": compute_cross_term_in_other_order,
+    "divergence from probabilities": lambda z, o: F.kl_div(
+        z.log_softmax(-1), o.probs, reduction="sum"
+    ),
+    "logarithms scaled": lambda z, o: (
+        2 * z.log_softmax(-1).sum(-1) - (z.log_softmax(-1) * 3).sum(-1)
+    ),
     "expected logit": compute_expected_logit(lambda z, o: z),
     "expected logit, capped": compute_expected_logit(lambda z, o: -2 * torch.tanh(z * o.s)),
     "expected logit, negated": lambda z, o: (z.log_softmax(-1).exp().neg() * z).sum(-1),
@@ -325,6 +360,7 @@ LOSS_COUNTS = {
     "entropy of chunks": 4,
     "entropy without gradient": 5,
     "entropy from logits": 2,
+    "logarithms scaled": 2,
 }
 
 

@@ -5,6 +5,10 @@ logits' shape, strides, dtype and place in the graph, but without memory. It is 
 affine map's Function (F1), whose backward (F8) runs only if the logits are materialised.
 
 - `steps`: the operations after which logits stay deferred, such as views and scales.
+- `combinations`: elementwise operations on probabilities and log-probabilities, also of two heads,
+  which are recorded, too.
+- `expansion`: the terms that such operations add up to.
+- `divergences`: sums of these terms as divergences of two heads (F25 to F27).
 - `rows`: deferred logits as arguments of the fused head.
 - `losses`: the losses that apply these steps to the features and call the fused head (F14, F15).
   They do so only if the graph between head and loss consists of exactly these steps. Otherwise

@@ -176,7 +176,9 @@ def _classify(operand: Any, form: Form, layout: Layout) -> Kinds | None:
         is_kept = operand.is_floating_point() and not operand.is_inference()
         return Kinds({PLAIN}) if is_kept else None
     shape = [1] * (layout.dim() - operand.dim()) + [*operand.shape]
-    is_row = shape[form.axis] == 1 or operand.shape == layout.shape
+    # the gradient of one number for each row, read from an expanded tensor, is as large as logits
+    is_expanded = operand.shape == layout.shape and not operand.requires_grad
+    is_row = shape[form.axis] == 1 or is_expanded
     is_row &= all(n in (1, size) for n, size in zip(shape, layout.shape, strict=True))
     return Kinds({ROW}) if is_row else None
 
@@ -189,6 +191,5 @@ def _capture(operand: Any, form: Form, call: Combination) -> Any:
         if operand.stride(form.axis):
             call.record_version(operand)
             return operand
-        # below autograd, a view of what requires grad would lose the gradient
-        operand = operand if operand.requires_grad else operand.narrow(form.axis, 0, 1)
+        operand = operand.narrow(form.axis, 0, 1)
     return capture_operand(operand, call)

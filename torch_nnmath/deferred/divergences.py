@@ -35,8 +35,10 @@ class Part(NamedTuple):
     has_sum: bool = False
 
 
-def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) -> Any:
-    """Returns the sum of a combination over these axes, which are kept with size 1.
+def sum_terms(
+    input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype, divisor: int = 1
+) -> Any:
+    """Returns the sum of a combination over these axes, which are kept with size 1, by a divisor.
 
     Returns NotImplemented, after materialising the terms, if they are not those of divergences.
     """
@@ -47,20 +49,16 @@ def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) ->
     for other in call.list_calls():
         other.check_operands()
     expansion = Expansion(input)
-    heads = Heads(layout._replace(dtype=torch.promote_types(layout.dtype, dtype)))
-    groups: list[tuple[tuple[Tensor, ...], list[Term]]] = []
-    for term in expansion.terms:
-        for factors, terms in groups:
-            if [*map(id, factors)] == [*map(id, term.factors)]:
-                terms.append(term)
-                break
-        else:
-            groups.append((term.factors, [term]))
-    parts = [(factors, part) for factors, terms in groups for part in heads.list_parts(terms)]
+    dtypes = layout.dtype, dtype
+    heads = Heads(layout._replace(dtype=torch.promote_types(*dtypes)), expansion.eps)
+    parts = [
+        (terms[0].factors, part)
+        for terms in expansion.group_terms()
+        for part in heads.list_parts(terms)
+    ]
     obstacle = expansion.obstacle or heads.obstacle
     if obstacle or not parts:
-        obstacle = obstacle or "terms that cancel"
-        call.materialize(obstacle)
+        call.materialize(obstacle or "terms that cancel")
         return NotImplemented
     is_total = len(axes) == layout.dim() and all(
         part.has_sum and not any(f.dim() for f in factors) for factors, part in parts
@@ -75,7 +73,7 @@ def sum_terms(input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype) ->
         result = total.unsqueeze(form.axis)
         others = [d for d in axes if d != form.axis]
         result = result.sum(others, keepdim=True) if others else result
-    return result.to(dtype)
+    return (result / divisor).to(dtype)
 
 
 class Heads:
@@ -84,8 +82,8 @@ class Heads:
     `obstacle` says why there are none.
     """
 
-    def __init__(self, layout: Layout):
-        self.layout, self.obstacle = layout, ""
+    def __init__(self, layout: Layout, eps: float):
+        self.layout, self.eps, self.obstacle = layout, eps, ""
         self.dtype = wide_type(layout.dtype)
         self.sides: list[Side] = []
         self.rows: list[HeadRows] = []
@@ -143,7 +141,7 @@ class Heads:
             if i != j and number:
                 parts.append(self._make_divergence(-number, F.linear_kl_div, j, i))
         for i, number in totals.items():
-            if abs(number) > 4 * torch.finfo(self.layout.dtype).eps * sizes[i]:
+            if abs(number) > 4 * self.eps * sizes[i]:
                 parts.append(Part(number, partial(self._compute_negated_entropy, i)))
         return parts
 
@@ -169,13 +167,10 @@ class Heads:
         if len(weights) != 2 or numbers.keys() != weights.keys() or not total:
             return self.refuse("a mixture in other terms than those of a Jensen-Shannon divergence")
         shares = {i: number / total for i, number in numbers.items()}
-        rounding = 2 * torch.finfo(self.layout.dtype).eps
         for i, share in shares.items():
             distance = math.log(weights[i] / share) if share > 0 else math.inf
-            if abs(distance) > rounding * (1 + abs(math.log(weights[i]))):
-                return self.refuse(
-                    "a mixture with other weights than its Jensen-Shannon divergence"
-                )
+            if abs(distance) > 2 * self.eps * (1 + abs(math.log(weights[i]))):
+                return self.refuse("a mixture whose weights are not those of the divergence")
             products[i, i] += numbers[i]
         student, teacher = sorted(shares)
         jsd = partial(F.linear_jsd, beta=shares[teacher])

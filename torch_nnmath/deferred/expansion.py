@@ -19,6 +19,7 @@ from torch_nnmath.deferred.recipes import Combination, Recipe
 from torch_nnmath.deferred.rows import find_foreign_node, is_node_of
 from torch_nnmath.deferred.steps import aten, is_same_value
 
+MAX_TERMS = 64  # a Jensen-Shannon divergence has six
 COPIES = (aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default)
 
 
@@ -87,6 +88,7 @@ class Expansion:
 
     def __init__(self, result: DeferredLogits):
         self.axis, self.obstacle = result.recipe.form.axis, ""
+        self.eps = 0.0  # of the narrowest dtype, to which numbers may have been rounded
         node = None
         if torch.is_grad_enabled() and result.requires_grad:
             node = get_grad_fn(result)
@@ -95,6 +97,13 @@ class Expansion:
         self.terms = self._expand(result.recipe, node, ())
         if any(isinstance(term.log, Mixture) for term in self.terms):
             self.terms = [term.read_numbers() for term in self.terms]
+
+    def group_terms(self) -> list[list[Term]]:
+        """Returns the terms in lists of those that have the same factors."""
+        groups: dict[tuple[int, ...], list[Term]] = {}
+        for term in self.terms:
+            groups.setdefault(tuple(map(id, term.factors)), []).append(term)
+        return [*groups.values()]
 
     def refuse(self, obstacle: str) -> list[Term]:
         """Records the first obstacle."""
@@ -116,13 +125,15 @@ class Expansion:
                 moves = (recipe, *moves)
             recipe = recipe.parent
         call: Combination = recipe.call
+        self.eps = max(self.eps, torch.finfo(recipe.layout.dtype).eps)
         if node is not None and not is_node_of(node, call.func):
             return self.refuse(f"{node.name()} stands between head and loss")
         operands = [
             self._expand_operand(v, find_next_node(node, i), (recipe, moves))
             for i, v in enumerate(call.list_operands())
         ]
-        return EXPANSIONS[call.func](self, *operands, **call.kwargs)
+        terms = EXPANSIONS[call.func](self, *operands, **call.kwargs)
+        return terms if len(terms) <= MAX_TERMS else self.refuse("many terms")
 
     def _make_term(self, recipe: Recipe, node: Any, moves: tuple[Recipe, ...]) -> list[Term]:
         """The term of a head's probabilities, log-probabilities, or product of both."""
@@ -148,14 +159,13 @@ class Expansion:
             return [Term(operand)]
         operand = operand if node is not None else operand.detach()
         shape, axis = recipe.layout.shape, recipe.form.axis
-        if operand.shape == shape and operand.stride(axis):
+        if operand.shape == shape:
             return [Term(tensors=(self._move(operand, moves),))]
         if not operand.dim() and operand.is_cpu and not operand.requires_grad:
             return [Term(operand.item())]
         dtypes = wide_type(operand.dtype), wide_type(recipe.layout.dtype)
         operand = operand.to(torch.promote_types(*dtypes))
         if operand.dim():
-            operand = operand.narrow(axis, 0, 1) if operand.shape == shape else operand
             operand = operand.expand([1 if d == axis else n for d, n in enumerate(shape)])
             operand = self._move(operand, moves).squeeze(-1)
         return [Term(factors=(operand,))]

@@ -26,6 +26,8 @@ REMEDIES = {
     "sub": "logits.log_softmax(-1) is not computed, logits - logits.logsumexp(-1, True) is",
     "_log_softmax_backward_data": "only gather of one class, nll_loss, sum and mean of "
     "log-probabilities have a gradient without logits",
+    "a mixture in other terms than those of a Jensen-Shannon divergence": "add the terms of both "
+    "halves (reduction='none'), then sum over the classes",
     "detach, whose result an optimizer's step would invalidate,": _KEPT,
     "use after the training step": _KEPT,
 }  # by the operation that computed logits

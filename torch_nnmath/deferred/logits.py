@@ -360,6 +360,8 @@ def _defer_product(input: DeferredLogits, other: DeferredLogits) -> Any:
     call = first.call
     if call.is_materialized or is_traced() or second.call is not call:
         return None
+    if input.requires_grad != other.requires_grad:
+        return None  # a combination, of which one factor is constant
     changes, other_changes = first.list_changes_of_logits(), second.list_changes_of_logits()
     pairs = zip(changes, other_changes, strict=False)
     is_same = all(s is t or is_same_value(s.operation, t.operation) for s, t in pairs)
@@ -397,7 +399,7 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
         return None
     recipe = logits.recipe
     call = recipe.call
-    if call.is_materialized or is_traced():
+    if call.is_materialized or is_traced() or recipe.form.kinds:
         return None
     try:
         operation = Operation(func, (None, *others), kwargs, 0)

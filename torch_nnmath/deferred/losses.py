@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,16 @@ from torch_nnmath import functional as F
 from torch_nnmath._logits import LogitOptions, is_scaled, read_logit_options
 from torch_nnmath._precision import disable_autocast, is_autocast, wide_type, widen
 from torch_nnmath._target import TargetOptions
+from torch_nnmath.deferred.combinations import PROBABILITY, find_kinds
 from torch_nnmath.deferred.divergences import sum_terms
 from torch_nnmath.deferred.logits import DeferredLogits, register_override
 from torch_nnmath.deferred.rows import make_rows
 
 # The losses
+
+
+def is_deferred(value: Any) -> bool:
+    return isinstance(value, DeferredLogits)
 
 
 def register_loss(*functions: Any) -> Callable[..., Any]:
@@ -41,7 +46,8 @@ def register_loss(*functions: Any) -> Callable[..., Any]:
             with disable_autocast(input):
                 result = rule(func, input, is_loss_autocast, *args, **kwargs)
             if result is not NotImplemented:
-                calls = input.recipe.call.list_calls()
+                deferred = [v for v in (input, *args, *kwargs.values()) if is_deferred(v)]
+                calls = [call for v in deferred for call in v.recipe.call.list_calls()]
                 for log in {id(call.log): call.log for call in calls}.values():
                     log.fused += 1
                 for call in calls:
@@ -93,8 +99,9 @@ def cross_entropy(
         func is torch.nn.functional.nll_loss,
     )
     form, axis = input.recipe.form, min(input.dim() - 1, 1)
-    is_plain_target = isinstance(target, Tensor) and not isinstance(target, DeferredLogits)
-    if not is_plain_target or form.log_sign < 0:
+    if is_deferred(target) and not is_log:
+        return _compute_cross_entropy_of_two_heads(input, axis, arguments, is_loss_autocast)
+    if not isinstance(target, Tensor) or is_deferred(target) or form.log_sign < 0:
         return NotImplemented
     options = arguments.read_logit_options()
     if form.is_capped and (options.cap is not None or is_scaled(options.scale)):
@@ -121,6 +128,30 @@ def cross_entropy(
         arguments.reduction, arguments.size_average, arguments.reduce
     )
     return head.compute_loss(reduction, arguments.z_loss, arguments.return_stats)
+
+
+def _compute_cross_entropy_of_two_heads(
+    input: DeferredLogits, axis: int, arguments: CrossEntropyArguments, is_loss_autocast: bool
+) -> Any:
+    """The cross entropy of another head's probabilities: their entropy plus F25."""
+    target, is_half = arguments.target, is_loss_autocast and input.dtype.itemsize < 4
+    rest = replace(arguments, target=None, size_average=None, reduce=None, reduction="mean")
+    if find_kinds(target.recipe.form) != frozenset({PROBABILITY}) or is_half:
+        return NotImplemented
+    # a learnt scale of 1 is equal to the default
+    is_default = not isinstance(rest.logit_scale, Tensor) and rest == CrossEntropyArguments(None)
+    if not input.recipe.form.is_logits or not is_default:
+        return NotImplemented
+    reduction = check.resolve_reduction(
+        arguments.reduction, arguments.size_average, arguments.reduce
+    )
+    terms = input.log_softmax(axis) * target
+    if not is_deferred(terms):
+        return NotImplemented
+    axes = [terms.recipe.form.axis] if reduction == "none" else [*range(terms.dim())]
+    rows = math.prod(input.recipe.form.rows_shape) if reduction == "mean" else 1
+    total = sum_terms(terms, axes, terms.dtype, -rows)
+    return total if total is NotImplemented else total.squeeze(tuple(axes))
 
 
 @register_loss(torch.gather, Tensor.gather)
@@ -176,6 +207,8 @@ def sum_over_classes(
     is the negated entropy (F21), or for terms of logits the log-sum-exp minus the entropy. Terms of
     divergences (F25 to F27) may also be summed over all axes.
     """
+    if "axis" in kwargs:
+        dim = kwargs.pop("axis")
     if input.recipe.form.kinds and not kwargs:
         return _sum_divergences(func, input, dim, keepdim, dtype or input.dtype)
     form, axis, dtype = input.recipe.form, _get_only_axis(dim), dtype or input.dtype
@@ -208,11 +241,9 @@ def _sum_divergences(
     axes = {d % n for d in dims}
     if len(axes) != len(dims) or not all(-n <= d < n for d in dims):
         return NotImplemented  # PyTorch raises the error
-    result = sum_terms(input, [*axes], dtype)
-    if result is NotImplemented:
-        return NotImplemented
-    result = result if keepdim else result.squeeze(tuple(axes))
-    return result / math.prod(input.shape[d] for d in axes) if func in MEANS else result
+    count = math.prod(input.shape[d] for d in axes) if func in MEANS else 1
+    result = sum_terms(input, [*axes], dtype, count)
+    return result if keepdim or result is NotImplemented else result.squeeze(tuple(axes))
 
 
 @register_override(torch.nn.functional.kl_div)

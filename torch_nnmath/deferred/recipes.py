@@ -151,13 +151,14 @@ class Combination(Call):
     def __init__(self, func: Any, kwargs: Any, recipes: list[Recipe], stack_axis: int):
         super().__init__()
         self.func, self.kwargs, self.stack_axis = func, kwargs, stack_axis
-        self.operands = {id(recipe.call): recipe.call for recipe in recipes}
+        self.calls = {id(recipe.call): recipe.call for recipe in recipes}
         self.log, self.probe = recipes[0].call.log, recipes[0].form.probe
-        for call in self.operands.values():
+        for call in self.calls.values():
             call.dependents.append(weakref.ref(self))
 
     def list_calls(self) -> list[Call]:
-        return [self, *(c for call in self.operands.values() for c in call.list_calls())]
+        calls = {id(c): c for call in self.calls.values() for c in call.list_calls()}
+        return [self, *calls.values()]
 
     def list_operands(self) -> Any:
         """Returns the operands in the order of the nodes that they have in the graph."""
@@ -166,7 +167,7 @@ class Combination(Call):
         return self.args[:1] if self.func is aten.logsumexp.default else self.args
 
     def prepare(self, operation: str) -> None:
-        for call in [*self.operands.values()]:
+        for call in [*self.calls.values()]:
             call.materialize(self.observer or operation)
 
     def compute(self) -> Tensor:
@@ -177,7 +178,7 @@ class Combination(Call):
         return result
 
     def release(self) -> None:
-        self.args, self.operands = (), {}
+        self.args, self.calls = (), {}
 
 
 def capture_operand(operand: Any, call: Call) -> Any:
@@ -241,8 +242,6 @@ class Recipe:
     def make_blocks(self) -> LogitBlocks | None:
         """Returns these logits as blocks; None if a step treats rows differently."""
         steps = [step.result for step in self.list_steps()]
-        if not isinstance(self.call, HeadCall):
-            return None
         if any(step.apply_to_rows is None and step.apply_to_values is None for step in steps):
             return None
         operands = self.call.operands
