@@ -151,9 +151,9 @@ def count_tokens_per_rank(
         group: the ranks with different tokens, over which gradients are averaged; all by default.
             With DDP or FSDP on a mesh of several dimensions, `mesh.get_group("data")`.
 
-    Give it to the loss of each micro-batch as `divisor`, or divide its sum by it. DDP and FSDP2 average the
-    gradients over `group`, so the divisor is the number of all tokens over the number of ranks: a
-    scalar in float64. Every rank of `group` must call it. It is 0 if no token counts.
+    Give it to the loss of each micro-batch as `divisor`, or divide its sum by it. DDP and FSDP2
+    average the gradients over `group`, so the divisor is the number of all tokens over the number
+    of ranks: a scalar in float64. Every rank of `group` must call it. It is 0 if no token counts.
 
     Without `torch.distributed`, or if it is not initialised, it is the count of this process.
 
