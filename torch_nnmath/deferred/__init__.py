@@ -1,28 +1,31 @@
 """Logits that are computed only if an operation needs them, and losses that do not need them.
 
-A head (a Linear whose logits go into a cross entropy) returns `DeferredLogits`: a tensor with the
-logits' shape, strides, dtype and place in the graph, but without memory. It is the output of the
-affine map's Function (F1), whose backward (F8) runs only if the logits are materialised.
+From a head (a Linear whose logits go into a loss) to its loss:
 
-- `steps`: the operations after which logits stay deferred, such as views and scales.
-- `combinations`: elementwise operations on probabilities and log-probabilities, also of two heads,
-  which are recorded, too.
-- `expansion`: the terms that such operations add up to.
-- `divergences`: sums of these terms as divergences of two heads (F25 to F27).
+1. `linear` returns `DeferredLogits`: a tensor with the logits' shape and node in the graph (F1,
+   whose backward is F8), but no memory. Its `Recipe` says how to compute it from a `HeadCall`.
+2. An operation in `STEPS` or `COMBINATIONS` returns another deferred tensor, whose recipe records
+   the operation. One in `REDUCTIONS`, such as `argmax`, is computed from blocks of logits.
+3. A loss compares the recipes with the graph between head and loss. If both consist of the same
+   operations, it applies these to the features (`HeadRows`) and calls the fused head (F14, F15);
+   for a sum of a combination, the divergences of two heads (F25 to F27).
+4. Anything else materialises: all live tensors of the call get their values, once, and are plain
+   tensors from then on. So a hook, a checkpoint or a Function in the graph still runs.
+
+The modules, in the order of this flow:
+
+- `mark`, `log`: what makes a Linear a head, and what happened to its logits.
+- `logits`: the tensor, the call that makes it, and the dispatch to the tables.
+- `operands`: features, weight and bias, cast as under autocast.
+- `recipes`: calls and recipes, and how they are computed.
+- `steps`, `combinations`, `reductions`: the tables of operations.
 - `rows`: deferred logits as arguments of the fused head.
-- `losses`: the losses that apply these steps to the features and call the fused head (F14, F15).
-  They do so only if the graph between head and loss consists of exactly these steps. Otherwise
-  they materialise the logits, so that a hook, a checkpoint or a Function in the graph still runs.
-- `sums`: the sum of the logits of two heads, as of a Linear and its adapter, is one head.
-- `observers`: the functions that observe the gradient of logits or read their memory.
-- `reductions`: the operations, such as `argmax`, that are computed from blocks of logits.
-- `operands`: what the product takes: features, weight and bias, cast as under autocast.
-- `wrappers`: what FSDP2 does to the weight, and its hooks, which go to the loss.
-- `split`: a head whose classes the ranks of a device mesh share.
-- `optimizers`: hooks of optimizers, whose steps change the operands of deferred logits.
-- `recipes`: a call of a head, and how its logits and the steps on them are computed.
-- `logits`: the tensor. Any other operation materialises the logits, once for every tensor that
-  came from the same call of the head; from then on they behave as plain tensors.
+- `losses`: the losses; `expansion` reads a combination as a sum of terms, `divergences` sums these.
+- `sums`: the sum of the logits of two heads, such as a Linear and its adapter, as one head.
+- `observers`: functions that observe the gradient of logits or read their memory.
+- `optimizers`: hooks of optimizers, whose steps change the operands.
+- `wrappers`, `split`: FSDP2, and a head whose classes the ranks of a device mesh share.
+- `compiled`: the head between two graphs of `torch.compile`.
 """
 
 from torch_nnmath.deferred import losses, observers, sums

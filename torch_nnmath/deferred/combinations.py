@@ -1,9 +1,10 @@
 """Elementwise operations on probabilities and their logarithms: the terms of divergences.
 
-A `Combination` is one such operation. Its operands may come from several heads. `COMBINATIONS` maps
-an operation to its rule. A rule gets the kinds of each operand's terms and returns those of the
-result, or None if the operands must be materialised. What the result is worth without logits is
-decided later, when its terms are summed over the classes (`divergences`).
+A `Combination` is one such operation. Its operands may come from several heads. Each of its values
+is a sum of terms, and a kind says what a term is, such as "probability". `COMBINATIONS` maps an
+operation to its rule. A rule gets the kinds of each operand's terms and returns those of the
+result, or None if the operands must be materialised. Whether the sum over the classes needs the
+logits is decided when it is taken (`divergences`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch_nnmath.kernels.dispatch import PLAIN_TYPES
 
 Kinds: TypeAlias = frozenset[str]
 
+# The kinds: a row is a tensor with one number for each row, a tensor has the shape of the logits.
 LOG, PROBABILITY, NUMBER, ROW, PLAIN = "log-probability", "probability", "number", "row", "tensor"
-PRODUCTS = {
+PRODUCTS = {  # of two factors, by their kinds
     frozenset(pair): f"{pair[0]} x {pair[-1]}"
     for pair in ((PROBABILITY, LOG), (PLAIN, LOG), (PLAIN, PROBABILITY), (PLAIN,))
 }
@@ -45,6 +47,7 @@ SUMS = (aten.add.Tensor, aten.sub.Tensor)
 
 @register_combination(*SUMS)
 def add(first: Kinds, second: Kinds) -> Kinds | None:
+    """Numbers are added to log-probabilities alone, as for the logarithm of a mixture."""
     kinds = first | second
     return None if ROW in kinds or (NUMBER in kinds and not is_log(kinds)) else kinds
 
@@ -103,6 +106,7 @@ def is_log(kinds: Kinds) -> bool:
 
 
 def is_factor(kinds: Kinds) -> bool:
+    """Whether the operand is a number, or one for each row."""
     return kinds in ({NUMBER}, {ROW})
 
 
@@ -120,8 +124,9 @@ def find_kinds(form: Form) -> Kinds | None:
 def combine(func: Any, args: Any, kwargs: Any) -> Recipe | None:
     """Returns the recipe of an operation, some of whose arguments are recipes.
 
-    Returns None if they must be materialised. Deferred operands must have the same shape. A tensor
-    of this shape is not copied, since it is as large as the logits: its version is recorded.
+    Returns None if the recipes must be materialised. Deferred operands must have the same shape. A
+    plain tensor of this shape is not copied, since it is as large as the logits: its version is
+    recorded.
     """
     recipes = [v for v in _torch.tree_leaves(args) if isinstance(v, Recipe)]
     form, layout = recipes[0].form, recipes[0].layout
@@ -161,7 +166,7 @@ def combine(func: Any, args: Any, kwargs: Any) -> Recipe | None:
 
 
 def _classify(operand: Any, form: Form, layout: Layout) -> Kinds | None:
-    """The kinds of an operand's terms; None if it has another shape or type."""
+    """The kinds of an operand's terms; None for a shape or type that no combination has."""
     if isinstance(operand, Recipe):
         return find_kinds(operand.form)
     if isinstance(operand, bool | int | float):
@@ -173,8 +178,8 @@ def _classify(operand: Any, form: Form, layout: Layout) -> Kinds | None:
     if operand.device != form.probe.device or operand.dim() > layout.dim():
         return None
     if operand.shape == layout.shape and operand.stride(form.axis):
-        is_kept = operand.is_floating_point() and not operand.is_inference()
-        return Kinds({PLAIN}) if is_kept else None
+        has_version = operand.is_floating_point() and not operand.is_inference()
+        return Kinds({PLAIN}) if has_version else None
     shape = [1] * (layout.dim() - operand.dim()) + [*operand.shape]
     # the gradient of one number for each row, read from an expanded tensor, is as large as logits
     is_expanded = operand.shape == layout.shape and not operand.requires_grad
@@ -184,7 +189,7 @@ def _classify(operand: Any, form: Form, layout: Layout) -> Kinds | None:
 
 
 def _capture(operand: Any, form: Form, call: Combination) -> Any:
-    """Returns an operand for later use: a copy of a small tensor, and a recorded large one."""
+    """As `capture_operand`, but a tensor of the logits' shape is not copied."""
     if not isinstance(operand, Tensor):
         return operand
     if operand.dim() == form.probe.dim() and operand.shape[form.axis] > 1:

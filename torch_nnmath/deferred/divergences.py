@@ -1,8 +1,11 @@
 """Sums over the classes of the terms of divergences, which two heads compute without logits.
 
-With E_i = Σ p_i l_i of each side i, Σ p_i l_j = E_i - KL(p_i‖p_j) (F25). In a divergence the E_i
-cancel. With the logarithm lm of a mixture m = μ p_t + (1-μ) p_s, μ Σ p_t lm + (1-μ) Σ p_s lm is
-μ E_t + (1-μ) E_s less the Jensen-Shannon divergence (F27).
+A term is p_i l_j, times a coefficient: the probabilities of side i, and the log-probabilities of
+side j. Its sum is Σ p_i l_j = E_i - KL(p_i‖p_j) (F25), where E_i = Σ p_i l_i is the negated entropy
+of side i. In a divergence the coefficients of each p_i add up to 0, and E_i is not computed.
+
+With the logarithm lm of a mixture m = μ p_t + (1-μ) p_s, μ Σ p_t lm + (1-μ) Σ p_s lm is
+μ E_t + (1-μ) E_s - JSD (F27), the Jensen-Shannon divergence.
 """
 
 from __future__ import annotations
@@ -24,23 +27,27 @@ from torch_nnmath.deferred.logits import DeferredLogits, is_traced
 from torch_nnmath.deferred.rows import HeadRows, build_rows
 from torch_nnmath.deferred.steps import Layout
 
-Numbers: TypeAlias = defaultdict[Any, float]
+Numbers: TypeAlias = defaultdict[Any, float]  # coefficients, 0 by default
 
 
 class Part(NamedTuple):
-    """A number times the rows that `compute` returns, or their sum where it can give that."""
+    """A summand of the result: a number times what `compute` returns for a reduction.
+
+    That is one value for each row for "none". For "sum" it is their sum, if `has_sum`.
+    """
 
     number: float
-    compute: Callable[[str], Tensor]  # of the reduction, "none" or "sum"
+    compute: Callable[[str], Tensor]
     has_sum: bool = False
 
 
 def sum_terms(
     input: DeferredLogits, axes: Sequence[int], dtype: torch.dtype, divisor: int = 1
 ) -> Any:
-    """Returns the sum of a combination over these axes, which are kept with size 1, by a divisor.
+    """Returns the sum of a combination over these axes, divided by a number.
 
-    Returns NotImplemented, after materialising the terms, if they are not those of divergences.
+    The axes are kept with size 1. Returns NotImplemented if they are not those of the classes and
+    others, and, after materialising the terms, if these are not the terms of divergences.
     """
     recipe = input.recipe
     form, layout, call = recipe.form, recipe.layout, recipe.call
@@ -77,9 +84,9 @@ def sum_terms(
 
 
 class Heads:
-    """The heads of the sides of divergences, as arguments of the fused losses.
+    """The sides of divergences, each with its rows: the arguments of the fused losses.
 
-    `obstacle` says why there are none.
+    `obstacle` says why the sum needs the logits, "" if it does not.
     """
 
     def __init__(self, layout: Layout, eps: float):
@@ -94,7 +101,7 @@ class Heads:
         return []
 
     def find(self, side: Side) -> int:
-        """Returns the index of a side."""
+        """Returns the index of a side, after building its rows the first time."""
         for i, other in enumerate(self.sides):
             if side.is_same(other):
                 return i
@@ -108,7 +115,7 @@ class Heads:
         return len(self.sides) - 1
 
     def list_parts(self, terms: list[Term]) -> list[Part]:
-        """Returns the sum of terms with the same factors as a sum of losses."""
+        """Returns the parts whose sum is that of the terms, which all have the same factors."""
         products: Numbers = defaultdict(float)  # of p_i l_j, by (i, j)
         mixtures: list[tuple[dict[int, float], Numbers]] = []  # weights, and numbers of p_i lm by i
         parts: list[Part] = []
@@ -146,7 +153,7 @@ class Heads:
         return parts
 
     def _find_numbers(self, mixtures: Any, log: Mixture) -> Numbers:
-        """Returns the numbers of the mixture's terms."""
+        """Returns the coefficients of p_i lm for this mixture, by i; the caller adds to them."""
         weights: dict[int, float] = defaultdict(float)
         for side, weight in log.weights:
             weights[self.find(side)] += weight
@@ -161,7 +168,7 @@ class Heads:
     ) -> list[Part]:
         """Returns the terms of a mixture's logarithm as a Jensen-Shannon divergence.
 
-        What remains of them is added to the products.
+        The coefficients of its E_i are added to the products.
         """
         total = sum(numbers.values())
         if len(weights) != 2 or numbers.keys() != weights.keys() or not total:
@@ -178,7 +185,7 @@ class Heads:
         return [self._make_divergence(-total, jsd, student, teacher)]
 
     def _make_divergence(self, number: float, loss: Any, student: int, teacher: int) -> Part:
-        """Returns a number times a loss of two sides."""
+        """Returns a number times a loss of two sides, by their indices."""
         self._check_divergence(student)
         self._check_divergence(teacher)
 
@@ -190,14 +197,14 @@ class Heads:
         return Part(number, compute, has_sum=True)
 
     def _check_divergence(self, i: int) -> None:
-        """Refuses what the divergences of two heads cannot compute."""
+        """Refuses a side that no divergence of two heads can have."""
         if not self.obstacle and self.rows[i].softcap is not None:
             self.refuse("a divergence of capped logits")
         if not self.obstacle and self.rows[i].sharding is not None:
             self.refuse("a divergence of a head whose classes are split")
 
     def _compute_excess(self, i: int, z: Tensor, _: str) -> Tensor:
-        """Σ p_i z - E_i, where z is ln softmax(z) plus its log-sum-exp."""
+        """Σ p_i z - E_i, of logits z in memory: their log-sum-exp - KL(p_i‖softmax z)."""
         z, rows = z.to(self.dtype), self.rows[i]
         x, W, b = fold_scale(rows, rows.scale)
         options: Any = {"student_bias": b, "output_dtype": self.dtype, "reduction": "none"}
@@ -214,19 +221,21 @@ class Heads:
         return -loss.to(self.dtype)
 
     def _compute_negated_entropy(self, i: int, _: str) -> Tensor:
-        """E_i."""
+        """E_i = Σ p_i l_i."""
         expectation = self.rows[i].prepare_head_of_any_class().compute_expectation(True)
         return expectation.to(self.dtype)
 
     def _sum_tensors(self, tensors: tuple[Tensor, ...], _: str) -> Tensor:
+        """The sum of a product of tensors in memory."""
         result: Tensor = math.prod(tensors[1:], start=tensors[0]).sum(-1, dtype=self.dtype)
         return result
 
 
 def make_pair(student: HeadRows, teacher: HeadRows) -> dict[str, Any]:
-    """Returns two heads as arguments of a loss over both.
+    """Returns two heads as arguments of a divergence.
 
-    A scale of the student's that is a number is the temperature of both.
+    If the student's scale is a positive number, its inverse is the temperature of both. Other
+    scales are those of the features.
     """
     scale, teacher_scale, temperature = student.scale, teacher.scale, 1.0
     if not isinstance(scale, Tensor) and scale > 0:
@@ -245,7 +254,7 @@ def make_pair(student: HeadRows, teacher: HeadRows) -> dict[str, Any]:
 
 
 def fold_scale(rows: HeadRows, scale: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns features, weight and bias of the logits times a scale, with the scales of rows."""
+    """Returns features, weight and bias of a head whose logits are these, times a scale."""
     x, W, b = rows.features, rows.weight, rows.bias
     if rows.weight_dtype is not None:
         W = W.to(rows.weight_dtype)

@@ -1,7 +1,7 @@
 """The terms of a combination of deferred logits, read from the recorded operations.
 
-Each term is a product: of a number, of factors for each row, and of plain tensors, a probability
-and a log-probability of the class.
+A term is a product: a number, factors that each row has one of, plain tensors of the logits' shape,
+a probability and a log-probability of the class.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Side(NamedTuple):
     """The softmax of one head's logits: one side of a divergence."""
 
     recipe: Recipe  # of probabilities or log-probabilities
-    moves: tuple[Recipe, ...]  # what then happened to the rows of a combination of them
+    moves: tuple[Recipe, ...]  # later steps, which select or move the rows of a combination
     has_gradient: bool  # whether a gradient may reach the head
 
     def is_same(self, other: Side) -> bool:
@@ -41,20 +41,22 @@ class Side(NamedTuple):
         )
 
     def _list_steps(self) -> list[Any]:
-        """The steps that change more than sign, logarithm and rounding."""
+        """The steps that change the logits or move their rows, without copies."""
         steps: Any = [*self.recipe.list_changes_of_logits(), *self.moves]
         return [step for step in steps if step.operation.func not in COPIES]
 
 
 class Mixture(NamedTuple):
-    """The logarithm of a sum of probabilities."""
+    """The logarithm of a weighted sum of probabilities."""
 
     weights: tuple[tuple[Side, float], ...]
 
 
 class Term(NamedTuple):
+    """A product of all that is not None or empty."""
+
     number: float = 1.0
-    factors: tuple[Tensor, ...] = ()  # () or one number for each row
+    factors: tuple[Tensor, ...] = ()  # of shape (), or of one number for each row
     tensors: tuple[Tensor, ...] = ()  # of the logits' shape, the classes at the last axis
     probability: Side | None = None
     log: Side | Mixture | None = None
@@ -70,7 +72,7 @@ class Term(NamedTuple):
         )
 
     def read_numbers(self) -> Term:
-        """Replaces factors () by their values, for which a GPU must be waited for."""
+        """Reads the constant factors of shape () into the number, which waits for a GPU."""
         is_read = [not f.dim() and not f.requires_grad for f in self.factors]
         factors = zip(self.factors, is_read, strict=True)
         numbers = (f.item() for f, read in zip(self.factors, is_read, strict=True) if read)
@@ -81,9 +83,10 @@ class Term(NamedTuple):
 
 
 class Expansion:
-    """The terms of a combination, or the obstacle for which it must be computed.
+    """The terms of a combination; `obstacle` says why there are none, "" if there are.
 
-    The graph must consist of exactly the recorded operations. Where it ends, operands are constant.
+    The graph must consist of exactly the recorded operations. An operand that it does not reach is
+    a constant.
     """
 
     def __init__(self, result: DeferredLogits):
@@ -111,7 +114,7 @@ class Expansion:
         return []
 
     def _expand(self, recipe: Recipe, node: Any, moves: tuple[Recipe, ...]) -> list[Term]:
-        """The terms of a recipe, after the moves. Without a node they are constant."""
+        """The terms of a recipe after these moves. Without a node they are constant."""
         if recipe.call.observer:
             return self.refuse(recipe.call.observer)
         if not recipe.form.kinds:
@@ -151,7 +154,7 @@ class Expansion:
         ]
 
     def _expand_operand(self, operand: Any, node: Any, place: Any) -> list[Term]:
-        """The terms of an operand of the combination at `place`, its recipe and the moves."""
+        """The terms of a combination's operand; `place` is its recipe, and the moves after it."""
         recipe, moves = place
         if isinstance(operand, Recipe):
             return self._expand(operand, node, moves)
@@ -171,7 +174,7 @@ class Expansion:
         return [Term(factors=(operand,))]
 
     def _move(self, x: Tensor, moves: tuple[Recipe, ...]) -> Tensor:
-        """Moves a tensor as the rows of the logits, and the classes to the last axis."""
+        """Applies the moves to a tensor, and moves the classes to the last axis."""
         for move in moves:
             assert move.result.apply_to_rows is not None
             x = move.result.apply_to_rows(x)
@@ -198,6 +201,7 @@ class Expansion:
         return self.multiply([Term(-1.0)], terms)
 
     def interpolate(self, first: list[Term], second: list[Term], weight: list[Term]) -> list[Term]:
+        """(1 - weight) first + weight second; 1 - weight is one number if it can be."""
         complement = [Term(), *self.negate(weight)]
         if not any(term.factors for term in weight):
             complement = [Term(sum(term.number for term in complement))]
@@ -218,7 +222,7 @@ class Expansion:
         return [Term(log=Mixture(tuple(weights)))]
 
     def take_exponential(self, terms: list[Term]) -> list[Term]:
-        """The probabilities of a log-probability plus numbers."""
+        """The probabilities of a log-probability, times e to the sum of the numbers added to it."""
         terms = [term.read_numbers() for term in terms]
         logs = [term for term in terms if term.log is not None]
         if len(logs) != 1 or logs[0].number != 1 or any(term.factors for term in terms):

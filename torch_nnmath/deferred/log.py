@@ -33,7 +33,7 @@ REMEDIES = {
     "halves (reduction='none'), then sum over the classes",
     "detach, whose result an optimizer's step would invalidate,": _KEPT,
     "use after the training step": _KEPT,
-}  # by the operation that computed logits
+}  # by the reason why logits were computed, without its line of code
 
 
 class MaterializedLogits(UserWarning):

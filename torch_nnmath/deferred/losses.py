@@ -142,7 +142,7 @@ def _compute_cross_entropy_of_two_heads(
     rest = replace(arguments, target=None, size_average=None, reduce=None, reduction="mean")
     if find_kinds(target.recipe.form) != frozenset({PROBABILITY}) or is_half:
         return NotImplemented
-    # a learnt scale of 1 is equal to the default
+    # a learnt scale, with the value 1, equals the default, but needs a gradient
     is_default = not isinstance(rest.logit_scale, Tensor) and rest == CrossEntropyArguments(None)
     if not input.recipe.form.is_logits or not is_default:
         return NotImplemented
@@ -260,7 +260,10 @@ def kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Any:
-    """The sum or mean of the terms of a divergence (F25). PyTorch's function computes the terms."""
+    """The sum or mean of the terms of a divergence (F25).
+
+    PyTorch's function records the terms; with `reduction="none"` they are the result.
+    """
     options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
     nothing = torch.empty(0)
     func(nothing, nothing, **options)  # its warnings, and errors of these arguments
@@ -279,7 +282,7 @@ REDUCTIONS = ("none", "mean", "sum")  # in the order of their numbers in PyTorch
 def compute_kl_div(
     func: Any, input: Any, target: Any, reduction: int = 1, log_target: bool = False
 ) -> Any:
-    """As `kl_div`, of the number of a reduction."""
+    """As `kl_div`, for PyTorch's function that takes a reduction as a number."""
     terms = func(input, target, 0, log_target=log_target)
     if reduction == 0:
         return terms

@@ -1,4 +1,8 @@
-"""What deferred tensors are computed from: a head's call, combinations of results, and steps."""
+"""How deferred tensors are computed.
+
+A `Call` is where a computation starts: a call of a head, or a combination of deferred tensors. A
+`Recipe` is the result of a call, or of a step on another recipe's tensor.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,9 @@ from torch_nnmath.deferred.wrappers import Hook
 
 
 class Call:
-    """What a deferred tensor and all steps on it start from, and the recipes of these steps.
+    """The start of a computation, with the recipes of its result and of all steps on it.
 
-    The versions of the tensors that it keeps tell whether it can still be computed: each must be
-    unchanged.
+    It can be computed as long as the tensors that it keeps have the versions of that time.
     """
 
     log: HeadLog
@@ -73,14 +76,15 @@ class Call:
     def materialize(self, operation: str) -> None:
         """Computes the logits and the results of all steps on them that are still alive.
 
-        So are the combinations of these results, which an operation in place may change.
+        Combinations of these results are computed, too, since the operation that needs the logits
+        may change them in place.
         """
         if self.is_materialized:
             return
         self.check_operands()
         self.prepare(operation)
         if self.is_materialized:
-            return  # as a dependent of an operand
+            return  # `prepare` materialised an operand, and with it this dependent
         with torch.no_grad(), disable_autocast(self.probe):
             recipes = [r for reference in self.recipes if (r := reference()) is not None]
             selected = [(r, r.make_blocks()) for r in recipes if r.has_selection]
@@ -257,9 +261,9 @@ class Recipe:
         return LogitBlocks(operands._replace(features=features), value_steps)
 
     def overwrite_by(self, blocks: LogitBlocks | None) -> None:
-        """Overwrites the logits by those of the blocks, of which a reduction returned some.
+        """Overwrites the logits by those of the blocks, of which a reduction has returned some.
 
-        A product of other rows may be rounded differently.
+        The product of all rows may be rounded differently from that of a block.
         """
         assert self.tensor is not None
         assert blocks is not None
@@ -267,14 +271,14 @@ class Recipe:
         logits.copy_(torch.cat(blocks.map(lambda _, values: values)).view(logits.shape))
 
     def write_gathered(self) -> None:
-        """Overwrites those logits that a fused head returned, for the reason of `overwrite_by`."""
+        """Overwrites the logits that a fused head has returned, as `overwrite_by` does."""
         assert self.tensor is not None
         for index, values in self.gathered:
             self.tensor.scatter_(self.form.axis, index, values)
         self.gathered = []
 
     def leave_graph(self) -> None:
-        """Marks this recipe and the operands that it needs."""
+        """Marks this recipe, and the operands of its combination."""
         self.has_left_graph = True
         if isinstance(self.call, Combination):
             for v in _torch.tree_leaves(self.call.args):
@@ -291,7 +295,7 @@ class Recipe:
         return recipe
 
     def list_changes_of_logits(self) -> list[Recipe]:
-        """Returns the steps without softmax and what changes its values, a sign or logarithm."""
+        """Returns the steps without the softmax and those that change its sign or logarithm."""
         return [
             step
             for step in self.list_steps()

@@ -1,4 +1,4 @@
-"""The arguments of the fused head that take the place of deferred logits."""
+"""Deferred logits -> arguments of the fused head, if the graph has only the recorded steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class HeadRows(NamedTuple):
 
     @property
     def sharding(self) -> Sharding | None:
-        """How ranks share the classes, if they do."""
+        """How ranks share the classes; None if they do not."""
         if not has_dtensor(self.weight):
             return None
         from torch_nnmath.deferred import split
@@ -80,8 +80,8 @@ class HeadRows(NamedTuple):
 def find_obstacle(logits: DeferredLogits) -> str | None:
     """Returns the reason why a loss may not bypass the graph between it and the head, if any.
 
-    The graph must consist of exactly the recorded steps: the loss would skip a Function or a
-    checkpoint between them.
+    The graph must consist of exactly the recorded steps: the loss would skip a user's Function or
+    a checkpoint among them.
     """
     call = logits.recipe.call
     if call.observer or not (torch.is_grad_enabled() and logits.requires_grad):
@@ -92,7 +92,7 @@ def find_obstacle(logits: DeferredLogits) -> str | None:
 
 
 def find_foreign_node(recipe: Recipe, node: Any) -> str | None:
-    """Names the first node of the graph, from this one to the head, that is of no step."""
+    """Names the first node, from this one to the head, that the recipe has no step for."""
     while recipe.parent is not None:
         operation = recipe.operation
         assert operation is not None
@@ -121,9 +121,9 @@ def is_node_of(node: Any, func: Any) -> bool:
 def make_rows(logits: DeferredLogits, *, is_log: bool, axis: int, is_product: bool = False) -> Any:
     """Returns the `HeadRows` of a loss over the classes at `axis`, of logits or log-probabilities.
 
-    With `is_product`, of their product with the probabilities. Returns NotImplemented if the
-    classes are at another axis, or for values of another form; also, after materialising the
-    logits, if the graph has an obstacle between head and loss.
+    With `is_product`, the loss is of their product with the probabilities. Returns NotImplemented
+    if the classes are at another axis, or for values of another form; also, after materialising
+    the logits, if there is an obstacle between head and loss.
     """
     recipe, form = logits.recipe, logits.recipe.form
     call = recipe.call
@@ -144,8 +144,8 @@ def build_rows(recipe: Recipe, steps: Sequence[Recipe], layout: Layout, requires
     """Returns the `HeadRows` of a result of a head after these steps, or NotImplemented.
 
     The layout is that after the last step; the form of the values is the recipe's. Without
-    `requires_grad` no gradient reaches what the logits were computed from. In inference mode none
-    can, and DTensors cannot be detached.
+    `requires_grad`, what the logits were computed from is detached. In inference mode nothing is,
+    since there is no graph, and DTensors cannot be.
     """
     call, form, axis = recipe.call, recipe.form, (steps[-1] if steps else recipe).form.axis
     call.check_operands()

@@ -420,6 +420,7 @@ def multiply(p: Form, v: Form, layout: Layout, other_layout: Layout) -> StepResu
     return StepResult(p._replace(log_sign=v.log_sign, is_product=True), out)
 
 
+# The rules that also apply to combinations, since they change no values.
 STEPS_OF_COMBINATIONS = (copy, select_rows_or_move_axes, reshape)
 
 
@@ -442,7 +443,7 @@ _SOURCE = "_nnmath_source"
 
 
 def set_source(copy: Tensor, original: Tensor) -> None:
-    """Records of which tensor, and of which version of it, another one is a copy."""
+    """Records that a tensor is a copy of the original, in its present version."""
     setattr(copy, _SOURCE, (weakref.ref(original), _torch.get_version(original)))
 
 

@@ -1,7 +1,7 @@
-"""What wrappers of `torch.distributed` make of a head, its weight and the gradient of its logits.
+"""Wrappers of `torch.distributed`: when a head under them can defer its logits, and their hooks.
 
 FSDP2 gathers the weight before the forward of the module that it wraps, the head or one around it.
-A hook of that module's results gathers it before the backward. Between them the weight is freed,
+A hook of that module's results gathers it before the backward. In between the weight is freed,
 unless `reshard_after_forward` is False, as by default for the outermost module.
 """
 
