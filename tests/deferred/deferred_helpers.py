@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import OperationRecorder
 from torch import nn
 
 from torch_nnmath import swap
@@ -106,14 +107,26 @@ def compute_results(model, loss, o=None, backward=False):
     o = o or make_inputs()
     out = loss(model(o.x), o)
     leaves = [*model.parameters(), *(getattr(o, name) for name in o.learnt)]
-    factors = torch.linspace(1, 2, out.numel()).to(out.dtype).view(out.shape)
-    total = (out * factors).sum()
-    if backward:
-        for leaf in leaves:
-            leaf.grad = None
-        total.backward()
-        return [out.detach(), *(leaf.grad for leaf in leaves)]
-    return [out.detach(), *torch.autograd.grad(total, leaves, allow_unused=True)]
+    if not backward:
+        return differentiate(out, leaves)
+    for leaf in leaves:
+        leaf.grad = None
+    weigh(out).backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def weigh(out):
+    """Returns the sum of a result's entries, each times a weight of its own."""
+    weights = torch.linspace(1, 2, out.numel()).to(out.dtype).view(out.shape)
+    return (out * weights).sum()
+
+
+def differentiate(out, leaves):
+    """Returns a result, and the gradients of a weighted sum of it."""
+    gradients = [None] * len(leaves)
+    if out.requires_grad:
+        gradients = torch.autograd.grad(weigh(out), leaves, allow_unused=True)
+    return [out.detach(), *gradients]
 
 
 def make_teachers(dtype=F64, bias=True):
@@ -123,15 +136,6 @@ def make_teachers(dtype=F64, bias=True):
     nn.init.normal_(plain.lm_head.weight, std=3)
     swapped.load_state_dict(plain.state_dict())
     return plain, swapped, swap(swapped).heads["lm_head"]
-
-
-def differentiate(out, leaves):
-    """Returns a result, and the gradients of a weighted sum of it."""
-    factors = torch.linspace(1, 2, out.numel()).to(out.dtype).view(out.shape)
-    gradients = [None] * len(leaves)
-    if out.requires_grad:
-        gradients = torch.autograd.grad((out * factors).sum(), leaves, allow_unused=True)
-    return [out.detach(), *gradients]
 
 
 def compute_divergence(student, teacher, loss, o, is_learnt=False):
@@ -159,6 +163,26 @@ def assert_fused(log, losses=None):
     assert not log.materialized
 
 
+def assert_divergence_is_fused(loss, is_learnt=False, bias=True, counts=(1, 1)):
+    """Asserts that both heads count the loss, that it agrees, and that no logits are made."""
+    plain, swapped, log = make_pair(bias=bias)
+    plain_teacher, teacher, teacher_log = make_teachers(bias=bias)
+    truth = compute_divergence(plain, plain_teacher, loss, make_inputs(), is_learnt)
+    o = make_inputs()
+    with OperationRecorder() as recorder:
+        results = compute_divergence(swapped, teacher, loss, o, is_learnt)
+    assert_agree(results, truth, rtol=1e-9, atol=1e-10)
+    assert_fused(log, counts[0])
+    assert_fused(teacher_log, counts[1])
+    assert_no_logits(recorder)
+
+
+def assert_no_logits(recorder):
+    """Asserts that no recorded operation made a tensor as large as the logits."""
+    large = recorder.list_outputs(has_logits_shape)
+    assert [line for line in large if not line.startswith("aten.expand.")] == []
+
+
 def has_logits_shape(shape):
     """Whether a tensor has the entries of C classes for several tokens."""
     return math.prod(shape) > D * C and math.prod(shape) % C == 0
@@ -170,6 +194,21 @@ def collect_warnings(function):
         warnings.simplefilter("always")
         function()
     return [w for w in caught if w.category is MaterializedLogits]
+
+
+def make_terms_of_jsd(a, b, beta=0.3, temperature=1.0):
+    """Returns the terms of a Jensen-Shannon divergence as TRL's trainers write them."""
+    l = F.log_softmax(a / temperature, dim=-1)
+    lt = F.log_softmax(b / temperature, dim=-1)
+    if beta == 0:
+        return F.kl_div(l, lt, reduction="none", log_target=True)
+    if beta == 1:
+        return F.kl_div(lt, l, reduction="none", log_target=True)
+    beta = torch.tensor(beta, dtype=l.dtype)
+    lm = torch.logsumexp(torch.stack([l + torch.log1p(-beta), lt + torch.log(beta)]), dim=0)
+    kl_teacher = F.kl_div(lm, lt, reduction="none", log_target=True)
+    kl_student = F.kl_div(lm, l, reduction="none", log_target=True)
+    return beta * kl_teacher + (1 - beta) * kl_student
 
 
 def ce(z, y, **options):

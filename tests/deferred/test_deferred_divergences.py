@@ -1,4 +1,4 @@
-"""Divergences of two swapped models: values and gradients agree, and no logits are made.
+"""Divergences of two swapped models: they equal those of plain models and make no logits.
 
 In the tables `a` are the student's logits, `b` the teacher's, and `o` what `make_inputs` returns.
 """
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OperationRecorder
 from deferred_helpers import (
     F64,
     IGNORED,
@@ -18,13 +17,14 @@ from deferred_helpers import (
     C,
     T,
     assert_agree,
+    assert_divergence_is_fused,
     assert_fused,
     compute_divergence,
-    has_logits_shape,
     make_inputs,
     make_pair,
     make_params,
     make_teachers,
+    make_terms_of_jsd,
 )
 from torch import nn
 
@@ -34,21 +34,6 @@ pytestmark = [
     *MARKS,
     pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss by both"),
 ]
-
-
-def assert_divergence_is_fused(loss, is_learnt=False, bias=True, counts=(1, 1)):
-    """Asserts that both heads count the loss, that it agrees, and that no logits are made."""
-    plain, swapped, log = make_pair(bias=bias)
-    plain_teacher, teacher, teacher_log = make_teachers(bias=bias)
-    truth = compute_divergence(plain, plain_teacher, loss, make_inputs(), is_learnt)
-    o = make_inputs()
-    with OperationRecorder() as recorder:
-        results = compute_divergence(swapped, teacher, loss, o, is_learnt)
-    assert_agree(results, truth, rtol=1e-9, atol=1e-10)
-    assert_fused(log, counts[0])
-    assert_fused(teacher_log, counts[1])
-    large = recorder.list_outputs(has_logits_shape)
-    assert [line for line in large if not line.startswith("aten.expand.")] == []
 
 
 # The spellings
@@ -73,15 +58,15 @@ def sum_jeffreys_divergence(a, b, o):
     return ((lt.exp() - l.exp()) * (lt - l)).sum(-1)
 
 
-def use_scaled_features(a, b, o):
-    """Student and teacher at temperatures of their own."""
+def use_two_temperatures(a, b, o):
+    """The student's temperature is not the teacher's."""
     l, p = (a * o.s).log_softmax(-1), (b / 3).softmax(-1)
     return F.kl_div(l, p, reduction="none").sum(-1)
 
 
-def shift(change):
-    """A divergence of the logits that predict tokens, as trainers slice them."""
-    return lambda a, b, o: change(a[:, 2:-1, :], b[:, 2:-1, :], o)
+def slice_logits(loss):
+    """The loss of the logits that predict the completion's tokens, as trainers slice them."""
+    return lambda a, b, o: loss(a[:, 2:-1, :], b[:, 2:-1, :], o)
 
 
 def select_rows(a, b, o):
@@ -93,24 +78,6 @@ def select_rows(a, b, o):
 def select_terms(a, b, o):
     terms = F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none")
     return terms[make_mask(o)].sum()
-
-
-def compute_jsd(a, b, o, beta=0.3, temperature=2.0):
-    """The generalised Jensen-Shannon divergence as trainers for distillation write it."""
-    l = F.log_softmax(a / temperature, dim=-1)
-    lt = F.log_softmax(b / temperature, dim=-1)
-    if beta == 0:
-        return F.kl_div(l, lt, reduction="none", log_target=True)
-    if beta == 1:
-        return F.kl_div(lt, l, reduction="none", log_target=True)
-    beta = torch.tensor(beta, dtype=l.dtype)
-    lm = torch.logsumexp(
-        torch.stack([l + torch.log1p(-beta), lt + torch.log(beta)]),
-        dim=0,
-    )
-    kl_teacher = F.kl_div(lm, lt, reduction="none", log_target=True)
-    kl_student = F.kl_div(lm, l, reduction="none", log_target=True)
-    return beta * kl_teacher + (1 - beta) * kl_student
 
 
 def compute_jsd_by_interpolation(a, b, o):
@@ -139,7 +106,7 @@ def average_jsd(a, b, o):
 def mask_jsd(a, b, o):
     """The label mask and the divisor of TRL's trainer."""
     mask = make_mask(o)
-    return compute_jsd(a, b, o)[mask].sum() / mask.sum().clamp_min(1)
+    return make_terms_of_jsd(a, b, 0.3, 2.0)[mask].sum() / mask.sum().clamp_min(1)
 
 
 FUSED: dict[str, Any] = {
@@ -166,7 +133,7 @@ FUSED: dict[str, Any] = {
     "temperature of a tensor": lambda a, b, o: F.kl_div(
         F.log_softmax(a / torch.tensor(1.7), -1), F.softmax(b / 1.7, -1), reduction="sum"
     ),
-    "two temperatures": use_scaled_features,
+    "two temperatures": use_two_temperatures,
     "negated": lambda a, b, o: F.kl_div(F.log_softmax(-a, -1), F.softmax(-b, -1), reduction="sum"),
     "rows": lambda a, b, o: F.kl_div(
         F.log_softmax(a + o.row, -1), F.softmax((b + o.fixed_row) / 2, -1), reduction="sum"
@@ -231,7 +198,7 @@ FUSED: dict[str, Any] = {
         .reshape(-1, C)
         .sum(dim=-1)
     ),
-    "shifted": shift(
+    "shifted": slice_logits(
         lambda a, b, o: F.kl_div(
             F.log_softmax(a, -1), F.log_softmax(b, -1), reduction="none", log_target=True
         ).sum(-1)
@@ -276,13 +243,15 @@ FUSED: dict[str, Any] = {
     "Jeffreys": sum_jeffreys_divergence,
     "difference of logarithms": lambda a, b, o: (a.log_softmax(-1) - b.log_softmax(-1)).sum(-1),
     # Jensen and Shannon
-    "JSD": lambda a, b, o: compute_jsd(a, b, o).sum(-1),
-    "JSD, of 0": lambda a, b, o: compute_jsd(a, b, o, 0).sum(),
-    "JSD, of 1": lambda a, b, o: compute_jsd(a, b, o, 1).mean(),
-    "JSD, mean": lambda a, b, o: compute_jsd(a, b, o, 0.9, 1.0).mean(),
+    "JSD": lambda a, b, o: make_terms_of_jsd(a, b, 0.3, 2.0).sum(-1),
+    "JSD, of 0": lambda a, b, o: make_terms_of_jsd(a, b, 0, 2.0).sum(),
+    "JSD, of 1": lambda a, b, o: make_terms_of_jsd(a, b, 1, 2.0).mean(),
+    "JSD, mean": lambda a, b, o: make_terms_of_jsd(a, b, 0.9).mean(),
     "JSD, labels": mask_jsd,
-    "JSD, shifted": shift(lambda a, b, o: compute_jsd(a, b, o).sum()),
-    "JSD, weights": lambda a, b, o: (compute_jsd(a, b, o) * make_mask(o).unsqueeze(-1)).sum(),
+    "JSD, shifted": slice_logits(lambda a, b, o: make_terms_of_jsd(a, b, 0.3, 2.0).sum()),
+    "JSD, weights": lambda a, b, o: (
+        make_terms_of_jsd(a, b, 0.3, 2.0) * make_mask(o).unsqueeze(-1)
+    ).sum(),
     "JSD, interpolated": compute_jsd_by_interpolation,
     "JSD, logaddexp": compute_jsd_by_logaddexp,
     "JSD, average": average_jsd,
@@ -301,11 +270,11 @@ def test_divergences_agree_and_make_no_logits(name, is_learnt):
     assert_divergence_is_fused(loss, is_learnt, bias=name in FUSED)
 
 
-# Which gradients exist
+# Parts without gradient
 
 
 def detach_probabilities(a, b, o):
-    """The student's probabilities are constant, as in a policy gradient."""
+    """The student's probabilities get no gradient, as in a policy gradient."""
     l = a.log_softmax(-1)
     return (l.exp().detach() * (l - b.log_softmax(-1))).sum(-1)
 
@@ -376,13 +345,13 @@ GRADIENTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("is_learnt", [False, True], ids=["frozen", "learnt"])
 @pytest.mark.parametrize("name", make_params(GRADIENTS))
-def test_gradients_of_divergences_exist_where_they_do_in_pytorch(name, is_learnt):
+def test_divergences_with_detached_parts_agree_and_make_no_logits(name, is_learnt):
     loss, counts = GRADIENTS[name]
     assert_divergence_is_fused(loss, is_learnt, counts=counts)
 
 
-def prepare(loss="JSD", is_learnt=True):
-    """Returns both pairs of models, the logs, and a function that computes a loss of one pair."""
+def prepare(loss, is_learnt=True):
+    """Returns a function that computes a loss of plain or swapped models, and both logs."""
     plain, swapped, log = make_pair()
     plain_teacher, teacher, teacher_log = make_teachers()
 
@@ -466,7 +435,7 @@ def test_divergences_agree_if_one_model_is_swapped(name, is_student, is_learnt):
         assert_fused(teacher_log, 1)
 
 
-# What is computed, and why
+# Losses that need the logits, and the reasons in the log
 
 
 def use_other_weights(a, b, o):
@@ -519,8 +488,8 @@ def make_leaf_of_terms(a, b, o):
     return terms.requires_grad_().sum(-1).detach() + a.sum(-1)
 
 
-COMPUTED: dict[str, tuple[str, Any]] = {
-    # the reason that the student's log names
+NOT_FUSED: dict[str, tuple[str, Any]] = {
+    # the reason in the student's log, or several separated by |
     "capped": (
         "a divergence of capped logits",
         lambda a, b, o: F.kl_div(cap(a).log_softmax(-1), b.softmax(-1), reduction="sum"),
@@ -627,9 +596,9 @@ COMPUTED: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", make_params(COMPUTED))
+@pytest.mark.parametrize("name", make_params(NOT_FUSED))
 def test_divergences_that_need_logits_agree_and_are_logged(name):
-    reason, loss = COMPUTED[name]
+    reason, loss = NOT_FUSED[name]
     plain, swapped, log = make_pair()
     plain_teacher, teacher, _ = make_teachers()
     truth = compute_divergence(plain, plain_teacher, loss, make_inputs(), True)

@@ -35,7 +35,7 @@ class Operands(NamedTuple):
         return self._replace(weight=W if dtype is None else W.to(dtype), weight_dtype=None)
 
     def list_tensors(self) -> list[Tensor]:
-        """The tensors whose versions tell of a change. A DTensor's does not: its local part's does."""
+        """The tensors whose versions tell of a change: for a DTensor, its local part."""
         tensors: list[Any] = [x for x in self if isinstance(x, Tensor)]
         with torch.no_grad():
             return tensors + [x.to_local() for x in tensors if has_dtensor(x)]
