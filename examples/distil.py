@@ -1,13 +1,13 @@
 """Distils a language model into a smaller one, with the fused loss and with all logits.
 
 A teacher, a decoder-only transformer, is trained on Python's documentation (see `text_model.py`). A
-student of half its width learns the same text three times, from the same weights over the same
-batches: from the labels alone, and twice from
+student of half its width is trained three times on the same text, with the same initial weights
+and batches: once by the labels alone, and twice by
 
     alpha * cross entropy of the labels + (1 - alpha) * temperature² * KL(teacher || student)
 
-once by `linear_kl_div`, which holds neither the student's nor the teacher's logits, and once by
-`F.kl_div` and `F.cross_entropy` of all logits. Results:
+The first time `linear_kl_div` computes this loss, without the logits of student and teacher in
+memory; the second time `F.kl_div` and `F.cross_entropy` do, from all logits. Results:
 
 - a table: the losses and the validation loss of both distilled students are equal, the fused loss
   needs less memory, and both students are better than the one without a teacher;
@@ -94,11 +94,11 @@ def make_losses(alpha: float, temperature: float) -> dict[str, Loss]:
 class Run:
     """The training of one student."""
 
-    training: list[float] = field(default_factory=list)  # the loss at every step
-    validated: list[int] = field(default_factory=list)  # the steps after which it was validated
-    validation: list[float] = field(default_factory=list)  # the cross entropy of the labels
-    seconds: list[float] = field(default_factory=list)  # of the steps
-    peaks: list[float] = field(default_factory=list)  # bytes in a step, beyond what is kept
+    losses: list[float] = field(default_factory=list)  # of every step
+    validation_steps: list[int] = field(default_factory=list)
+    validation_losses: list[float] = field(default_factory=list)  # after these steps
+    seconds: list[float] = field(default_factory=list)  # of the steps without `peaks`
+    peaks: list[float] = field(default_factory=list)  # bytes that a step allocates at its peak
 
     @property
     def peak(self) -> float:
@@ -115,14 +115,14 @@ class Results:
 
     @property
     def difference(self) -> float:
-        """The largest absolute difference between both losses of distillation at any step."""
-        pairs = zip(self.fused.training, self.plain.training, strict=True)
+        """The largest absolute difference between the fused and the plain loss at any step."""
+        pairs = zip(self.fused.losses, self.plain.losses, strict=True)
         return max(abs(a - b) for a, b in pairs)
 
 
 @torch.no_grad()
 def validate(net: Transformer, blocks: Tensor, args: argparse.Namespace) -> float:
-    """The mean cross entropy of the validation text."""
+    """The mean cross entropy of the labels of the validation text."""
     total = 0.0
     for block in blocks.split(args.batch_size):
         ids = block.to(args.device)
@@ -138,7 +138,11 @@ def read_time(device: torch.device) -> float:
 
 
 def train(
-    name: str, loss: Loss, teacher: Transformer, data: Sequence[Tensor], args: argparse.Namespace
+    name: str,
+    compute_loss: Loss,
+    teacher: Transformer,
+    data: Sequence[Tensor],
+    args: argparse.Namespace,
 ) -> Run:
     """Trains a student, with the same weights and batches for every loss."""
     torch.manual_seed(args.seed)
@@ -163,19 +167,21 @@ def train(
                     xt = teacher.features(ids[:, :-1]).flatten(0, 1)
                 x = student.features(ids[:, :-1]).flatten(0, 1)
                 heads = x, student.head.weight, xt, teacher.head.weight.detach()
-                cost = loss(*heads, ids[:, 1:].flatten())
-            cost.backward()
+                loss = compute_loss(*heads, ids[:, 1:].flatten())
+            loss.backward()
             if is_measured:
                 run.peaks.append(read_peak(args.device) - memory)
             optimizer.step()
             schedule.step()
-            run.training.append(cost.item())
+            run.losses.append(loss.item())
             if not is_measured:
                 run.seconds.append(read_time(args.device) - start)
             if (step + 1) % args.every == 0 or step + 1 == args.steps:
-                run.validated.append(step + 1)
-                run.validation.append(validate(student, validation, args))
-                progress.set_postfix_str(f"validation {run.validation[-1]:.4f}", refresh=False)
+                run.validation_steps.append(step + 1)
+                run.validation_losses.append(validate(student, validation, args))
+                progress.set_postfix_str(
+                    f"validation {run.validation_losses[-1]:.4f}", refresh=False
+                )
             progress.update()
     return run
 
@@ -187,7 +193,7 @@ def format_table(results: Results) -> str:
     runs = results.labels, results.fused, results.plain
     rows = [
         ("", "labels alone", "fused", "plain"),
-        ("validation loss", *(f"{run.validation[-1]:.4f}" for run in runs)),
+        ("validation loss", *(f"{run.validation_losses[-1]:.4f}" for run in runs)),
         (
             "time of a step (median)",
             *(f"{1000 * statistics.median(run.seconds or [math.nan]):,.0f} ms" for run in runs),
@@ -209,18 +215,34 @@ def draw(results: Results, path: Path) -> None:
     figure.suptitle("Distillation of a language model of Python's documentation", fontsize=15)
     left, middle, right = figure.subplots(1, 3, width_ratios=(2.2, 2.2, 1))
     labels, fused, plain = results.labels, results.fused, results.plain
-    steps = range(1, len(fused.training) + 1)
+    steps = range(1, len(fused.losses) + 1)
     # A thin dashed line over a thick pale one: both are visible where they coincide.
-    left.plot(steps, plain.training, color=ORANGE, linewidth=6, alpha=0.6, label="plain")
-    left.plot(steps, fused.training, color=BLUE, linewidth=1.2, dashes=(4, 2), label="fused")
+    left.plot(steps, plain.losses, color=ORANGE, linewidth=6, alpha=0.6, label="plain")
+    left.plot(steps, fused.losses, color=BLUE, linewidth=1.2, dashes=(4, 2), label="fused")
     left.set(xlabel="step", ylabel="loss of distillation (nats)")
     left.set_title(f"largest difference of the losses {results.difference:.1e}")
-    middle.plot(labels.validated, labels.validation, "^-", color=RED, label="student, labels alone")
     middle.plot(
-        plain.validated, plain.validation, "s", color=ORANGE, markersize=12, label="plain distilled"
+        labels.validation_steps,
+        labels.validation_losses,
+        "^-",
+        color=RED,
+        label="student, labels alone",
     )
     middle.plot(
-        fused.validated, fused.validation, "o-", color=BLUE, markersize=6, label="fused distilled"
+        plain.validation_steps,
+        plain.validation_losses,
+        "s",
+        color=ORANGE,
+        markersize=12,
+        label="plain distilled",
+    )
+    middle.plot(
+        fused.validation_steps,
+        fused.validation_losses,
+        "o-",
+        color=BLUE,
+        markersize=6,
+        label="fused distilled",
     )
     middle.axhline(results.teacher_loss, color="gray", linestyle=":", label="teacher")
     middle.set(xlabel="step", ylabel="validation loss of a token (nats)")

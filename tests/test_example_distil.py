@@ -52,13 +52,13 @@ def test_losses_of_distillation_agree(results, calls):
     # Measured: 2e-6. A wrong gradient is tested below.
     assert results.difference < 5e-5
     for run in (results.labels, results.fused, results.plain):
-        assert len(run.training) == 40
-        assert run.validated == [20, 40]
-        assert run.validation[1] < run.validation[0]
+        assert len(run.losses) == 40
+        assert run.validation_steps == [20, 40]
+        assert run.validation_losses[1] < run.validation_losses[0]
     torch.testing.assert_close(
-        results.fused.validation, results.plain.validation, atol=5e-5, rtol=0
+        results.fused.validation_losses, results.plain.validation_losses, atol=5e-5, rtol=0
     )
-    assert results.teacher_loss < results.fused.validation[1]
+    assert results.teacher_loss < results.fused.validation_losses[1]
     assert calls == [[(512, 16), (600, 16), (512, 32), (600, 32)]] * 40
 
 
@@ -72,7 +72,7 @@ def test_wrong_gradient_changes_losses(distil, results, tmp_path, monkeypatch):
 
     monkeypatch.setattr(distil, "linear_kl_div", shift_gradient)
     wrong = distil.main([*SMALL, "--steps", "40", "--out", str(tmp_path)])
-    assert wrong.plain.training == pytest.approx(results.plain.training, abs=1e-6)
+    assert wrong.plain.losses == pytest.approx(results.plain.losses, abs=1e-6)
     assert wrong.difference > 2e-4
 
 

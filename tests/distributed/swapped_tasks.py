@@ -1,4 +1,4 @@
-"""What the workers run with swapped models, whose logits are deferred."""
+"""Tasks of the workers: swapped models, whose logits are deferred."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ from torch_nnmath.deferred import MaterializedLogits
 from torch_nnmath.parallel import VocabularyParallel, count_tokens_per_rank
 from torch_nnmath.swapping import Report
 
+F64 = torch.float64
+
 
 @contextlib.contextmanager
 def defer_all_logits() -> Iterator[None]:
@@ -50,9 +52,10 @@ OF_CLASSES_ABOVE_9 = ("mask of flat logits", "mask of one example", "entropy of 
 
 @defer_all_logits()
 def compare_deferred_losses(part: int) -> list[str]:
-    """Returns a line for each loss that is not one process's, or that computes logits.
+    """Returns a line for each loss that differs from that of one process, or that computes logits.
 
-    The classes are 301 over three ranks, or five over four, of which the last one has none.
+    Part 0 has every second loss, of 301 classes over three ranks. Part 1 has the others, of five
+    classes over four ranks, of which the last one has none.
     """
     ranks, classes = ((3, deferred_helpers.C), (4, 5))[part]
     mesh, lines = make_mesh((ranks,)), []
@@ -69,15 +72,16 @@ def compare_deferred_losses(part: int) -> list[str]:
             results = deferred_helpers.compute_results(swapped, LOSSES[name], inputs())
             expected = deferred_helpers.compute_results(plain, LOSSES[name], inputs())
         lines += [f"{name}: {line}" for line in list_differences(results, expected)]
-        # a divergence of two heads has no formula for split classes
-        is_computed = name.startswith("cross entropy")
-        counts = 0 if is_computed else test_deferred_losses.LOSS_COUNTS.get(name, 1), is_computed
+        counts = test_deferred_losses.LOSS_COUNTS.get(name, 1), 0
+        if name.startswith("cross entropy"):
+            counts = 0, 1  # a divergence of two heads has no formula for split classes
         if (log.fused, log.materialized.total()) != counts:
             lines.append(f"{name}: {log!r}")
     return lines
 
 
 def list_differences(results: list[Any], expected: list[Any]) -> list[str]:
+    """Returns a line for each result that differs by more than rounding."""
     lines = []
     for i, (v, w) in enumerate(zip(results, expected, strict=True)):
         if (v is None) != (w is None):
@@ -114,8 +118,8 @@ def add_adapter(model: Any, o: Any) -> Tensor:
     return deferred_helpers.ce(model.lm_head(features) + adapter(features), o.y)
 
 
-F64 = torch.float64
-# Uses of logits: what is computed, and the losses without logits, reductions, computed logits
+# Uses of logits: a result, and how many losses without logits, reductions and computed logits the
+# report counts
 USES: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "second order": (
         lambda m, o: penalise_gradient(deferred_helpers.ce(m(o.x), o.y, reduction="none"), o),
@@ -159,7 +163,7 @@ USES: dict[str, tuple[Any, tuple[int, int, int]]] = {
 
 @defer_all_logits()
 def compare_uses(ranks: int, classes: int) -> list[str]:
-    """As `compare_deferred_losses`, for uses of logits that may compute them."""
+    """As `compare_deferred_losses`, for `USES`, some of which compute the logits."""
     mesh, lines = make_mesh((ranks,)), []
     if not is_member(mesh):
         return []
@@ -172,9 +176,8 @@ def compare_uses(ranks: int, classes: int) -> list[str]:
             value = use(model, o)
             results.append([value])
             if value.requires_grad:
-                factors = torch.linspace(1, 2, value.numel(), dtype=F64).view(value.shape)
                 leaves = [*model.parameters(), o.x, o.row]
-                total = (value * factors).sum()
+                total = deferred_helpers.weigh(value)
                 results[-1] += torch.autograd.grad(total, leaves, allow_unused=True)
         lines += [f"{name}: {line}" for line in list_differences(*results)]
         if (log.fused, log.reduced, log.materialized.total()) != counts:
@@ -187,9 +190,9 @@ HALF_LOSSES = ("shift", "smoothing", "gather", "gather of logits", "a learnt row
 
 @defer_all_logits()
 def compare_half_precision(is_autocast: bool) -> list[str]:
-    """Returns a line for each result that is less exact than one process's deferred logits.
+    """Returns a line for each result in bfloat16 that is less exact than that of one process.
 
-    In bfloat16, or with autocast to it; the error is the root of the mean square.
+    The head is deferred in both, in bfloat16 or by autocast. An error is the root mean square.
     """
     mesh, lines = make_mesh((3,)), []
     if not is_member(mesh):
@@ -245,9 +248,9 @@ def record_collectives() -> list[list[Any]]:
 
 @defer_all_logits()
 def compare_split_linear(axis: int | None) -> list[str]:
-    """Compares a split Linear's logits and gradients, with features of some tokens or of all.
+    """Compares logits and gradients of a split Linear: plain, swapped, and swapped and restored.
 
-    The Linear is not swapped, swapped, or restored.
+    Each rank has some tokens, if `axis` is that of the tokens, or all of them, if it is None.
     """
     mesh, lines = make_mesh((3,)), []
     if not is_member(mesh):
@@ -360,8 +363,9 @@ WRAPPERS: dict[str, tuple[int, Any]] = {
 def compute_policy_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """A loss of log-probabilities, with an entropy bonus."""
     l = logits[:, :-1].log_softmax(-1)
-    chosen = l.gather(-1, labels[:, 1:, None].clamp(min=0)).squeeze(-1)
-    return (chosen.exp() - 0.1 * -(l.exp() * l).sum(-1)).mean()
+    log_probs = l.gather(-1, labels[:, 1:, None].clamp(min=0)).squeeze(-1)
+    entropy = -(l.exp() * l).sum(-1)
+    return (log_probs.exp() - 0.1 * entropy).mean()
 
 
 def compute_two_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -411,7 +415,7 @@ def make_model(features: tuple[str, ...] = ()) -> Any:
 
 
 def make_data_mesh(ranks_of_classes: int) -> DeviceMesh:
-    """A mesh of all ranks; its first dimension has different data."""
+    """A mesh of all ranks. Those along its dimension "data" have different data."""
     shape = dist.get_world_size() // ranks_of_classes, ranks_of_classes
     return init_device_mesh("cpu", shape, mesh_dim_names=("data", "classes"))
 

@@ -1,4 +1,4 @@
-"""What the workers run under transforms, compilers and checkpointing; how memory is measured."""
+"""Tasks of the workers: the head under transforms, compilers and checkpointing, and its memory."""
 
 from __future__ import annotations
 
@@ -110,13 +110,8 @@ TRANSFORMS = {
 }
 
 
-def select_scalar(outputs: Any) -> Tensor:
-    """The loss alone."""
-    return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
 def compare_transforms(cases: list[tuple[str, str, dict[str, Any]]]) -> list[str]:
-    """Returns a line for each result that is not one process's."""
+    """Returns a line for each result that differs from that of one process."""
     enable_forward_mode()
     lines = []
     for seed, (transform, layout, options) in enumerate(cases):
@@ -162,6 +157,7 @@ def place_tensors(
 
 
 def select_loss(outputs: Any) -> Tensor:
+    """The loss without the statistics."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
@@ -198,9 +194,9 @@ def compare_per_sample_gradients() -> list[str]:
 
 
 def compare_autocast() -> list[str]:
-    """Under autocast: the loss and its gradients, once and twice, are one process's in type.
+    """Returns a line for each result under autocast that has another type or value in one process.
 
-    And in value, up to the order of the sums.
+    The results are the loss and its derivatives of first and second order. Sums differ in order.
     """
     lines = []
     for layout in ("three uneven shards", "data x classes, sequence parallel"):
@@ -291,7 +287,7 @@ def count_graphs() -> list[int]:
 def measure_memory(order: int, is_fused: bool) -> float:
     """The peak memory of a rank, over the size of its logits, in blocks of 32 rows.
 
-    `is_fused=False`: the logits are in memory, and the peak is what the test forbids.
+    With `is_fused=False` the logits are in memory: the test must be able to see them.
     """
     classes = 2**14
     with mock.patch.object(_block, "BLOCK_BYTES", (1, 32 * classes)):

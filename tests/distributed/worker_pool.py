@@ -1,4 +1,4 @@
-"""Processes of one process group, started once, that run functions of the tasks' modules by name.
+"""A pool of processes of one process group, started once, which run functions of `MODULES` by name.
 
 A fork server imports the libraries once. The group is gloo's, over a store in a file. A call has a
 time limit; when it passes, or a worker stops, all workers are killed and the call raises.
@@ -23,8 +23,7 @@ START_SECONDS = 240  # a loaded machine imports slowly
 LIMIT_SECONDS = 240.0  # of a call; it takes some seconds, but other processes may use the CPUs
 COLLECTIVE_SECONDS = 120  # after which a rank that waits for others raises
 TESTS = Path(__file__).parents[1]
-PARTS = TESTS / "distributed", TESTS / "deferred", TESTS, TESTS.parent
-FOLDERS = [*map(str, PARTS)]
+FOLDERS = [str(p) for p in (TESTS / "distributed", TESTS / "deferred", TESTS, TESTS.parent)]
 MODULES = ["worker_tasks", "transform_tasks", "swapped_tasks"]
 
 
