@@ -1,14 +1,15 @@
 """Makes TRL's trainers compute their losses by this library's heads.
 
-In training, TRL 1.16 does not call a model's head: `add_fused_lm_head` replaces the model's
-forward, and it and `DistillationTrainer` multiply the features by `lm_head.weight` in two autograd
-Functions, in tiles of logits. So `torch_nnmath.swap` has nothing to swap there. Within
+In training, these trainers of TRL 1.16 do not call a model's head, so `torch_nnmath.swap` has
+nothing to swap. Two autograd Functions multiply the features by `lm_head.weight` and compute tiles
+of logits: one in the forward that `add_fused_lm_head` gives the model, one in
+`DistillationTrainer`. Within
 
     with use_in_trl():
         trainer.train()
 
-the functions below take the place of these two. `trainer` is TRL's SFT, DPO, KTO, GRPO, RLOO or
-distillation trainer. Not for DeepSpeed's ZeRO-3, which gathers weights within TRL's Functions.
+the functions below replace these two. `trainer` is TRL's SFT, DPO, KTO, GRPO, RLOO or distillation
+trainer. Do not use it with DeepSpeed's ZeRO-3, which gathers the weights within TRL's Functions.
 """
 
 from __future__ import annotations
@@ -41,15 +42,16 @@ def compute_log_probs(
     scale: float = 1.0,
     outputs: tuple[str, ...] = ("entropy",),
 ) -> tuple[Tensor | None, ...]:
-    """What `ChunkedLogProbFunction` returns for features x (N, D) and classes y (N).
+    """Computes what TRL's `ChunkedLogProbFunction` returns, of features x (N, D), classes y (N).
 
-    The log-probabilities, and if they are in `outputs` the entropy, ln Σ p², the mean of the
-    logits, and whether y is the class of the largest logit.
+    It has the Function's arguments, of which `chunk_size` is not needed. Returns log-probabilities,
+    entropy, ln Σ p², the mean of the logits, and whether y has the largest logit, each (N). All but
+    the first are None if they are not in `outputs`.
     """
     options: dict[str, Any] = {"linear_bias": b, "softcap": softcap, "logit_scale": scale}
     at_temperature = {"temperature": temperature, **options}
     entropy = log_sum_of_squares = mean = is_top = None
-    if "is_top1" in outputs:  # the entropy is a metric of these trainers, without a gradient
+    if "is_top1" in outputs:  # trainers that ask for it need no gradient of the entropy
         losses, stats = linear_cross_entropy(
             *(x, W, y),
             **at_temperature,
@@ -91,9 +93,9 @@ def compute_divergence(
     teacher_scale: float = 1.0,
     teacher_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `ChunkedDivergenceFunction` returns for student and teacher.
+    """Computes what TRL's `ChunkedDivergenceFunction` returns, with its arguments.
 
-    The divergence of each row, and the student's entropy, which has no gradient.
+    Returns the divergence of each row, and the student's entropy, which has no gradient.
     """
     if softcap is not None or teacher_softcap is not None:
         raise NotImplementedError("divergences of capped logits need the logits")
@@ -121,7 +123,7 @@ def use_in_trl(
     log_probs: Callable[..., Any] = compute_log_probs,
     divergence: Callable[..., Any] = compute_divergence,
 ) -> Iterator[None]:
-    """Replaces TRL's two Functions while the `with` block runs."""
+    """Replaces TRL's two Functions by these functions while the `with` block runs."""
     from trl.trainer import distillation_trainer, utils
 
     replace = mock.patch.object

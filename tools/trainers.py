@@ -1,20 +1,20 @@
 """Trains tiny models by the trainers of `transformers` and TRL, plain and swapped.
 
-Each row of the table is a trainer with some options. It runs a few steps of SGD on a model with
-random weights, which is built from its configuration; nothing is downloaded. Then it runs again,
-from the same weights on the same batches, after `torch_nnmath.swap(trainer.model)`. Where TRL
-multiplies by `lm_head.weight` itself, `swap` alone changes nothing: there the second run is also
-within `use_in_trl()` of `examples/trl_head.py`. The outcomes:
+Each row of the table is a trainer with some options. It trains a model with random weights for a
+few steps of SGD; nothing is downloaded. Then it trains again, with the same weights and batches,
+after `torch_nnmath.swap(trainer.model)`. Where TRL multiplies by `lm_head.weight` itself, `swap`
+alone changes nothing: there the second run is also within `use_in_trl()` of
+`examples/trl_head.py`. The outcomes:
 
     fused    no operation of the losses and gradients returned logits
-    blocks   so, too, but a metric was computed from one block of logits after the other
+    blocks   as "fused", but a metric was computed from blocks of logits
     logits   the named operation computed the logits
     plain    there are no logits: the head has one output
-    WRONG    losses, metrics or weights are wrong, or logits were found that nothing reported
+    WRONG    losses, metrics or weights are wrong, or logits were computed and nothing reported it
 
-The truth is a plain run in float64. The error of a swapped run in float32 may be twice that of a
-plain one, plus a tolerance. In float64 both agree to rounding; there, functions of this script that
-compute all logits replace TRL's, which compute in float32.
+The truth is a plain run in float64. In float32 the error of the swapped run may be twice that of
+the plain one, plus a tolerance. In float64 both runs agree to rounding. TRL's Functions compute in
+float32, so in float64 functions of this script, which compute all logits, replace them.
 
     python tools/trainers.py
     python tools/trainers.py Trainer GKD         # rows whose name contains one of these
@@ -62,7 +62,7 @@ import trl_head
 VOCAB, WIDTHS, STEPS = 307, (32, 40), 3  # VOCAB is prime: no other tensor has its size
 Function = Callable[..., Any]
 Functions = tuple[Function, Function]
-TIMES = re.compile("time|runtime|per_second|flos|mfu")
+TIMES = re.compile("time|runtime|per_second|flos|mfu")  # metrics that differ in every run
 END, PAD = "<|im_end|>", "<|pad|>"
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -227,16 +227,16 @@ class Case:
     adapter: str = ""  # names of modules that get a LoRA adapter
     extra: dict[str, Any] = field(default_factory=dict)  # arguments of the trainer itself
     architecture: str = "llama"
-    has_metric_in_blocks: bool = False  # `trl_head` computes a metric from blocks of logits
+    has_metric_in_blocks: bool = False  # whether `trl_head` computes a metric from blocks
 
     @property
     def tolerance(self) -> float:
-        """For errors in float32, or with autocast: relative to a curve's largest value, or to 1."""
+        """Allowed beside twice the plain error; relative to a curve's largest value, or to 1."""
         return float(torch.finfo(torch.bfloat16).eps) if self.options.get("bf16") else 1e-5
 
     @property
     def has_trl_head(self) -> bool:
-        """Whether TRL multiplies by the head's weight itself."""
+        """Whether TRL multiplies by the head's weight itself, and `trl_head` replaces that."""
         return self.trainer in TRAINERS_WITH_TRL_HEAD
 
 
@@ -400,7 +400,7 @@ CASES = [
 
 @dataclass
 class Run:
-    """What a training computed."""
+    """What a training computed, and how."""
 
     losses: list[float]  # of every batch
     metrics: dict[str, list[float]]
@@ -412,7 +412,7 @@ class Run:
 
 
 class LogitsRecorder(ShapeRecorder):
-    """Records operations whose result has the classes as its last axis, and is no weight."""
+    """Records operations that return logits: `VOCAB` is the last axis, and they are no weight."""
 
     def list_logits(self) -> list[str]:
         return [
@@ -462,7 +462,7 @@ class Observer:
 def run(
     case: Case, models: Models, *, is_swapped: bool = False, functions: Functions | None = None
 ) -> Run:
-    """Trains a case; with `functions` in place of the two Functions of TRL."""
+    """Trains a case, with `functions` in place of the two Functions of TRL if they are given."""
     calls: list[str] = []
     with TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if functions is not None:
@@ -496,6 +496,8 @@ def run(
 
 
 def count_calls(function: Function, calls: list[str]) -> Function:
+    """The function, which then appends its name to `calls` at each call."""
+
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         calls.append(function.__name__)
@@ -524,6 +526,7 @@ def find_differences(reference: Run, other: Run) -> dict[str, float]:
 
 
 def compare_curves(curve: Sequence[float], other: Sequence[float]) -> float:
+    """The largest difference, relative to the largest value or 1; infinite for other lengths."""
     if len(curve) != len(other):
         return math.inf
     scale = max(1.0, *map(abs, curve))
@@ -634,9 +637,9 @@ def compare(case: Case, models: Models) -> Outcome:
         find_differences(truth, swapped_in_float64),
     )
     if case.has_trl_head:
-        alone = run(case, models, is_swapped=True)
-        is_trl_head = not alone.materialized and alone.logits
-        outcome.swap_alone = "TRL's head" if is_trl_head else describe(alone)[0]
+        without_functions = run(case, models, is_swapped=True)
+        is_bypassed = not without_functions.materialized and without_functions.logits
+        outcome.swap_alone = "TRL's head" if is_bypassed else describe(without_functions)[0]
     errors = [
         f"{name} differ by {size:.0e} in float64"
         for name, size in outcome.float64.items()
@@ -655,14 +658,16 @@ def compare(case: Case, models: Models) -> Outcome:
 
 
 def describe(swapped: Run) -> tuple[str, str]:
-    """The kind of a swapped run, and what computed its logits."""
+    """The kind of a swapped run, and the operations that returned logits."""
     if swapped.materialized:
         reasons = (re.sub(r"/\S*/", "", reason) for reason in swapped.materialized)
         return "logits", "; ".join(reasons)
+    kind = "plain"
     if swapped.fused:
         kind = "blocks" if swapped.reduced else "fused"
-        return ("WRONG", swapped.logits[0]) if swapped.logits and kind == "fused" else (kind, "")
-    return ("WRONG", swapped.logits[0]) if swapped.logits else ("plain", "")
+    if swapped.logits and kind != "blocks":
+        return "WRONG", swapped.logits[0]
+    return kind, ""
 
 
 COLUMNS = (
@@ -672,7 +677,8 @@ COLUMNS = (
 
 
 def make_cells(outcome: Outcome) -> list[str]:
-    is_patched = outcome.trainer in TRAINERS_WITH_TRL_HEAD
+    """The row of the table, with one cell for each of `COLUMNS`."""
+    has_trl_head = outcome.trainer in TRAINERS_WITH_TRL_HEAD
     kind = outcome.kind + (f": {outcome.reason}" if outcome.reason else "")
     sizes = (
         outcome.float32["losses"],
@@ -684,8 +690,8 @@ def make_cells(outcome: Outcome) -> list[str]:
     return [
         outcome.trainer,
         outcome.path,
-        outcome.swap_alone if is_patched else kind,
-        kind if is_patched else "",
+        outcome.swap_alone if has_trl_head else kind,
+        kind if has_trl_head else "",
         *(f"{size:.0e}" if size else "0" for size in sizes),
     ]
 
@@ -709,7 +715,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def select_cases(names: Sequence[str]) -> list[Case]:
-    """The cases whose names contain one of these; without TRL, only those of `transformers`."""
+    """The cases whose names contain one of these; those of TRL only if it is installed."""
     cases = [case for case in CASES if case.trainer == "Trainer" or find_spec("trl") is not None]
     names = names or [""]
     return [case for case in cases if any(n in f"{case.trainer}: {case.path}" for n in names)]

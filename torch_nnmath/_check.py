@@ -34,10 +34,10 @@ def support_torch_function(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def leave_dtensors_uncompiled(function: Callable[P, R]) -> Callable[P, R]:
-    """As `support_torch_function`; a compiler also ends its graph at a call with DTensors.
+    """As `support_torch_function`; Dynamo also ends its graph before a call with DTensors.
 
-    The ranks must issue the same collectives. Dynamo traces each rank's call by itself, and does
-    not check the size of a DTensor if the size of the rank's part is as before.
+    All ranks must issue the same collectives. Dynamo would choose a graph on each rank by itself,
+    without a check of a DTensor's size if the size of the rank's part is as before.
     """
     return _make_public(function, is_uncompiled_with_dtensors=True)
 

@@ -1,7 +1,8 @@
 """DTensors as arguments of the head -> this rank's part of each, and its results -> DTensors.
 
-Each step is a linear map with its adjoint (`formulas.Transfer`), so every derivative passes through
-in both modes. Sums of gradients over ranks are computed in float32 or wider, and rounded once.
+Each step is a linear map with its adjoint (`formulas.Transfer`), so it has derivatives of every
+order, in reverse and in forward mode. Sums of gradients over ranks are computed in float32 or
+wider, and rounded once.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Sharding(NamedTuple):
     class_axis: int = -1  # of logits in memory
     gives_dtensors: bool = True  # else the features are plain tensors, and so are the results
 
-    # What each rank has
+    # Arguments
 
     @property
     def shard(self) -> _records.Shard | None:
@@ -79,7 +80,7 @@ class Sharding(NamedTuple):
         return self._place(name, v, self._place_rows(), set())
 
     def take_probabilities(self, target: Tensor) -> Tensor:
-        """The target (*batch, C, *) of this rank's rows and classes."""
+        """The target (*batch, C, *): the rows that this rank computes, and its classes."""
         placements = self._place_rows()
         if self.class_dim is not None:
             placements[self.class_dim] = Shard(len(self.batch))
@@ -112,10 +113,13 @@ class Sharding(NamedTuple):
         v = copy_to_ranks(v, self._get_group(self.class_dim))
         return v.narrow(0, *self._find_chunk(len(v), self.class_dim))
 
-    # What the ranks compute together
+    # Results of all ranks together
 
     def sum_over_rows(self, n: Any, like: Tensor) -> Tensor:
-        """A number that each rank has of its rows, summed over all rows, for use in each row."""
+        """The sum over all ranks of a number, such as the count of a rank's rows.
+
+        Each rank uses it for its own rows, so its gradient is summed over the ranks, too.
+        """
         n = make_scalar(n, like)
         for i in self.row_dims:
             n = copy_to_ranks(sum_over_ranks(n, self._get_group(i)), self._get_group(i))
@@ -151,7 +155,7 @@ class Sharding(NamedTuple):
     # Results
 
     def give_total(self, total: Tensor) -> Tensor:
-        """Σ of a number that each rank has of its rows: a DTensor that every rank has."""
+        """The sum over all ranks of a number of each rank's rows, as a replicated DTensor."""
         for i in self.row_dims:
             total = sum_over_ranks(total, self._get_group(i))
         if not self.gives_dtensors:
@@ -189,10 +193,10 @@ class Sharding(NamedTuple):
     def _place(
         self, name: str, x: Tensor, placements: Sequence[Placement], sums: Collection[int | None]
     ) -> Tensor:
-        """This rank's part of x, with other placements.
+        """This rank's part of x after a redistribution to these placements.
 
-        A tensor that is not a DTensor is the same on all ranks. On the mesh dimensions in `sums`,
-        each rank has a part of the result's gradient.
+        A plain tensor counts as replicated. On the mesh dimensions in `sums` each rank has a
+        summand of the gradient, so the gradient is summed over them.
         """
         old: Sequence[Placement] = [Replicate()] * self.mesh.ndim
         v, layout = x, read_layout(name, x)
@@ -313,7 +317,7 @@ def take_local(x: Tensor, layout: Layout) -> Tensor:
 
 
 def make_dtensor(v: Tensor, layout: Layout, shape: Sequence[int] | None = None) -> Tensor:
-    """The DTensor whose part is v on this rank; without its shape, all parts are alike."""
+    """The DTensor whose part on this rank is v. Without its shape, all parts have v's shape."""
     if shape is None:
         shape = [*v.shape]
         for i, place in enumerate(layout.placements):

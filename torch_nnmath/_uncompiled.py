@@ -1,4 +1,4 @@
-"""Calls that compilers do not trace. Importing this module imports Dynamo."""
+"""Calls that Dynamo does not trace, but makes between two graphs. Importing this imports Dynamo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
-    reason="the head over DTensors runs between graphs: compile without fullgraph=True"
+    reason="losses of DTensors run between two graphs: compile without fullgraph=True"
 )
 def call_uncompiled(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Calls the function without tracing it. Its arguments may be DTensors."""
     return function(*args, **kwargs)

@@ -1,4 +1,8 @@
-"""Styles for `parallelize_module`, forward mode of DTensors, the divisor of a mean over ranks."""
+"""Training on several devices: a head whose classes they share, and the mean over all tokens.
+
+`VocabularyParallel` is a style for PyTorch's `parallelize_module`, `count_tokens_per_rank` gives
+the divisor of the mean, `enable_forward_mode` the forward mode that DTensors lack.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +35,13 @@ class VocabularyParallel(ParallelStyle):
         use_local_output: whether results are plain tensors (default): a loss that every rank has,
             or the results of the rows of the rank's features. Else DTensors.
 
-    Weight and bias become DTensors with the classes split. Features and target that are plain
-    tensors are taken as `input_layout` says, with as many tokens on each rank; DTensors as they are
-    placed.
+    Weight and bias become DTensors with the classes split. Features and target may be plain
+    tensors, placed as `input_layout` says, with the same number of tokens on each rank; or
+    DTensors, which keep their placements.
 
     The logits of a Linear are a plain tensor, which every rank has, for all tokens and classes. If
     `swap` made the Linear the head, before or after, they are deferred, and a loss of them is
-    computed over the split classes. All ranks must then use them alike.
+    computed over the split classes. All ranks must then apply the same operations to them.
 
     Raises:
         TypeError: if the module is neither a `nn.LinearCrossEntropyLoss` nor a Linear.
@@ -151,11 +155,12 @@ def count_tokens_per_rank(
         group: the ranks with different tokens, over which gradients are averaged; all by default.
             With DDP or FSDP on a mesh of several dimensions, `mesh.get_group("data")`.
 
-    Give it to the loss of each micro-batch as `divisor`, or divide its sum by it. DDP and FSDP2
-    average the gradients over `group`, so the divisor is the number of all tokens over the number
-    of ranks: a scalar in float64. Every rank of `group` must call it. It is 0 if no token counts.
+    Returns the number of all tokens divided by the number of ranks, since DDP and FSDP2 average the
+    gradients over `group`: a scalar in float64, which is 0 if no token counts. Give it to the loss
+    of each micro-batch as `divisor`, or divide the loss with reduction="sum" by it. Every rank of
+    `group` must call this function.
 
-    Without `torch.distributed`, or if it is not initialised, it is the count of this process.
+    Without `torch.distributed`, or if it is not initialised, the count is that of this process.
 
     Raises:
         TypeError: if a target is a DTensor, since its loss is a sum over the mesh already, or is
@@ -187,9 +192,9 @@ def count_tokens_per_rank(
 def enable_forward_mode() -> None:
     """Enables forward mode of DTensors: `forward_ad.make_dual`, `torch.func.jvp`, `jacfwd`.
 
-    Without it PyTorch raises a NotImplementedError, since DTensors lack the rule of one operator
-    that `make_dual` calls. This registers the rule for all DTensors of the process, by PyTorch's
-    experimental `register_sharding`. Call it before the first dual DTensor is made.
+    PyTorch raises a NotImplementedError there, since DTensors lack the rule of one operator that
+    `make_dual` calls. This function registers the rule for all DTensors of the process, by
+    PyTorch's experimental `register_sharding`. Call it before the first dual DTensor is made.
     """
     _torch.support_dual_dtensors()
 
