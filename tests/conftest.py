@@ -19,7 +19,7 @@ from torch_nnmath.kernels import _block, _divergence_block, dispatch, elementwis
 
 deferred_logits = importlib.import_module("torch_nnmath.deferred.logits")
 cross_entropy_kernel = importlib.import_module("torch_nnmath.kernels.cross_entropy")
-# Scripts, which must not see interpreted kernels; tasks of other processes, with another path
+# Scripts that must not see interpreted kernels, and a module that needs the path of the workers.
 collect_ignore_glob = ["gpu/compile_*.py", "distributed/swapped_tasks.py"]
 if not torch.cuda.is_available():  # before the first kernel is decorated
     os.environ["TRITON_INTERPRET"] = "1"

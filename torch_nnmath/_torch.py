@@ -242,7 +242,7 @@ def wait_for_collective(x: Tensor) -> Tensor:
 def support_dual_dtensors() -> None:
     """Registers DTensor's rule for the private operator that `forward_ad.make_dual` calls.
 
-    It tells whether two tensors have memory of the same size. PyTorch has no such rule.
+    The operator compares the sizes of two tensors' memory; PyTorch has no rule for DTensors.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding

@@ -1,4 +1,4 @@
-"""What the workers run: each function on all ranks, which compare with one process in float64."""
+"""Tasks of the workers: each runs on all ranks, which compare with one process in float64."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def gather(v: Tensor) -> Tensor:
 
 
 class LateReduction(collectives.Reduction):
-    """Has its result only from `wait` on; before, nobody may read or write the buffer."""
+    """Writes its result in `wait`. Before, the buffer has a filler, which nobody may overwrite."""
 
     def __init__(self, x: Tensor, operation: str, group: str):
         self.arguments = x.clone(), operation, group

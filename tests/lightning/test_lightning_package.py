@@ -101,6 +101,16 @@ def test_callbacks_work_with_pytorch_lightning(tmp_path):
     assert len(metrics["loss"]) == 4
 
 
+# By how the model is wrapped: class of the head, losses without logits, why logits were computed
+SHARDED = {
+    "inside": ("Linear", 2, []),
+    "outside": ("Linear", 2, []),
+    "head alone": ("FSDPLinear", 2, []),
+    "head alone, freed": ("FSDPLinear", 0, [FREED_WEIGHT]),
+    "classes": ("Linear", 4, []),
+}
+
+
 def test_callbacks_work_in_two_processes(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -124,17 +134,15 @@ def test_callbacks_work_in_two_processes(tmp_path):
         assert ddp["difference to start"] > 1e-3
         assert ddp["difference to plain"] < 1e-5
         assert not result["wrong"]["is marked"]
-        for kind in ("inside", "outside", "head alone", "head alone, freed", "classes"):
+        for kind, (head_class, fused, computed) in SHARDED.items():
             sharded = result[kind]
             assert sharded["is swapped"]
             assert sharded["difference to plain"] < 1e-5
             assert not sharded["is swapped after"]
             assert not sharded["is marked"]
-            is_freed = kind == "head alone, freed"
-            assert sharded["fused"] == (0 if is_freed else 4 if kind == "classes" else 2)
-            assert sharded["computed"] == [FREED_WEIGHT] * is_freed
-            names = ["FSDPLinear", "Tanh", "FSDPLinear" if "head alone" in kind else "Linear"]
-            names = ["Linear", "Tanh", "Linear"] if kind == "classes" else names
+            assert (sharded["fused"], sharded["computed"]) == (fused, computed)
+            first_class = "Linear" if kind == "classes" else "FSDPLinear"
+            names = [first_class, "Tanh", head_class]
             assert sharded["class names"] == sharded["class names after"][1:] == names
         assert "ModelParallelStrategy shards its parameters" in result["fsdp check"]
     first, second = (result["wrong"]["message"] for result in results)

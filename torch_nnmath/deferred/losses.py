@@ -47,8 +47,8 @@ def register_loss(*functions: Any) -> Callable[..., Any]:
             with disable_autocast(input):
                 result = rule(func, input, is_loss_autocast, *args, **kwargs)
             if result is not NotImplemented:
-                deferred = [v for v in (input, *args, *kwargs.values()) if is_deferred(v)]
-                calls = [call for v in deferred for call in v.recipe.call.list_calls()]
+                logits = [v for v in (input, *args, *kwargs.values()) if is_deferred(v)]
+                calls = [call for z in logits for call in z.recipe.call.list_calls()]
                 for log in {id(call.log): call.log for call in calls}.values():
                     log.fused += 1
                 for call in calls:
@@ -139,12 +139,12 @@ def _compute_cross_entropy_of_two_heads(
 ) -> Any:
     """The cross entropy of another head's probabilities: their entropy plus F25."""
     target, is_half = arguments.target, is_loss_autocast and input.dtype.itemsize < 4
-    rest = replace(arguments, target=None, size_average=None, reduce=None, reduction="mean")
+    options = replace(arguments, target=None, size_average=None, reduce=None, reduction="mean")
     if find_kinds(target.recipe.form) != frozenset({PROBABILITY}) or is_half:
         return NotImplemented
-    # a learnt scale, with the value 1, equals the default, but needs a gradient
-    is_default = not isinstance(rest.logit_scale, Tensor) and rest == CrossEntropyArguments(None)
-    if not input.recipe.form.is_logits or not is_default:
+    # a learnt scale of value 1 equals the default, but needs a gradient
+    has_tensor = isinstance(options.logit_scale, Tensor)
+    if not input.recipe.form.is_logits or has_tensor or options != CrossEntropyArguments(None):
         return NotImplemented
     reduction = check.resolve_reduction(
         arguments.reduction, arguments.size_average, arguments.reduce
@@ -271,11 +271,11 @@ def kl_div(
     name = check.resolve_reduction("sum" if is_batchmean else reduction, size_average, reduce)
     if name == "none":
         return NotImplemented
-    total = compute_kl_div(torch.kl_div, input, target, REDUCTIONS.index(name), log_target)
+    total = compute_kl_div(torch.kl_div, input, target, REDUCTION_NAMES.index(name), log_target)
     return total / input.size(0) if is_batchmean else total
 
 
-REDUCTIONS = ("none", "mean", "sum")  # in the order of their numbers in PyTorch
+REDUCTION_NAMES = ("none", "mean", "sum")  # in the order of their numbers in PyTorch
 
 
 @register_override(torch.kl_div)

@@ -36,7 +36,7 @@ MEMORY_READERS = [
 def observe_gradient(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
     """Records the observer; later losses are computed from materialised logits.
 
-    FSDP2's hook only announces the backward. A later loss gets it, too.
+    A hook of FSDP2 is none: it does not use the gradient. A loss that bypasses the logits gets it.
     """
     if isinstance(logits, DeferredLogits):
         call, name = logits.recipe.call, function_name(func)

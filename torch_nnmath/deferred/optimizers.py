@@ -47,8 +47,8 @@ def compute_logits_before_update(
 def _find_calls(optimizer: Optimizer) -> Iterator[tuple[Call, list[Any]]]:
     """Yields each live call, with those of its operands that the optimizer changes.
 
-    An optimizer has FSDP2's sharded parameters, and a call the parameters that were gathered from
-    them, whose versions FSDP2 preserves. Nothing public links the two: their shapes tell.
+    Under FSDP2 the optimizer has the sharded parameters, and a call has those gathered from them,
+    whose versions FSDP2 preserves. Nothing public links the two: they are matched by shape.
     """
     if not LIVE_CALLS:
         return

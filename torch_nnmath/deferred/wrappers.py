@@ -36,7 +36,7 @@ def find_features(
 def find_reader(module: Module) -> str | None:
     """Returns what needs the logits as soon as the head's forward ends; None if nothing does."""
     hooks = _torch.list_forward_hooks(module)
-    own_module = f"{__package__}.split"
+    own_module = f"{__package__}.split"  # by name, since its import needs DTensors
     if not all(is_fsdp_hook(hook) or hook.__module__ == own_module for hook in hooks):
         return FORWARD_HOOKS
     is_wrapped = any(map(is_fsdp_hook, hooks))

@@ -64,7 +64,7 @@ def sum_over_ranks(v: Tensor, group: str | None) -> Tensor:
 
 
 def reduce_constant(v: Tensor, operation: str, group: str) -> Tensor:
-    """v, which needs no derivative, reduced over the ranks, which all of them have."""
+    """v reduced over the ranks, which all get the result; its derivative is 0."""
 
     def reduce(v: Tensor) -> Tensor:
         return collectives.all_reduce(v, operation, group)
