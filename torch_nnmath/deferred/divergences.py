@@ -27,7 +27,7 @@ from torch_nnmath.deferred.logits import DeferredLogits, is_traced
 from torch_nnmath.deferred.rows import HeadRows, build_rows
 from torch_nnmath.deferred.steps import Layout
 
-Numbers: TypeAlias = defaultdict[Any, float]  # coefficients, 0 by default
+Numbers: TypeAlias = defaultdict[Any, float]
 
 
 class Part(NamedTuple):
@@ -185,7 +185,7 @@ class Heads:
         return [self._make_divergence(-total, jsd, student, teacher)]
 
     def _make_divergence(self, number: float, loss: Any, student: int, teacher: int) -> Part:
-        """Returns a number times a loss of two sides, by their indices."""
+        """Returns a number times a loss of two sides."""
         self._check_divergence(student)
         self._check_divergence(teacher)
 

@@ -114,7 +114,7 @@ class Expansion:
         return []
 
     def _expand(self, recipe: Recipe, node: Any, moves: tuple[Recipe, ...]) -> list[Term]:
-        """The terms of a recipe after these moves. Without a node they are constant."""
+        """The terms of a recipe, after the moves. Without a node they are constant."""
         if recipe.call.observer:
             return self.refuse(recipe.call.observer)
         if not recipe.form.kinds:

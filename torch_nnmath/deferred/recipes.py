@@ -278,7 +278,7 @@ class Recipe:
         self.gathered = []
 
     def leave_graph(self) -> None:
-        """Marks this recipe, and the operands of its combination."""
+        """Marks this recipe and the operands that it needs."""
         self.has_left_graph = True
         if isinstance(self.call, Combination):
             for v in _torch.tree_leaves(self.call.args):
