@@ -108,7 +108,7 @@ def penalise_weight_gradient(value: Tensor, model: Any) -> Tensor:
 
 
 def add_adapter(model: Any, o: Any) -> Tensor:
-    """A second head, whose classes no mesh splits."""
+    """The loss of the sum of two heads, of which the second one's classes are not split."""
     features = model.body(o.x).tanh()
     adapter = nn.Linear(features.shape[-1], model.lm_head.out_features).to(F64)
     swap(adapter, head="")
@@ -265,9 +265,9 @@ def compare_split_linear(axis: int | None) -> list[str]:
         log = None if kind == "plain" else swap(split_linear, head="").heads[""]
         if kind == "restored":
             unswap(split_linear)
-        own_x = distribute_tensor(x, mesh, [layout], src_data_rank=None).to_local().clone()
+        local_x = distribute_tensor(x, mesh, [layout], src_data_rank=None).to_local().clone()
         results = []
-        for model, input in ((split_linear, own_x), (linear, x.clone())):
+        for model, input in ((split_linear, local_x), (linear, x.clone())):
             input.requires_grad_()
             logits = model(input=input) if kind == "plain" else model(input)
             loss = deferred_helpers.ce(logits, y)
@@ -275,9 +275,9 @@ def compare_split_linear(axis: int | None) -> list[str]:
             gradients = torch.autograd.grad(loss, leaves, create_graph=True)
             second = torch.autograd.grad(gradients[0].square().sum(), leaves)
             results.append([loss, *gradients, *second, logits + 0])
-        for i in (1, 4):  # the gradients of the rank's tokens
-            own = DTensor.from_local(results[0][i], mesh, [layout], run_check=False)
-            results[0][i] = own.full_tensor()
+        for i in (1, 4):  # the gradients of the features, for the rank's tokens
+            gradient = DTensor.from_local(results[0][i], mesh, [layout], run_check=False)
+            results[0][i] = gradient.full_tensor()
         lines += [f"{kind}: {line}" for line in list_differences(*results)]
         if (log.fused if log else 0) != (kind == "swapped"):
             lines.append(f"{kind}: {log!r}")
@@ -450,13 +450,13 @@ class Job:
         if "compiled" in features:
             warnings.simplefilter("ignore")
             self.model.compile(backend="eager")
-        # a part of the data for each rank of the mesh dimension "data"
+        # one part of the data for each rank along the mesh dimension "data"
         count = 2 if "accumulate" in features else 1
         self.parts = [make_part(i)[:count] for i in range(self.mesh.size(0))]
         self.batches = self.parts[self.mesh.get_local_rank("data")]
 
     def compute_gradients(self) -> None:
-        """Only the last micro-batch communicates gradients."""
+        """Computes the wrapped model's gradients, which only the last micro-batch communicates."""
         divisor: Any = len(self.batches)
         if self.loss == "sum":
             targets = [labels[:, 1:] for _, labels in self.batches]
@@ -478,6 +478,7 @@ class Job:
                 (losses[i] if are_losses_first else compute_loss(batch)).backward()
 
     def compute_true_gradients(self) -> None:
+        """Computes the plain model's gradients, of the data of all ranks."""
         batches = [batch for part in self.parts for batch in part]
         divisor: Any = len(batches)
         if "all tokens" in self.features:
@@ -486,23 +487,26 @@ class Job:
         sum(loss_of(self.plain, *batch) / divisor for batch in batches).backward()
 
     def compare_step(self) -> float:
-        """Trains both models for a step; returns the largest error of the gradients' entries."""
+        """Trains both models for a step; returns the largest error of a gradient's entry.
+
+        It is relative to the largest entry of all gradients.
+        """
         self.compute_gradients()
         self.compute_true_gradients()
         errors, scales = [], []
         pairs = zip(self.model.parameters(), self.plain.parameters(), strict=True)
-        for own, true in pairs:
-            assert (own.grad is None) == (true.grad is None)
-            if true.grad is not None:
-                errors.append((gather(own.grad).double() - true.grad).abs().max().item())
-                scales.append(true.grad.abs().max().item())
+        for p, plain_p in pairs:
+            assert (p.grad is None) == (plain_p.grad is None)
+            if plain_p.grad is not None:
+                errors.append((gather(p.grad).double() - plain_p.grad).abs().max().item())
+                scales.append(plain_p.grad.abs().max().item())
         for model in (self.model, self.plain):  # the optimizer has the parameters that are sharded
             torch.optim.SGD(model.parameters(), lr=0.3, foreach=False).step()
             model.zero_grad()
         return max(errors) / max(scales)
 
     def compare_evaluation(self) -> float:
-        """The relative error of the loss of logits without gradients."""
+        """Returns the relative error of the loss under `no_grad`."""
         with torch.no_grad():
             losses = [LOSS_OF["outside"](m, *self.batches[0]) for m in (self.model, self.plain)]
         return abs((losses[0] / losses[1]).item() - 1)
@@ -512,7 +516,7 @@ class Job:
 def train(
     wrapper: str, loss: str = "outside", features: tuple[str, ...] = (), when: str = "before"
 ) -> dict[str, Any]:
-    """Two steps and an evaluation: their errors, and what happened to the logits."""
+    """Two steps and an evaluation; returns the largest error and what the report counts."""
     if when == "never":  # PyTorch's Linear returns views
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     job = Job(wrapper, loss, features, when)
@@ -532,7 +536,7 @@ def train(
 
 @defer_all_logits()
 def collect_logit_errors() -> dict[str, str]:
-    """Returns the messages of errors, by what is done too late."""
+    """Returns the messages of errors, by the use of logits that cannot be computed any more."""
     messages = {}
 
     def run(name: str, job: Job, function: Any) -> None:

@@ -19,13 +19,14 @@ ON_LOGITS = {"function": "cross_entropy"}
 
 
 def check(lines_of_ranks):
+    """Asserts that no rank has a line, which says what differs."""
     for lines in lines_of_ranks:
         assert not lines, "\n".join(lines)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transform_equals_one_process(workers, transform):
-    """Each option in one layout, in turns, and each layout."""
+    """In each layout, with the options in turns."""
     if transform == "jacobians":
         few_rows = [name for name, layout in LAYOUTS.items() if layout.row_count <= 7]
         cases = [(transform, layout, {"reduction": "none"}) for layout in few_rows]
@@ -89,6 +90,6 @@ def test_graphs_end_at_each_head_over_dtensors(workers):
 @pytest.mark.skipif(sys.platform != "linux", reason="the CPU's peak is restarted on Linux only")
 @pytest.mark.parametrize("order", [1, 2])
 def test_no_rank_has_memory_of_rows_times_classes(workers, order):
-    """With the logits in memory, which the test measures first, it is more."""
+    """The test first measures the logits in memory, to show that it would see them."""
     assert min(workers.run("measure_memory", order, False)) > 1
     assert max(workers.run("measure_memory", order, True)) < 0.5

@@ -12,7 +12,7 @@ DTENSOR = "by a weight that is a DTensor"
 
 
 def train(workers, *arguments):
-    """Returns rank 0's results; the errors of all ranks are those of rounding."""
+    """Returns rank 0's results, after asserting that the errors of all ranks are of rounding."""
     results = workers.run("train", *arguments)
     assert all(result["error"] < 1e-12 for result in results), results
     assert not results[0]["types left"]
@@ -20,7 +20,7 @@ def train(workers, *arguments):
 
 
 def train_fused(workers, *arguments, losses=1):
-    """Two steps, with a number of losses each, and an evaluation, all without logits."""
+    """Asserts that two steps of as many losses, and an evaluation, take no logits."""
     result = train(workers, *arguments)
     assert result["fused"] == STEPS * losses + 1
     assert not result["computed"]
@@ -97,11 +97,11 @@ OTHER_CASES = [  # arguments of `train`; losses without logits, and why logits w
     ("head alone, kept", "outside", (), "after", 3, []),
     ("classes", "outside", (), "after", 3, []),
     ("root x classes", "outside", (), "after", 3, []),
-    # these read the nodes of the outputs in the graph
+    # these wrappers read `grad_fn` of the model's outputs
     ("ddp, unused", "inside", ("unused",), "before", 2, ["grad_fn of logits"]),
     ("ddp, unused", "outside", ("unused",), "after", 0, ["grad_fn of logits"]),
     ("ddp, static", "outside", (), "before", 2, ["grad_fn of logits"]),
-    # where the report says what to change
+    # the weight is freed or a DTensor: the report says what to change
     ("head alone", "outside", (), "before", 0, [FREED]),
     ("head alone", "inside", (), "before", 0, [FREED]),
     ("classes by ColwiseParallel", "outside", (), "before", 0, [DTENSOR]),
@@ -135,7 +135,7 @@ def test_mean_over_all_tokens_without_logits_equals_one_process(workers, wrapper
 
 @MEAN_WRAPPERS
 def test_mean_of_means_without_logits_differs(workers, wrapper):
-    """The fault that `count_tokens_per_rank` corrects."""
+    """The control: without `count_tokens_per_rank`, the test above would fail."""
     result = workers.run("train", wrapper, "outside", ("accumulate", "all tokens"))[0]
     assert result["error"] > 0.01
 

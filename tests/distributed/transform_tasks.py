@@ -75,7 +75,7 @@ def take_batch(f: Function, leaves: Values, directions: Values) -> Any:
 
 
 def take_hessian_products(f: Function, leaves: Values, directions: Values) -> Any:
-    """The products that PyTorch's own functions compute by two backwards."""
+    """Products with Hessian and Jacobian by PyTorch's functions that use two backwards."""
     functional: Any = torch.autograd.functional
     _, products = functional.vhp(f, tuple(leaves), tuple(directions))
     _, tangent = functional.jvp(f, tuple(leaves), tuple(directions))
@@ -85,14 +85,14 @@ def take_hessian_products(f: Function, leaves: Values, directions: Values) -> An
 def take_checkpointed(f: Function, leaves: Values, directions: Values) -> Any:
     results: list[Tensor] = []
     for is_reentrant in (False, True):
-        own = [v.detach().clone().requires_grad_() for v in leaves]
-        value = checkpoint(f, *own, use_reentrant=is_reentrant)
-        if is_reentrant:  # which takes only `backward`
+        inputs = [v.detach().clone().requires_grad_() for v in leaves]
+        value = checkpoint(f, *inputs, use_reentrant=is_reentrant)
+        if is_reentrant:  # then PyTorch supports `backward` alone
             value.backward()
-            results += [v.grad for v in own]
+            results += [v.grad for v in inputs]
             continue
-        gradients = torch.autograd.grad(value, own, create_graph=True)
-        second = torch.autograd.grad(gradients, own, tuple(directions))
+        gradients = torch.autograd.grad(value, inputs, create_graph=True)
+        second = torch.autograd.grad(gradients, inputs, tuple(directions))
         results += [value, *gradients, *second]
     return results
 
@@ -220,7 +220,7 @@ def compare_autocast() -> list[str]:
 def compare_compiled(backend: str, layout: str, options: dict[str, Any]) -> list[str]:
     """Compares compiled losses and gradients with one process's.
 
-    The second call has one row more; some ranks have as many as before.
+    The second call has one row more, but some ranks have as many rows as before.
     """
     torch.compiler.reset()
     lines, rows = [], LAYOUTS[layout].row_count
@@ -255,7 +255,7 @@ def take_training_step(case: HeadCase, mesh: DeviceMesh | None, compute: Any) ->
 
 
 def count_graphs() -> list[int]:
-    """How many graphs a function has that calls one of the public functions with DTensors."""
+    """Returns into how many graphs Dynamo cuts a function that calls a loss of DTensors."""
     case = HeadCase("two equal shards", {})
     mesh, counts = make_mesh(case.layout.mesh_shape), []
     if not is_member(mesh):
