@@ -208,23 +208,29 @@ class CrossEntropyOptions:
                 t = t.masked_fill(a.uniform(*rows, C) < 0.5, 0)
             self.inputs["target"] = a.lay_out(t.movedim(-1, class_dim).to(a.dtype))
         reduction = a.choose(*REDUCTIONS)
-        # the derivative of 0 / 0 in the class weights is not defined
-        is_mean_of_nothing = reduction == "mean" and not self.count_kept(rows)
-        if not is_mean_of_nothing and a.choose(False, True):
+        divisor = a.choose(None, None, 3, 0.7, "tensor") if reduction == "mean" else None
+        divides_by_weight = reduction == "mean" and divisor is None
+        # a mean over rows of one class does not depend on that class's weight
+        may_have_weight = self.y is None or not divides_by_weight or self.count_classes() > 1
+        if may_have_weight and a.choose(False, True):
             w = a.positive(C)
-            has_zeros = reduction != "mean" and a.choose(False, False, True)
+            has_zeros = not divides_by_weight and a.choose(False, False, True)
             self.inputs["weight"] = torch.zeros_like(w) if has_zeros else w
         # the mean of one row does not depend on its weight; one of signed weights cancels
-        if reduction != "mean":
+        if not divides_by_weight:
             self.inputs |= {"row_weight": a.tensor(*rows)} if a.choose(False, True) else {}
         elif self.count_kept(rows) > 1 and a.choose(False, True):
             self.inputs["row_weight"] = a.positive(*rows)
+        if divisor == "tensor":
+            self.inputs["divisor"] = a.positive()
         self.named = {
             "reduction": reduction,
             "base": a.choose(*BASES),
             "label_smoothing": a.choose(0.0, 0.1, 1.0),
             "ignore_index": self.ignore_index,
         }
+        if divisor is not None and divisor != "tensor":
+            self.named["divisor"] = divisor
 
     def draw_indices(self, a: RandomArguments, rows: Sequence[int], C: int) -> None:
         y = a.indices(rows, C)
@@ -243,6 +249,12 @@ class CrossEntropyOptions:
         if self.y is None:
             return math.prod(rows)
         return int((self.y.long() != self.ignore_index).sum())
+
+    def count_classes(self) -> int:
+        """The number of different classes in the rows that count."""
+        assert self.y is not None
+        y = self.y.long()
+        return len(y[y != self.ignore_index].unique())
 
     def get_target(self, tensors: dict[str, Tensor]) -> Tensor:
         return tensors["target"] if self.y is None else self.y

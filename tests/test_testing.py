@@ -155,6 +155,25 @@ class GradientOfOtherDtype(Product):
         return tuple(g.float() for g in Product.backward(ctx, dy))
 
 
+class ClipsLargeUpstreams(Product):
+    @staticmethod
+    def backward(ctx, dy):
+        return Product.backward(ctx, dy.clamp(-20, 20))
+
+
+class HalvesGradientOfOneRow(Product):
+    @staticmethod
+    def backward(ctx, dy):
+        return Product.backward(ctx, dy / 2 if len(dy) == 1 else dy)
+
+
+class DividesByNumberOfRows(Product):
+    @staticmethod
+    def backward(ctx, dy):
+        rows = len(dy)
+        return Product.backward(ctx, dy * (rows / rows))
+
+
 class SavesOnContext(Product):
     @staticmethod
     def setup_context(ctx, inputs, y):
@@ -374,6 +393,9 @@ FAULTS = [
     (WritesTangent, WRITES, ["forward mode"], ["gradient"]),
     (HalvesSecondBackward, WRONG, ["retained graph"], ["gradient", "forward mode"]),
     (NoGradientBesideFrozenInput, ZERO, ["frozen inputs"], ["gradient", "forward mode"]),
+    (ClipsLargeUpstreams, WRONG, ["upstream gradients"], ["gradient", "second order"]),
+    (HalvesGradientOfOneRow, WRONG, ["small batches"], ["gradient", "vmap of subsets"]),
+    (DividesByNumberOfRows, RAISES, ["small batches"], ["gradient", "vmap(grad)"]),
     (GradientOfOtherDtype, WRONG, ["types of gradients"], ["forward mode"]),
     (SavesOnContext, WRONG, ["edited before backward"], ["gradient", "retained graph"]),
     (KeepsStateOnClass, WRONG, ["interleaved calls"], ["gradient", "second order", "vmap(grad)"]),

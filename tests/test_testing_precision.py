@@ -56,6 +56,49 @@ def test_kink_that_rounding_crosses_is_no_fault(name):
         assert {row.verdict for row in report} <= {Verdict.RIGHT, Verdict.UNKNOWN}, report
 
 
+CANCELLING = {
+    "softmax": lambda x: x.softmax(-1),
+    "softmax of columns": lambda x: x.softmax(0),
+    "layer_norm": lambda x: torch_functional.layer_norm(x, x.shape[1:]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("name", CANCELLING)
+def test_gradient_that_equal_upstreams_cancel_is_right(name, dtype):
+    def call(x):
+        return CANCELLING[name](x)
+
+    report = testing.check(call, [X], transforms=["gradient", "upstream gradients"], dtype=dtype)
+    assert all(row.verdict == Verdict.RIGHT for row in report), report
+    assert report["upstream gradients"].error < 0.1
+
+
+class AddsToGradient(Function):
+    """softmax, whose gradient has a wrong term if all upstream gradients are equal."""
+
+    @staticmethod
+    def forward(x):
+        return x.softmax(-1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, y):
+        ctx.save_for_backward(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        is_constant = (dy == dy.flatten()[0]).all()
+        return y * (dy - (dy * y).sum(-1, keepdim=True)) + 0.3 * y * dy * is_constant
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+def test_gradient_that_equal_upstreams_do_not_cancel_is_wrong(dtype):
+    names = ["gradient", "upstream gradients"]
+    report = testing.check(AddsToGradient, [X], transforms=names, dtype=dtype)
+    assert [row.verdict for row in report] == [Verdict.RIGHT, Verdict.WRONG], report
+
+
 class WrongInHalf(Function):
     """x Wᵀ, whose gradient in W has a wrong entry in half precision."""
 

@@ -249,6 +249,12 @@ FUSED: dict[str, Any] = {
     "module of nnmath, row weights": lambda z, o: torch_nnmath.nn.CrossEntropyLoss()(
         z.flatten(0, 1), o.y.flatten(), o.t.flatten()
     ),
+    "function of nnmath, divisor": lambda z, o: functional.cross_entropy(
+        z.mT, o.y, divisor=7, z_loss=1e-2, weight=o.weight
+    ),
+    "module of nnmath, learnt divisor": lambda z, o: torch_nnmath.nn.CrossEntropyLoss(z_loss=1e-2)(
+        z.mT, o.y, divisor=o.s
+    ),
     "stats": stack_loss_and_stats,
     # log-probabilities
     "nll_loss": lambda z, o: F.nll_loss(F.log_softmax(z, -1).flatten(0, 1), o.y.flatten()),

@@ -1,4 +1,4 @@
-"""`vmap` over some of the tensors, differentiated in some of the inputs."""
+"""Batches: `vmap` over some of the tensors, differentiated in some inputs; few rows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from torch_nnmath.testing._calls import compute_gradients, make_loss, stack_members
+from torch_nnmath.testing._calls import (
+    compare_first_order,
+    compute_gradients,
+    make_loss,
+    stack_members,
+)
 from torch_nnmath.testing._case import Case
 from torch_nnmath.testing._functions import Tensors
+from torch_nnmath.testing._report import NotApplicable
 from torch_nnmath.testing._transforms import transform
 
 MAX_CHOICES = 50  # of batched tensors and differentiated inputs
@@ -34,6 +40,18 @@ def check_vmap_of_subsets(case: Case) -> None:
         if batched not in loops:
             loops[batched] = _loop_over_members(case, batched)
         _compare_with_loop(case, stacked, (batched, differentiated), loops[batched])
+
+
+@transform("small batches", quick=True)
+def check_small_batches(case: Case) -> None:
+    """Checks value and gradient of batches of 0 rows and of 1, if the function accepts them."""
+    cases = case.list_small_batches()
+    if not cases:
+        raise NotApplicable("the function is not defined for a batch of 0 rows or of 1")
+    for small in cases:
+        xs = small.make_leaves()
+        compare_first_order(small, small.call(*xs), xs)
+        small.check_protected()
 
 
 def draw_choices(tensor_count: int, argnums: Sequence[int]) -> Iterator[Choice]:

@@ -53,6 +53,11 @@ def make_strided(x: Tensor) -> Tensor:
     return view.copy_(x)
 
 
+def make_large(u: Tensor) -> Tensor:
+    """Returns 64 u, which float16 can still hold: no backward may clip it."""
+    return 64 * u
+
+
 def expand_constant(u: Tensor) -> Tensor:
     """Returns one number expanded to the shape of u, with strides of 0."""
     return u.new_tensor(0.7).expand_as(u)

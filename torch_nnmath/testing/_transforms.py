@@ -31,6 +31,7 @@ from torch_nnmath.testing._calls import (
     find_autograd_functions,
     make_duals,
     make_gradient,
+    make_large,
     make_loss,
     make_strided,
     record_dtype_errors,
@@ -38,7 +39,7 @@ from torch_nnmath.testing._calls import (
 )
 from torch_nnmath.testing._case import Case
 from torch_nnmath.testing._functions import Tensors
-from torch_nnmath.testing._point import dot
+from torch_nnmath.testing._point import dot, max_magnitude
 from torch_nnmath.testing._report import NotApplicable, Wrong
 
 FACTORS = (1.0, -2.0, 0.5)  # of the members of a batch of directions
@@ -133,12 +134,15 @@ def check_gradient_dtypes(case: Case) -> None:
 
 @transform("upstream gradients", quick=True)
 def check_upstream_gradients(case: Case) -> None:
-    """Checks upstream gradients that are strided, expanded from one number, ones, and zeros."""
+    """Checks upstream gradients that are strided, expanded from one number, large, ones, zeros."""
     xs = case.make_leaves()
     outputs = case.call(*xs)
-    for make in (make_strided, expand_constant, torch.ones_like, torch.zeros_like):
+    typical_sizes = [max_magnitude(g) for g in case.compute_gradient(case.upstream)]
+    for make in (make_strided, expand_constant, make_large, torch.ones_like, torch.zeros_like):
         us = tuple(make(u.to(y.dtype)) for u, y in zip(case.upstream, outputs, strict=True))
-        case.compare_gradient(compute_gradients(case, outputs, xs, us), us)
+        # of softmax or a normalisation, equal upstream gradients cancel
+        sizes = [max(map(max_magnitude, us)) * size for size in typical_sizes]
+        case.compare_gradient(compute_gradients(case, outputs, xs, us), us, sizes)
 
 
 @transform("outputs left unused")
