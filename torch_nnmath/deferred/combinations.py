@@ -28,6 +28,8 @@ PRODUCTS = {  # of two factors, by their kinds
     for pair in ((PROBABILITY, LOG), (PLAIN, LOG), (PLAIN, PROBABILITY), (PLAIN,))
 }
 
+MAX_DEPTH = 64  # of a chain of combinations, which is read recursively
+
 Rule: TypeAlias = Callable[..., Kinds | None]
 COMBINATIONS: dict[Any, Rule] = {}
 
@@ -135,8 +137,10 @@ def combine(func: Any, args: Any, kwargs: Any) -> Recipe | None:
             return None
         if r.form.probe.device != form.probe.device:
             return None
-    if any(name != "alpha" for name in kwargs):
-        return None
+        if r.call.depth >= MAX_DEPTH:
+            return None
+    if any(name != "alpha" or type(v) is bool for name, v in kwargs.items()):
+        return None  # a bool raises
     if func in SUMS and any(type(v) in (int, float) and not v for v in args):
         return None  # x + 0 computes x
     operands, axis, dim = args, form.axis, 0

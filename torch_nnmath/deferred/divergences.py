@@ -11,6 +11,7 @@ With the logarithm lm of a mixture m = μ p_t + (1-μ) p_s, μ Σ p_t lm + (1-μ
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from torch_nnmath.deferred.rows import HeadRows, build_rows
 from torch_nnmath.deferred.steps import Layout
 
 Numbers: TypeAlias = defaultdict[Any, float]
+CANCELLED = "terms that cancel"  # they have a gradient of 0, or none
 
 
 class Part(NamedTuple):
@@ -58,14 +60,17 @@ def sum_terms(
     expansion = Expansion(input)
     dtypes = layout.dtype, dtype
     heads = Heads(layout._replace(dtype=torch.promote_types(*dtypes)), expansion.eps)
-    parts = [
-        (terms[0].factors, part)
-        for terms in expansion.group_terms()
-        for part in heads.list_parts(terms)
-    ]
+    parts = []
+    for terms in expansion.group_terms():
+        factors, parts_of_terms = terms[0].factors, heads.list_parts(terms)
+        if not parts_of_terms and any(f.requires_grad for f in factors):
+            heads.refuse(CANCELLED)
+        if any(has_infinite_entry(f) for f in factors):
+            heads.refuse("terms times a number that is not finite")
+        parts += [(factors, part) for part in parts_of_terms]
     obstacle = expansion.obstacle or heads.obstacle
-    if obstacle or not parts:
-        call.materialize(obstacle or "terms that cancel")
+    if obstacle or not parts or heads.has_unused_gradient():
+        call.materialize(obstacle or CANCELLED)
         return NotImplemented
     is_total = len(axes) == layout.dim() and all(
         part.has_sum and not any(f.dim() for f in factors) for factors, part in parts
@@ -83,6 +88,11 @@ def sum_terms(
     return (result / divisor).to(dtype)
 
 
+def has_infinite_entry(x: Tensor) -> bool:
+    """Whether an entry is known to be infinite or nan. A GPU would have to be waited for."""
+    return x.is_cpu and not bool(x.isfinite().all())
+
+
 class Heads:
     """The sides of divergences, each with its rows: the arguments of the fused losses.
 
@@ -94,11 +104,16 @@ class Heads:
         self.dtype = wide_type(layout.dtype)
         self.sides: list[Side] = []
         self.rows: list[HeadRows] = []
+        self.used: set[int] = set()  # sides that a part is computed from
 
     def refuse(self, obstacle: str) -> list[Part]:
         """Records the first obstacle."""
         self.obstacle = self.obstacle or obstacle
         return []
+
+    def has_unused_gradient(self) -> bool:
+        """Whether no part depends on a side that a gradient, if of 0, must reach."""
+        return any(s.has_gradient and i not in self.used for i, s in enumerate(self.sides))
 
     def find(self, side: Side) -> int:
         """Returns the index of a side, after building its rows the first time."""
@@ -123,16 +138,20 @@ class Heads:
             i = None if side is None else self.find(side)
             if not math.isfinite(number):
                 return self.refuse("terms times a number that is not finite")
+            if any(map(has_infinite_entry, tensors)):
+                return self.refuse("terms times a tensor that is not finite")
             if i is not None and isinstance(log, Side) and not tensors:
                 products[i, self.find(log)] += number
             elif i is not None and isinstance(log, Mixture) and not tensors:
                 self._find_numbers(mixtures, log)[i] += number
             elif i is not None and log is None and len(tensors) == 1:
                 products[i, i] += number
+                self.used.add(i)
                 parts.append(Part(number, partial(self._compute_excess, i, tensors[0])))
                 self._check_divergence(i)
             elif i is None and isinstance(log, Side) and len(tensors) < 2:
                 j = self.find(log)
+                self.used.add(j)
                 parts.append(Part(number, partial(self._compute_log_probs, j, tensors)))
             elif i is None and log is None and tensors:
                 parts.append(Part(number, partial(self._sum_tensors, tensors)))
@@ -148,7 +167,8 @@ class Heads:
             if i != j and number:
                 parts.append(self._make_divergence(-number, F.linear_kl_div, j, i))
         for i, number in totals.items():
-            if abs(number) > 4 * self.eps * sizes[i]:
+            if abs(number) > 4 * sys.float_info.epsilon * sizes[i]:
+                self.used.add(i)
                 parts.append(Part(number, partial(self._compute_negated_entropy, i)))
         return parts
 
@@ -186,6 +206,7 @@ class Heads:
 
     def _make_divergence(self, number: float, loss: Any, student: int, teacher: int) -> Part:
         """Returns a number times a loss of two sides."""
+        self.used |= {student, teacher}
         self._check_divergence(student)
         self._check_divergence(teacher)
 

@@ -7,6 +7,7 @@ a probability and a log-probability of the class.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ class Expansion:
 
     def __init__(self, result: DeferredLogits):
         self.axis, self.obstacle = result.recipe.form.axis, ""
-        self.eps = 0.0  # of the narrowest dtype, to which numbers may have been rounded
+        self.eps = sys.float_info.epsilon  # of the narrowest dtype that a number was read from
         node = None
         if torch.is_grad_enabled() and result.requires_grad:
             node = get_grad_fn(result)
@@ -115,6 +116,8 @@ class Expansion:
 
     def _expand(self, recipe: Recipe, node: Any, moves: tuple[Recipe, ...]) -> list[Term]:
         """The terms of a recipe, after the moves. Without a node they are constant."""
+        if self.obstacle:
+            return []  # terms that doubled often would be visited exponentially often
         if recipe.call.observer:
             return self.refuse(recipe.call.observer)
         if not recipe.form.kinds:
@@ -128,7 +131,6 @@ class Expansion:
                 moves = (recipe, *moves)
             recipe = recipe.parent
         call: Combination = recipe.call
-        self.eps = max(self.eps, torch.finfo(recipe.layout.dtype).eps)
         if node is not None and not is_node_of(node, call.func):
             return self.refuse(f"{node.name()} stands between head and loss")
         operands = [
@@ -164,6 +166,8 @@ class Expansion:
         shape, axis = recipe.layout.shape, recipe.form.axis
         if operand.shape == shape:
             return [Term(tensors=(self._move(operand, moves),))]
+        if not operand.dim() and operand.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(operand.dtype).eps)
         if not operand.dim() and operand.is_cpu and not operand.requires_grad:
             return [Term(operand.item())]
         dtypes = wide_type(operand.dtype), wide_type(recipe.layout.dtype)

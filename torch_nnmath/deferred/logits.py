@@ -341,6 +341,8 @@ def _defer(func: Any, rule: Rule, args: Any, kwargs: Any) -> Any:
         if result is None or result.layout.shape[result.form.axis] != class_count:
             return None
         dtype = result.layout.dtype
+        if dtype.is_complex:
+            return None
         # a cast to a narrower dtype rounds, unless a term of the sum is that narrow
         if torch.promote_types(dtype, layout.dtype) != dtype and dtype not in call.term_dtypes:
             return None

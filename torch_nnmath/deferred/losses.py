@@ -213,10 +213,13 @@ def sum_over_classes(
     """
     if "axis" in kwargs:
         dim = kwargs.pop("axis")
-    if input.recipe.form.kinds and not kwargs:
-        return _sum_divergences(func, input, dim, keepdim, dtype or input.dtype)
-    form, axis, dtype = input.recipe.form, _get_only_axis(dim), dtype or input.dtype
-    if kwargs or axis is None or torch.promote_types(dtype, input.dtype) != dtype:
+    dtype = dtype or input.dtype
+    if kwargs or dtype.is_complex or torch.promote_types(dtype, input.dtype) != dtype:
+        return NotImplemented
+    if input.recipe.form.kinds:
+        return _sum_divergences(func, input, dim, keepdim, dtype)
+    form, axis = input.recipe.form, _get_only_axis(dim)
+    if axis is None:
         return NotImplemented
     is_log = bool(form.log_sign) or not form.is_product
     rows = make_rows(input, is_log=is_log, axis=axis, is_product=form.is_product)
@@ -238,10 +241,12 @@ def _sum_divergences(
     func: Any, input: DeferredLogits, dim: Any, keepdim: bool, dtype: torch.dtype
 ) -> Any:
     """The sum or mean over these axes of the terms of divergences."""
-    if torch.promote_types(dtype, input.dtype) != dtype:
-        return NotImplemented
     n = input.dim()
-    dims = [*range(n)] if dim is None or dim == () else [dim] if isinstance(dim, int) else [*dim]
+    dims = [*dim] if isinstance(dim, list | tuple) else [dim]
+    if dim is None or not dims:
+        dims = [*range(n)]
+    if not all(isinstance(d, int) for d in dims):
+        return NotImplemented
     axes = {d % n for d in dims}
     if len(axes) != len(dims) or not all(-n <= d < n for d in dims):
         return NotImplemented  # PyTorch raises the error

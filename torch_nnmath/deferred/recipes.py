@@ -32,8 +32,10 @@ class Call:
     log: HeadLog
     probe: Tensor  # on the device of the logits
     term_dtypes: Collection[torch.dtype] = ()  # of the terms, if the logits are a sum
+    depth = 0  # the longest chain of combinations from a head to this call
 
     def __init__(self) -> None:
+        self.calls: dict[int, Call] = {}  # of the operands
         self.versions: list[tuple[Tensor, int, torch.Size]] = []
         self.recipes: list[weakref.ref[Recipe]] = []
         self.dependents: list[weakref.ref[Combination]] = []
@@ -106,8 +108,15 @@ class Call:
         self.recipes, self.versions, self.dependents = [], [], []
 
     def list_calls(self) -> list[Call]:
-        """Returns this call and those of its operands."""
-        return [self]
+        """Returns this call and those that it depends on, each once."""
+        calls: dict[int, Call] = {}
+        waiting = [self]
+        while waiting:
+            call = waiting.pop()
+            if id(call) not in calls:
+                calls[id(call)] = call
+                waiting += call.calls.values()
+        return [*calls.values()]
 
     def prepare(self, operation: str) -> None:
         """Does what must precede the computation."""
@@ -160,13 +169,10 @@ class Combination(Call):
         super().__init__()
         self.func, self.kwargs, self.stack_axis = func, kwargs, stack_axis
         self.calls = {id(recipe.call): recipe.call for recipe in recipes}
+        self.depth = 1 + max(call.depth for call in self.calls.values())
         self.log, self.probe = recipes[0].call.log, recipes[0].form.probe
         for call in self.calls.values():
             call.dependents.append(weakref.ref(self))
-
-    def list_calls(self) -> list[Call]:
-        calls = {id(c): c for call in self.calls.values() for c in call.list_calls()}
-        return [self, *calls.values()]
 
     def list_operands(self) -> Any:
         """Returns the operands in the order of the nodes that they have in the graph."""
@@ -279,6 +285,8 @@ class Recipe:
 
     def leave_graph(self) -> None:
         """Marks this recipe and the operands that it needs."""
+        if self.has_left_graph:
+            return
         self.has_left_graph = True
         if isinstance(self.call, Combination):
             for v in _torch.tree_leaves(self.call.args):

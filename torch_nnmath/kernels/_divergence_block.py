@@ -396,17 +396,17 @@ class _Slice:
     def __init__(self, block: DenseBlock, classes: slice):
         self.block, self.classes, self.mix = block, classes, block.inputs.mix
         self.student, self.teacher = block.student, block.teacher
-        l, lt = (
-            self._subtract(side.lse.high, side.z).sub_(side.lse.low)
-            for side in (self.student, self.teacher)
-        )
-        self.q, self.p = l.exp(), lt.exp()
+        (high, low), (high_t, low_t) = self.student.lse, self.teacher.lse
+        u, ut = self._subtract(high, self.student.z), self._subtract(high_t, self.teacher.z)
+        self.q, self.p = (u - low).exp_(), (ut - low_t).exp_()
+        # lost in the rounding of u, the low parts would shift all classes of a row alike
+        t = ut.sub_(u).sub_(low_t - low)
         if self.mix == 0:
-            s, st = None, lt.sub_(l)
+            s, st = None, t
         elif self.mix == 1:
-            s, st = l.sub_(lt), None
+            s, st = t.neg_(), None
         else:
-            s, st = subtract_log_mixture(l, lt, self.mix)
+            s, st = subtract_log_mixture(t, self.mix)
             s, st = s.mul_(1 - self.mix), st.mul_(self.mix)
         self.log_ratio = s if st is None else st  # of F25 and F26, not masked
         sides = (self.student, self.q, s), (self.teacher, self.p, st)
@@ -472,13 +472,12 @@ class _Slice:
         return [(r, self.p * difference), (rt, -self.q * difference)]
 
 
-def subtract_log_mixture(l: Tensor, lt: Tensor, mix: float) -> tuple[Tensor, Tensor]:
-    """l - ln m and lt - ln m of m = μ e^lt + (1-μ) e^l, exact also where l and lt are nearly 0.
+def subtract_log_mixture(t: Tensor, mix: float) -> tuple[Tensor, Tensor]:
+    """l - ln m and lt - ln m of t = lt - l and m = μ e^lt + (1-μ) e^l, exact also where t is small.
 
-    With t = lt - l, the logarithm of the larger side's probability over m is
+    The logarithm of the larger side's probability over m is
     g = -ln(1 + w (e^{-|t|} - 1)), w the weight of the other side; that of the other is g - |t|.
     """
-    t = lt - l
     g = t.abs().neg_().expm1_()
     g = g.mul_(mix) if mix == 0.5 else g.mul_(torch.where(t > 0, t.new_tensor(1 - mix), mix))
     g = g.log1p_().neg_()

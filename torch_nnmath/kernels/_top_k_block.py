@@ -45,7 +45,7 @@ def compute_partials(l: Tensor, lt: Tensor, mix: float) -> Partials:
     if mix == 1:
         f, ft = q * (l - lt).masked_fill(q == 0, 0), -q
         return Partials(f.sum(1, keepdim=True), f + q, ft)
-    s, st = subtract_log_mixture(l, lt, mix)
+    s, st = subtract_log_mixture(lt - l, mix)
     f = (1 - mix) * q * s.masked_fill_(q == 0, 0)
     ft = mix * p * st.masked_fill_(p == 0, 0)
     return Partials((f + ft).sum(1, keepdim=True), f, ft)
