@@ -42,6 +42,7 @@ from shared import (
     make_bar,
     parse_positive,
     parse_sized,
+    plot_peaks,
     select_device,
 )
 from text_model import Setting, Transformer, encode_corpus, split_blocks, train_transformer
@@ -250,12 +251,7 @@ def draw(results: Results, path: Path) -> None:
     for axes in (left, middle):
         axes.grid(alpha=0.25)
         axes.legend()
-    peaks = [run.peak / 2**20 for run in (fused, plain)]
-    bars = right.bar(["fused", "plain"], peaks, color=[BLUE, ORANGE], width=0.6)
-    right.bar_label(bars, fmt="{:,.0f}", padding=3)
-    right.margins(y=0.12)
-    right.set_title("peak memory of a step")
-    right.set_ylabel("MiB above weights and optimizer")
+    plot_peaks(right, fused.peak, plain.peak)
     figure.savefig(path, dpi=110)
 
 

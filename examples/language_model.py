@@ -41,6 +41,7 @@ from shared import (
     make_bar,
     parse_positive,
     parse_sized,
+    plot_peaks,
     select_device,
     silence_lightning,
 )
@@ -354,12 +355,7 @@ def draw(results: Results, path: Path) -> None:
     left.set_title(f"largest difference of the training losses {results.difference:.1e}")
     left.grid(alpha=0.25)
     left.legend()
-    peaks = [run.peak / 2**20 for run in (fused, plain)]
-    bars = right.bar(["fused", "plain"], peaks, color=[BLUE, ORANGE], width=0.6)
-    right.bar_label(bars, fmt="{:,.0f}", padding=3)
-    right.margins(y=0.12)
-    right.set_title("peak memory of a step")
-    right.set_ylabel("MiB above weights and optimizer")
+    plot_peaks(right, fused.peak, plain.peak)
     figure.savefig(path, dpi=110)
 
 
