@@ -188,8 +188,8 @@ def compute_cross_entropy(
     check.smoothing(target_options.label_smoothing)
     base, logit_scale, softcap = logit_options
     weight, ignore_index, label_smoothing, row_weight, _, divisor = target_options
-    given = weight, row_weight, divisor, softcap, output_dtype
-    is_any_given = any(v is not None for v in given)
+    defaults_to_none = weight, row_weight, divisor, softcap, output_dtype
+    is_any_given = any(v is not None for v in defaults_to_none)
     has_options = is_any_given or label_smoothing or z_loss or return_stats
     if not (has_options or is_scaled(logit_scale)):
         cost = compute_plain_cost(input, target, ignore_index, reduction, base)
